@@ -1,0 +1,1 @@
+//! Nodes and transport: the only room that knows clients.

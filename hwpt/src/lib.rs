@@ -1,0 +1,1 @@
+//! Domains, hardware page tables, devices and groups, and the DMA path.

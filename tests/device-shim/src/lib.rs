@@ -1,0 +1,1 @@
+//! Software devices behind the device trait of `compat`.

@@ -1,0 +1,3 @@
+//! The `uiommufd` command.
+
+fn main() {}
