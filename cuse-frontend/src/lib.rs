@@ -1,1 +1,14 @@
 //! Nodes and transport: the only room that knows clients.
+//!
+//! A transport (FUSE, CUSE, in process) brings requests of clients and takes the answers back; [`files`] is what it
+//! talks to. Behind that stand the op tables, which turn the bytes of an ioctl into one call of `ioas`, `hwpt` or
+//! `compat`.
+
+#![deny(unsafe_code)]
+
+pub mod files;
+mod server;
+#[allow(unsafe_code)]
+mod sys;
+
+pub use server::{DeviceEntry, DeviceSpec, Node, Server, ServerOptions};

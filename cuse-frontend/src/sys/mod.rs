@@ -1,0 +1,1 @@
+//! The unsafe system calls of this crate, one file for each user. Nothing outside this module is unsafe.
