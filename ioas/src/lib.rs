@@ -2,9 +2,33 @@
 //!
 //! The lowest room. It knows neither devices nor transports: what it must ask about a client it asks through
 //! [`caller`], and what it fills it fills through [`table`].
+#![deny(unsafe_code)]
 
 mod addr;
 pub mod caller;
+#[allow(dead_code)]
+mod counts;
+mod error;
+pub mod failpoint;
+mod failures;
+mod ioas;
+mod objects;
+#[allow(dead_code)]
+mod payer;
+mod readers;
+mod request;
+mod store;
 pub mod table;
 
 pub use addr::{Access, Frame, FrameRun, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, RangeError, UserAddr, UserRange};
+pub use error::{FaultReason, IoasError, errno};
+pub use failures::{Failure, Failures};
+pub use ioas::{Ioas, Leaving};
+pub use objects::{ObjectError, ObjectRef, ObjectTable, ObjectUser, RemovedObject, Reservation};
+pub use payer::{Accounting, PayerName, PayerSnapshot};
+pub use readers::{Interrupt, Interrupted, ReadGuard, Reader, ReaderSet, Uninterruptible};
+pub use request::{
+    AreaMemory, AreaSnapshot, AreaView, IoasSnapshot, IovaChoice, IpcLock, MapRequest, PayerMode, ReservationOwner,
+    Source,
+};
+pub use store::{BackingSnapshot, PageStore, StoreError, StoreSnapshot};

@@ -24,11 +24,11 @@ pub trait PageTable: Send + Sync {
     fn apertures(&self) -> Vec<IovaRange>;
 
     /// Writes leaves so that `range` translates to `frames`, one after the other, from `offset` bytes into the
-    /// first frame on (0 but where the table's pages are smaller than a frame).
+    /// first frame on (0 but where the table's pages are smaller than a frame). The frames cover the range.
     ///
     /// # Errors
     /// [`TableFull`]; then no leaf of the range is present.
-    fn map(&self, range: IovaRange, frames: &[FrameRun], access: Access) -> Result<(), TableFull>;
+    fn map(&self, range: IovaRange, frames: &[FrameRun], offset: u64, access: Access) -> Result<(), TableFull>;
 
     /// Makes a boundary at `at`: no huge leaf crosses it from now on. Translations do not change.
     ///

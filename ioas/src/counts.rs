@@ -1,0 +1,206 @@
+//! Counts by frame, as an interval map: one entry for every stretch of neighbouring frames with equal counts.
+//!
+//! 64 GiB held once is one entry, whoever held it in how many pieces. The store keeps one for holds, and one per payer
+//! for charges. No two neighbouring entries that touch have the same count, and no entry has count 0.
+
+use std::collections::BTreeMap;
+
+use crate::addr::{Frame, FrameRun};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stretch {
+    /// One past the last frame.
+    end: u64,
+    count: u32,
+}
+
+/// How often each frame is counted.
+#[derive(Debug, Default)]
+pub(crate) struct CountMap {
+    /// By first frame.
+    stretches: BTreeMap<u64, Stretch>,
+}
+
+impl CountMap {
+    /// How many frames of `run` have count 0.
+    pub(crate) fn uncounted(&self, run: FrameRun) -> u64 {
+        let (start, end) = bounds(run);
+        let before =
+            self.stretches.range(..start).next_back().map_or(0, |(_, stretch)| stretch.end.clamp(start, end) - start);
+        let inside: u64 = self.stretches.range(start..end).map(|(first, stretch)| stretch.end.min(end) - first).sum();
+        run.pages - before - inside
+    }
+
+    /// Counts every frame of `run` once more.
+    pub(crate) fn add(&mut self, run: FrameRun) {
+        let (start, end) = bounds(run);
+        if self.extend(start, end) {
+            return;
+        }
+        self.cut(start);
+        self.cut(end);
+        let mut at = start;
+        while at < end {
+            match self.stretches.range_mut(at..end).next() {
+                Some((&first, stretch)) if first == at => {
+                    stretch.count += 1;
+                    at = stretch.end;
+                }
+                next => {
+                    let gap_end = next.map_or(end, |(&first, _)| first);
+                    self.stretches.insert(at, Stretch { end: gap_end, count: 1 });
+                    at = gap_end;
+                }
+            }
+        }
+        self.join(start, end);
+    }
+
+    /// The common case: a run that nothing counts, right behind or right before a stretch of count 1, or alone.
+    fn extend(&mut self, start: u64, end: u64) -> bool {
+        if self.stretches.range(start..=end).next().is_some() {
+            return false;
+        }
+        match self.stretches.range_mut(..start).next_back() {
+            Some((_, before)) if before.end > start => false,
+            Some((_, before)) if before.end == start && before.count == 1 => {
+                before.end = end;
+                true
+            }
+            _ => {
+                self.stretches.insert(start, Stretch { end, count: 1 });
+                true
+            }
+        }
+    }
+
+    /// Counts every frame of `run` once less, and calls `gone` for each run whose count is now 0. Frames that had no
+    /// count stay without.
+    pub(crate) fn remove(&mut self, run: FrameRun, mut gone: impl FnMut(FrameRun)) {
+        let (start, end) = bounds(run);
+        self.cut(start);
+        self.cut(end);
+        let mut at = start;
+        while let Some((&first, stretch)) = self.stretches.range_mut(at..end).next() {
+            let stretch_end = stretch.end;
+            stretch.count -= 1;
+            if stretch.count == 0 {
+                self.stretches.remove(&first);
+                gone(FrameRun { first: Frame(first), pages: stretch_end - first });
+            }
+            at = stretch_end;
+        }
+        self.join(start, end);
+    }
+
+    /// The runs that are counted at all, ascending, with their counts.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (FrameRun, u32)> + '_ {
+        let run = |first: u64, end: u64| FrameRun { first: Frame(first), pages: end - first };
+        self.stretches.iter().map(move |(&first, stretch)| (run(first, stretch.end), stretch.count))
+    }
+
+    /// True when nothing is counted.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.stretches.is_empty()
+    }
+
+    /// Makes a boundary at `at`.
+    fn cut(&mut self, at: u64) {
+        let Some((&first, stretch)) = self.stretches.range_mut(..at).next_back() else { return };
+        debug_assert!(first < at);
+        if stretch.end > at {
+            let right = *stretch;
+            stretch.end = at;
+            self.stretches.insert(at, right);
+        }
+    }
+
+    /// Joins neighbours of equal count from the stretch before `start` to the one at `end`.
+    fn join(&mut self, start: u64, end: u64) {
+        let before = self.stretches.range(..start).next_back();
+        let Some((&first, &stretch)) = before.or_else(|| self.stretches.range(start..).next()) else { return };
+        let (mut at, mut left) = (first, stretch);
+        while let Some((&first, &right)) = self.stretches.range(at + 1..).next().filter(|(first, _)| **first <= end) {
+            if left.end == first && left.count == right.count {
+                self.stretches.remove(&first);
+                left.end = right.end;
+                self.stretches.insert(at, left);
+            } else {
+                (at, left) = (first, right);
+            }
+        }
+    }
+}
+
+const fn bounds(run: FrameRun) -> (u64, u64) {
+    (run.first.0, run.first.0 + run.pages)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn run(first: u64, pages: u64) -> FrameRun {
+        FrameRun { first: Frame(first), pages }
+    }
+
+    #[test]
+    fn add_of_neighbours_keeps_one_stretch() {
+        let mut counts = CountMap::default();
+        for first in [0, 1, 2, 5, 4, 3] {
+            counts.add(run(first, 1));
+        }
+        assert_eq!(counts.iter().collect::<Vec<_>>(), [(run(0, 6), 1)]);
+    }
+
+    #[test]
+    fn remove_of_a_middle_leaves_the_ends() {
+        let mut counts = CountMap::default();
+        counts.add(run(0, 10));
+        let mut gone = Vec::new();
+        counts.remove(run(3, 2), |freed| gone.push(freed));
+        assert_eq!(gone, [run(3, 2)]);
+        assert_eq!(counts.iter().collect::<Vec<_>>(), [(run(0, 3), 1), (run(5, 5), 1)]);
+    }
+
+    proptest! {
+        #[test]
+        fn counts_after_random_changes_agree_with_a_page_model(
+            changes in prop::collection::vec((any::<bool>(), 0u64..40, 1u64..12), 1..80),
+        ) {
+            let mut counts = CountMap::default();
+            let mut model = [0u32; 64];
+            for (add, first, pages) in changes {
+                let touched = first as usize..(first + pages) as usize;
+                let zeros = model[touched.clone()].iter().filter(|count| **count == 0).count() as u64;
+                prop_assert_eq!(counts.uncounted(run(first, pages)), zeros);
+                if add {
+                    counts.add(run(first, pages));
+                    model[touched].iter_mut().for_each(|count| *count += 1);
+                } else {
+                    let mut freed = 0;
+                    counts.remove(run(first, pages), |gone| freed += gone.pages);
+                    let ones = model[touched.clone()].iter().filter(|count| **count == 1).count() as u64;
+                    prop_assert_eq!(freed, ones);
+                    model[touched].iter_mut().for_each(|count| *count = count.saturating_sub(1));
+                }
+                check(&counts, &model)?;
+            }
+        }
+    }
+
+    fn check(counts: &CountMap, model: &[u32]) -> Result<(), TestCaseError> {
+        let mut seen = vec![0; model.len()];
+        let mut last: Option<(u64, u32)> = None;
+        for (stretch, count) in counts.iter() {
+            prop_assert!(count > 0);
+            prop_assert!(last.is_none_or(|(end, before)| end < stretch.first.0 || before != count));
+            last = Some((stretch.first.0 + stretch.pages, count));
+            seen[stretch.first.0 as usize..(stretch.first.0 + stretch.pages) as usize].fill(count);
+        }
+        prop_assert_eq!(&seen[..], model);
+        Ok(())
+    }
+}

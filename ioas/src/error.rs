@@ -1,0 +1,214 @@
+//! Why a call on an IOAS was refused: one enum, with the numbers that a reader of the log needs, and its projection
+//! onto the errno that Linux gives for the same cause.
+
+use crate::addr::{IovaRange, UserAddr};
+use crate::caller::{FileId, FileKind, MemoryError};
+use crate::payer::PayerName;
+use crate::table::TableFull;
+
+/// Linux's numbers for the errnos this crate gives; the same on every architecture but where noted there.
+pub mod errno {
+    /// Operation not permitted.
+    pub const EPERM: i32 = 1;
+    /// No such file, object or mapping.
+    pub const ENOENT: i32 = 2;
+    /// Interrupted.
+    pub const EINTR: i32 = 4;
+    /// Out of memory, or over RLIMIT_MEMLOCK.
+    pub const ENOMEM: i32 = 12;
+    /// Bad address.
+    pub const EFAULT: i32 = 14;
+    /// In use.
+    pub const EBUSY: i32 = 16;
+    /// Exists already.
+    pub const EEXIST: i32 = 17;
+    /// Invalid argument.
+    pub const EINVAL: i32 = 22;
+    /// No room left.
+    pub const ENOSPC: i32 = 28;
+    /// A sum passes the end of its type.
+    pub const EOVERFLOW: i32 = 75;
+    /// The address is in use.
+    pub const EADDRINUSE: i32 = 98;
+}
+
+/// Why memory cannot be held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FaultReason {
+    /// Nothing is mapped there, or the memory map has gone.
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
+    /// The client itself may not read there.
+    #[error("the client's mapping is not readable")]
+    NotReadable,
+    /// The mapping was asked to be writeable and the client may not write there.
+    #[error("the client's mapping is not writable")]
+    NotWritable,
+    /// A long-term writable hold of a shared mapping whose file system writes dirty pages back.
+    #[error("a shared mapping of file {0:?} on a file system with write-back cannot be held for writing")]
+    Writeback(FileId),
+    /// Memory that cannot be held at all.
+    #[error("memory of kind {0:?} cannot be mapped here")]
+    Unpinnable(FileKind),
+    /// A fail point.
+    #[error("fail point")]
+    Injected,
+}
+
+/// Why a call on an IOAS was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum IoasError {
+    /// A length of 0, or one that is no multiple of the alignment.
+    #[error("length {length:#x} is zero or no multiple of {alignment:#x}")]
+    BadLength {
+        /// Bytes asked for.
+        length: u64,
+        /// The IOAS's alignment in bytes.
+        alignment: u64,
+    },
+    /// An IOVA or user address that is no multiple of the alignment.
+    #[error("address {address:#x} is no multiple of {alignment:#x}")]
+    Misaligned {
+        /// The address.
+        address: u64,
+        /// The IOAS's alignment in bytes.
+        alignment: u64,
+    },
+    /// A start plus a length passes 2^64, or a length has no place anywhere.
+    #[error("{start:#x} plus {length:#x} passes the end of the address space")]
+    Overflow {
+        /// The start.
+        start: u64,
+        /// Bytes asked for.
+        length: u64,
+    },
+    /// A list of allowed ranges holds one that is empty, or two that overlap.
+    #[error("the allowed range {0} is a single byte or overlaps another")]
+    BadAllowed(IovaRange),
+    /// The IOVAs are reserved: outside an aperture, or kept by a device.
+    #[error("IOVA {range} meets reserved {reserved}")]
+    Reserved {
+        /// Asked for.
+        range: IovaRange,
+        /// The first reservation in the way.
+        reserved: IovaRange,
+    },
+    /// The IOVAs are mapped already.
+    #[error("IOVA {range} overlaps area {area}")]
+    Overlap {
+        /// Asked for.
+        range: IovaRange,
+        /// The first area in the way.
+        area: IovaRange,
+    },
+    /// No hole in the allowed IOVAs takes the length.
+    #[error("no free IOVA range of {length:#x} bytes")]
+    NoSpace {
+        /// Bytes asked for.
+        length: u64,
+    },
+    /// WRITE of pages that were mapped without it.
+    #[error("the pages were not mapped writeable")]
+    ReadOnly,
+    /// Nothing is mapped in the range.
+    #[error("nothing is mapped in IOVA {0}")]
+    NotMapped(IovaRange),
+    /// The range cuts an area.
+    #[error("IOVA {range} cuts area {area}")]
+    Bisects {
+        /// Asked for.
+        range: IovaRange,
+        /// The area that is not wholly inside.
+        area: IovaRange,
+    },
+    /// Another thread is unmapping there.
+    #[error("IOVA {0} is being unmapped by another call")]
+    Busy(IovaRange),
+    /// An area or an allowed range lies where something is to be reserved, or has an alignment that a table cannot
+    /// take.
+    #[error("IOVA {range} is in use by {user}")]
+    InUse {
+        /// To be reserved.
+        range: IovaRange,
+        /// The area or allowed range in the way.
+        user: IovaRange,
+    },
+    /// A table whose smallest page is larger than [`crate::PAGE_SIZE`].
+    #[error("a table with pages of {0:#x} bytes cannot be filled")]
+    PageTooLarge(u64),
+    /// Huge pages cannot be switched off while mappings are in a table.
+    #[error("mappings are in a table already")]
+    AlreadyMapped,
+    /// A client's memory cannot be held.
+    #[error("cannot hold memory at {address}: {reason}")]
+    Fault {
+        /// The first address that cannot.
+        address: UserAddr,
+        /// Why not.
+        reason: FaultReason,
+    },
+    /// A file that was named by descriptor cannot be held at this offset: neither shared memory nor huge pages, or
+    /// beyond its end.
+    #[error("file {file:?} ({kind:?}, {size:#x} bytes) cannot be held at offset {offset:#x}")]
+    BadFile {
+        /// The file.
+        file: FileId,
+        /// What it is.
+        kind: FileKind,
+        /// Its size in bytes now.
+        size: u64,
+        /// The first offset that cannot be held.
+        offset: u64,
+    },
+    /// Over RLIMIT_MEMLOCK.
+    #[error("{payer} would lock {would:#x} bytes, limit {limit:#x}")]
+    Limit {
+        /// Who pays.
+        payer: PayerName,
+        /// Bytes that it would have locked in all.
+        would: u64,
+        /// RLIMIT_MEMLOCK in bytes.
+        limit: u64,
+    },
+    /// No frame numbers, or no address space of the server, are left.
+    #[error("no frames left for {pages:#x} pages")]
+    NoFrames {
+        /// Pages asked for.
+        pages: u64,
+    },
+    /// A table could not take the mapping.
+    #[error(transparent)]
+    Table(#[from] TableFull),
+    /// An allocation failed, at a fail point.
+    #[error("no memory at fail point {0}")]
+    Injected(&'static str),
+    /// The caller is to die and must not be waited for.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl IoasError {
+    /// The errno that Linux gives for this cause.
+    #[must_use]
+    pub const fn errno(&self) -> i32 {
+        match self {
+            Self::BadLength { .. }
+            | Self::Misaligned { .. }
+            | Self::BadAllowed(_)
+            | Self::Reserved { .. }
+            | Self::PageTooLarge(_)
+            | Self::AlreadyMapped
+            | Self::BadFile { .. } => errno::EINVAL,
+            Self::Overflow { .. } => errno::EOVERFLOW,
+            Self::Overlap { .. } => errno::EEXIST,
+            Self::NoSpace { .. } => errno::ENOSPC,
+            Self::ReadOnly => errno::EPERM,
+            Self::NotMapped(_) | Self::Bisects { .. } => errno::ENOENT,
+            Self::Busy(_) => errno::EBUSY,
+            Self::InUse { .. } => errno::EADDRINUSE,
+            Self::Fault { .. } => errno::EFAULT,
+            Self::Limit { .. } | Self::NoFrames { .. } | Self::Table(_) | Self::Injected(_) => errno::ENOMEM,
+            Self::Interrupted => errno::EINTR,
+        }
+    }
+}

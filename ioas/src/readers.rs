@@ -1,0 +1,180 @@
+//! Readers of one IOAS, and the wait for them: a grace period.
+//!
+//! A DMA enters before it loads the root of a table and leaves after it has touched the last byte. An unmap clears
+//! leaves, then waits until every reader that might still see them has left, then releases the frames.
+//!
+//! Each reader has a cache line of its own with the epoch at its entry, 0 while it is outside. Entering is one
+//! exchange and no loop. A waiter moves the epoch on and waits for the slots that still hold an older one; a reader
+//! that enters later, or enters again and again, is not waited for.
+//!
+//! Why it is right: the exchange orders the reader's slot before its loads of the table, and the waiter's fence
+//! orders its stores to the table before its loads of the slots. So either the waiter sees the reader, or the reader
+//! sees the cleared leaves. Readers belong to one IOAS: nobody waits for another client's DMA.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::time::Duration;
+
+use crossbeam_utils::CachePadded;
+use parking_lot::Mutex;
+
+/// Asked while something waits: is the caller to die?
+pub trait Interrupt {
+    /// True once the wait must end with [`Interrupted`]. Polled at least every 100 ms.
+    fn interrupted(&self) -> bool;
+}
+
+/// Never interrupted.
+#[derive(Debug, Clone, Copy)]
+pub struct Uninterruptible;
+
+impl Interrupt for Uninterruptible {
+    fn interrupted(&self) -> bool {
+        false
+    }
+}
+
+/// A wait ended because its caller is to die. What it waited for has not happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
+type Slot = CachePadded<AtomicU64>;
+
+/// The readers of one IOAS.
+#[derive(Debug)]
+pub struct ReaderSet {
+    /// Starts at 1; 0 in a slot means outside.
+    epoch: CachePadded<AtomicU64>,
+    /// Guarded by itself; a leaf lock.
+    slots: Mutex<Vec<Arc<Slot>>>,
+}
+
+impl ReaderSet {
+    /// A set with no reader.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { epoch: CachePadded::new(AtomicU64::new(1)), slots: Mutex::new(Vec::new()) }
+    }
+
+    /// A new reader, for one thread at a time. It leaves the set when it is dropped.
+    #[must_use]
+    pub fn register(self: &Arc<Self>) -> Reader {
+        let slot = Arc::new(CachePadded::new(AtomicU64::new(0)));
+        self.slots.lock().push(Arc::clone(&slot));
+        Reader { set: Arc::clone(self), slot }
+    }
+
+    /// How many readers are registered.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.slots.lock().len()
+    }
+
+    /// True when no reader is registered.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.slots.lock().is_empty()
+    }
+
+    /// Waits until every reader that entered before this call has left.
+    pub fn wait(&self) {
+        let _ = self.wait_unless(&Uninterruptible);
+    }
+
+    /// As [`Self::wait`], unless interrupted.
+    ///
+    /// # Errors
+    /// [`Interrupted`]; readers of before may still be inside.
+    pub fn wait_unless(&self, interrupt: &dyn Interrupt) -> Result<(), Interrupted> {
+        fence(Ordering::SeqCst);
+        let before = self.epoch.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let inside = |slot: &Slot| {
+            let entered = slot.load(Ordering::SeqCst);
+            entered != 0 && entered <= before
+        };
+        let late: Vec<Arc<Slot>> = self.slots.lock().iter().filter(|slot| inside(slot)).cloned().collect();
+        let mut backoff = Backoff::new();
+        for slot in late {
+            while inside(&slot) {
+                backoff.pause(interrupt)?;
+            }
+        }
+        fence(Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+impl Default for ReaderSet {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Spins, then yields, then sleeps, and asks for interruption once it sleeps.
+struct Backoff {
+    rounds: u32,
+}
+
+impl Backoff {
+    const fn new() -> Self {
+        Self { rounds: 0 }
+    }
+
+    fn pause(&mut self, interrupt: &dyn Interrupt) -> Result<(), Interrupted> {
+        self.rounds = self.rounds.saturating_add(1);
+        match self.rounds {
+            0..100 => std::hint::spin_loop(),
+            100..200 => std::thread::yield_now(),
+            _ => {
+                if interrupt.interrupted() {
+                    return Err(Interrupted);
+                }
+                std::thread::sleep(Duration::from_micros(100) * (self.rounds / 200).min(50));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One reader of a [`ReaderSet`]. Owned by one thread at a time.
+#[derive(Debug)]
+pub struct Reader {
+    set: Arc<ReaderSet>,
+    slot: Arc<Slot>,
+}
+
+impl Reader {
+    /// Enters. Until the guard is dropped, no frame that a walk finds is released.
+    #[inline]
+    pub fn enter(&mut self) -> ReadGuard<'_> {
+        self.slot.swap(self.set.epoch.load(Ordering::Relaxed), Ordering::SeqCst);
+        ReadGuard { slot: &self.slot }
+    }
+
+    /// True when this reader belongs to `set`.
+    #[must_use]
+    pub fn belongs_to(&self, set: &Arc<ReaderSet>) -> bool {
+        Arc::ptr_eq(&self.set, set)
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.set.slots.lock().retain(|slot| !Arc::ptr_eq(slot, &self.slot));
+    }
+}
+
+/// A reader is inside while it lives.
+#[derive(Debug)]
+pub struct ReadGuard<'a> {
+    slot: &'a Slot,
+}
+
+impl Drop for ReadGuard<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.slot.store(0, Ordering::Release);
+    }
+}
