@@ -10,5 +10,6 @@ pub mod files;
 mod server;
 #[allow(unsafe_code)]
 mod sys;
+pub mod uapi;
 
 pub use server::{DeviceEntry, DeviceSpec, Node, Server, ServerOptions};

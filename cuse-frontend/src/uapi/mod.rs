@@ -1,0 +1,60 @@
+//! The structs of the two uAPIs as they lie in a client's memory.
+//!
+//! Each struct states its size and the offset of every field in bytes, and does not compile when the compiler lays
+//! it out otherwise. The tests compare both with the `iommufd-bindings` and `vfio-bindings` crates; what those lack
+//! stands in the tests as a table of numbers with its source. Nothing below this room knows these types: a handler
+//! decodes one, calls a method with typed arguments and encodes the answer.
+//!
+//! Field names are Linux's. A field called `reserved` is a `__reserved`, whose meaning (checked or ignored) is the
+//! op's.
+
+pub mod iommufd;
+pub mod vfio;
+
+/// `_IO(';', nr)`: no size and no direction, as every ioctl of iommufd and VFIO is numbered.
+#[must_use]
+pub const fn command(nr: u8) -> u32 {
+    (b';' as u32) << 8 | nr as u32
+}
+
+/// Declares wire structs: name, size in bytes, and each field behind its byte offset.
+macro_rules! wire {
+    ($($(#[$doc:meta])* $name:ident: $size:literal {
+        $($(#[$field_doc:meta])* $offset:literal $field:ident: $type:ty,)+
+    })+) => {$(
+        $(#[$doc])*
+        #[derive(
+            Debug, Clone, Copy, PartialEq, Eq, Default,
+            zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable, zerocopy::KnownLayout,
+        )]
+        #[repr(C)]
+        #[allow(missing_docs, reason = "the fields are Linux's, by Linux's names")]
+        pub struct $name {
+            $($(#[$field_doc])* pub $field: $type,)+
+        }
+
+        const _: () = {
+            assert!(size_of::<$name>() == $size);
+            $(assert!(std::mem::offset_of!($name, $field) == $offset);)+
+        };
+    )+};
+}
+use wire;
+
+/// Compares a wire struct with its twin of a bindings crate: the size, and the offset of each field.
+#[cfg(test)]
+macro_rules! same_layout {
+    ($($ours:ty = $theirs:ty { $($field:ident),+ $(; $mine:ident = $other:ident)* })+) => {$(
+        assert_eq!(size_of::<$ours>(), size_of::<$theirs>(), stringify!($ours));
+        $(assert_eq!(
+            std::mem::offset_of!($ours, $field), std::mem::offset_of!($theirs, $field),
+            "{}.{}", stringify!($ours), stringify!($field)
+        );)+
+        $(assert_eq!(
+            std::mem::offset_of!($ours, $mine), std::mem::offset_of!($theirs, $other),
+            "{}.{}", stringify!($ours), stringify!($mine)
+        );)*
+    )+};
+}
+#[cfg(test)]
+use same_layout;

@@ -1,0 +1,367 @@
+//! The structs of VFIO containers, groups and devices (Linux 7.3 include/uapi/linux/vfio.h).
+
+use super::wire;
+
+/// The ioctl numbers, as in `_IO(';', nr)`. Linux uses some of them twice, on files of different kinds.
+#[allow(missing_docs, reason = "the numbers are Linux's, by Linux's names")]
+pub mod nr {
+    pub const GET_API_VERSION: u8 = 100;
+    pub const CHECK_EXTENSION: u8 = 101;
+    pub const SET_IOMMU: u8 = 102;
+    pub const GROUP_GET_STATUS: u8 = 103;
+    pub const GROUP_SET_CONTAINER: u8 = 104;
+    pub const GROUP_UNSET_CONTAINER: u8 = 105;
+    pub const GROUP_GET_DEVICE_FD: u8 = 106;
+    pub const DEVICE_GET_INFO: u8 = 107;
+    pub const DEVICE_GET_REGION_INFO: u8 = 108;
+    pub const DEVICE_GET_IRQ_INFO: u8 = 109;
+    pub const DEVICE_SET_IRQS: u8 = 110;
+    pub const DEVICE_RESET: u8 = 111;
+    pub const DEVICE_GET_PCI_HOT_RESET_INFO: u8 = 112;
+    pub const DEVICE_PCI_HOT_RESET: u8 = 113;
+    pub const DEVICE_IOEVENTFD: u8 = 116;
+    pub const DEVICE_FEATURE: u8 = 117;
+    pub const IOMMU_GET_INFO: u8 = 112;
+    pub const IOMMU_MAP_DMA: u8 = 113;
+    pub const IOMMU_UNMAP_DMA: u8 = 114;
+    pub const IOMMU_DIRTY_PAGES: u8 = 117;
+}
+
+/// `flags` of [`GroupStatus`].
+pub mod group_flags {
+    /// VFIO_GROUP_FLAGS_VIABLE.
+    pub const VIABLE: u32 = 1;
+    /// VFIO_GROUP_FLAGS_CONTAINER_SET.
+    pub const CONTAINER_SET: u32 = 2;
+}
+
+/// `flags` of [`Type1Info`].
+pub mod info_flags {
+    /// VFIO_IOMMU_INFO_PGSIZES.
+    pub const PGSIZES: u32 = 1;
+    /// VFIO_IOMMU_INFO_CAPS.
+    pub const CAPS: u32 = 2;
+}
+
+/// `id` of the capabilities behind [`Type1Info`].
+pub mod info_cap {
+    /// VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE.
+    pub const IOVA_RANGE: u16 = 1;
+    /// VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION.
+    pub const MIGRATION: u16 = 2;
+    /// VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL.
+    pub const DMA_AVAIL: u16 = 3;
+}
+
+/// `flags` of [`DmaMap`].
+pub mod map_flags {
+    /// VFIO_DMA_MAP_FLAG_READ.
+    pub const READ: u32 = 1;
+    /// VFIO_DMA_MAP_FLAG_WRITE.
+    pub const WRITE: u32 = 2;
+    /// VFIO_DMA_MAP_FLAG_VADDR.
+    pub const VADDR: u32 = 4;
+}
+
+/// `flags` of [`DmaUnmap`].
+pub mod unmap_flags {
+    /// VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP.
+    pub const GET_DIRTY_BITMAP: u32 = 1;
+    /// VFIO_DMA_UNMAP_FLAG_ALL.
+    pub const ALL: u32 = 2;
+    /// VFIO_DMA_UNMAP_FLAG_VADDR.
+    pub const VADDR: u32 = 4;
+}
+
+/// `flags` of [`DirtyBitmap`].
+pub mod dirty_flags {
+    /// VFIO_IOMMU_DIRTY_PAGES_FLAG_START.
+    pub const START: u32 = 1;
+    /// VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP.
+    pub const STOP: u32 = 2;
+    /// VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP.
+    pub const GET_BITMAP: u32 = 4;
+}
+
+/// `flags` of [`DeviceInfo`].
+pub mod device_flags {
+    /// VFIO_DEVICE_FLAGS_RESET.
+    pub const RESET: u32 = 1;
+    /// VFIO_DEVICE_FLAGS_PCI.
+    pub const PCI: u32 = 2;
+}
+
+/// `flags` of [`RegionInfo`].
+pub mod region_flags {
+    /// VFIO_REGION_INFO_FLAG_READ.
+    pub const READ: u32 = 1;
+    /// VFIO_REGION_INFO_FLAG_WRITE.
+    pub const WRITE: u32 = 2;
+    /// VFIO_REGION_INFO_FLAG_MMAP.
+    pub const MMAP: u32 = 4;
+    /// VFIO_REGION_INFO_FLAG_CAPS.
+    pub const CAPS: u32 = 8;
+}
+
+/// `id` of the capabilities behind [`RegionInfo`].
+pub mod region_cap {
+    /// VFIO_REGION_INFO_CAP_MSIX_MAPPABLE.
+    pub const MSIX_MAPPABLE: u16 = 3;
+}
+
+/// `flags` of [`IrqInfo`].
+pub mod irq_flags {
+    /// VFIO_IRQ_INFO_EVENTFD.
+    pub const EVENTFD: u32 = 1;
+    /// VFIO_IRQ_INFO_MASKABLE.
+    pub const MASKABLE: u32 = 2;
+    /// VFIO_IRQ_INFO_AUTOMASKED.
+    pub const AUTOMASKED: u32 = 4;
+    /// VFIO_IRQ_INFO_NORESIZE.
+    pub const NORESIZE: u32 = 8;
+}
+
+/// `flags` of [`IrqSet`]: one kind of data and one action.
+pub mod irq_set_flags {
+    /// VFIO_IRQ_SET_DATA_NONE.
+    pub const DATA_NONE: u32 = 1;
+    /// VFIO_IRQ_SET_DATA_BOOL.
+    pub const DATA_BOOL: u32 = 2;
+    /// VFIO_IRQ_SET_DATA_EVENTFD.
+    pub const DATA_EVENTFD: u32 = 4;
+    /// VFIO_IRQ_SET_ACTION_MASK.
+    pub const ACTION_MASK: u32 = 8;
+    /// VFIO_IRQ_SET_ACTION_UNMASK.
+    pub const ACTION_UNMASK: u32 = 16;
+    /// VFIO_IRQ_SET_ACTION_TRIGGER.
+    pub const ACTION_TRIGGER: u32 = 32;
+    /// VFIO_IRQ_SET_DATA_TYPE_MASK.
+    pub const DATA_MASK: u32 = DATA_NONE | DATA_BOOL | DATA_EVENTFD;
+    /// VFIO_IRQ_SET_ACTION_TYPE_MASK.
+    pub const ACTION_MASKS: u32 = ACTION_MASK | ACTION_UNMASK | ACTION_TRIGGER;
+}
+
+/// `flags` of [`Feature`]: a feature number and what is asked of it.
+pub mod feature_flags {
+    /// VFIO_DEVICE_FEATURE_MASK.
+    pub const NUMBER: u32 = 0xffff;
+    /// VFIO_DEVICE_FEATURE_GET.
+    pub const GET: u32 = 1 << 16;
+    /// VFIO_DEVICE_FEATURE_SET.
+    pub const SET: u32 = 1 << 17;
+    /// VFIO_DEVICE_FEATURE_PROBE.
+    pub const PROBE: u32 = 1 << 18;
+}
+
+wire! {
+    /// VFIO_GROUP_GET_STATUS.
+    GroupStatus: 8 {
+        0 argsz: u32,
+        4 flags: u32,
+    }
+    /// The head of every capability of an info chain.
+    CapHeader: 8 {
+        0 id: u16,
+        2 version: u16,
+        /// Offset in bytes of the next capability from the start of the info struct; 0 ends the chain.
+        4 next: u32,
+    }
+    /// VFIO_IOMMU_GET_INFO.
+    Type1Info: 24 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 iova_pgsizes: u64,
+        16 cap_offset: u32,
+        20 pad: u32,
+    }
+    /// The capability IOVA_RANGE, behind its header and before its [`IovaRangeEntry`]s.
+    CapIovaRange: 8 {
+        0 nr_iovas: u32,
+        4 reserved: u32,
+    }
+    /// One element of the capability IOVA_RANGE; inclusive.
+    IovaRangeEntry: 16 {
+        0 start: u64,
+        8 end: u64,
+    }
+    /// The capability MIGRATION, behind its header.
+    CapMigration: 24 {
+        0 flags: u32,
+        4 pad: u32,
+        8 pgsize_bitmap: u64,
+        16 max_dirty_bitmap_size: u64,
+    }
+    /// The capability DMA_AVAIL, behind its header.
+    CapDmaAvail: 4 {
+        0 avail: u32,
+    }
+    /// VFIO_IOMMU_MAP_DMA.
+    DmaMap: 32 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 vaddr: u64,
+        16 iova: u64,
+        24 size: u64,
+    }
+    /// VFIO_IOMMU_UNMAP_DMA, before its optional [`Bitmap`].
+    DmaUnmap: 24 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 iova: u64,
+        16 size: u64,
+    }
+    /// Where a dirty bitmap goes: one bit for each `pgsize` bytes, `size` bytes of it at `data`.
+    Bitmap: 24 {
+        0 pgsize: u64,
+        8 size: u64,
+        16 data: u64,
+    }
+    /// VFIO_IOMMU_DIRTY_PAGES, before its optional [`DirtyBitmapGet`].
+    DirtyBitmap: 8 {
+        0 argsz: u32,
+        4 flags: u32,
+    }
+    /// The range that VFIO_IOMMU_DIRTY_PAGES reports.
+    DirtyBitmapGet: 40 {
+        0 iova: u64,
+        8 size: u64,
+        16 bitmap: Bitmap,
+    }
+    /// VFIO_DEVICE_GET_INFO.
+    DeviceInfo: 24 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 num_regions: u32,
+        12 num_irqs: u32,
+        16 cap_offset: u32,
+        20 pad: u32,
+    }
+    /// VFIO_DEVICE_GET_REGION_INFO.
+    RegionInfo: 32 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 index: u32,
+        12 cap_offset: u32,
+        16 size: u64,
+        24 offset: u64,
+    }
+    /// VFIO_DEVICE_GET_IRQ_INFO.
+    IrqInfo: 16 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 index: u32,
+        12 count: u32,
+    }
+    /// VFIO_DEVICE_SET_IRQS, before its data.
+    IrqSet: 20 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 index: u32,
+        12 start: u32,
+        16 count: u32,
+    }
+    /// VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, before its [`DependentDevice`]s.
+    HotResetInfo: 12 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 count: u32,
+    }
+    /// A device that a hot reset resets as well.
+    DependentDevice: 8 {
+        /// The group's number (or, for devices of an iommufd, the device's id).
+        0 group_id: u32,
+        4 segment: u16,
+        6 bus: u8,
+        7 devfn: u8,
+    }
+    /// VFIO_DEVICE_PCI_HOT_RESET, before its descriptors of groups.
+    HotReset: 12 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 count: u32,
+    }
+    /// VFIO_DEVICE_IOEVENTFD.
+    IoEventFd: 32 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 offset: u64,
+        16 data: u64,
+        24 fd: i32,
+        28 reserved: u32,
+    }
+    /// VFIO_DEVICE_FEATURE, before its data.
+    Feature: 8 {
+        0 argsz: u32,
+        4 flags: u32,
+    }
+    /// VFIO_DEVICE_FEATURE_DMA_LOGGING_START.
+    LoggingControl: 24 {
+        0 page_size: u64,
+        8 num_ranges: u32,
+        12 reserved: u32,
+        16 ranges: u64,
+    }
+    /// One element of [`LoggingControl::ranges`].
+    LoggingRange: 16 {
+        0 iova: u64,
+        8 length: u64,
+    }
+    /// VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT.
+    LoggingReport: 32 {
+        0 iova: u64,
+        8 length: u64,
+        16 page_size: u64,
+        24 bitmap: u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::uapi::same_layout;
+    use vfio_bindings::bindings::vfio as linux;
+
+    #[test]
+    fn structs_lie_as_in_the_kernels_header() {
+        same_layout! {
+            GroupStatus = linux::vfio_group_status { argsz, flags }
+            CapHeader = linux::vfio_info_cap_header { id, version, next }
+            Type1Info = linux::vfio_iommu_type1_info { argsz, flags, iova_pgsizes, cap_offset }
+            IovaRangeEntry = linux::vfio_iova_range { start, end }
+            DmaMap = linux::vfio_iommu_type1_dma_map { argsz, flags, vaddr, iova, size }
+            DmaUnmap = linux::vfio_iommu_type1_dma_unmap { argsz, flags, iova, size }
+            Bitmap = linux::vfio_bitmap { pgsize, size, data }
+            DirtyBitmap = linux::vfio_iommu_type1_dirty_bitmap { argsz, flags }
+            DirtyBitmapGet = linux::vfio_iommu_type1_dirty_bitmap_get { iova, size, bitmap }
+            DeviceInfo = linux::vfio_device_info { argsz, flags, num_regions, num_irqs, cap_offset }
+            RegionInfo = linux::vfio_region_info { argsz, flags, index, cap_offset, size, offset }
+            IrqInfo = linux::vfio_irq_info { argsz, flags, index, count }
+            IrqSet = linux::vfio_irq_set { argsz, flags, index, start, count }
+            HotResetInfo = linux::vfio_pci_hot_reset_info { argsz, flags, count }
+            DependentDevice = linux::vfio_pci_dependent_device { segment, bus, devfn }
+            HotReset = linux::vfio_pci_hot_reset { argsz, flags, count }
+            IoEventFd = linux::vfio_device_ioeventfd { argsz, flags, offset, data, fd, reserved }
+            Feature = linux::vfio_device_feature { argsz, flags }
+            LoggingControl = linux::vfio_device_feature_dma_logging_control {
+                page_size, num_ranges, ranges; reserved = __reserved
+            }
+            LoggingRange = linux::vfio_device_feature_dma_logging_range { iova, length }
+            LoggingReport = linux::vfio_device_feature_dma_logging_report { iova, length, page_size, bitmap }
+        }
+    }
+
+    #[test]
+    fn capabilities_lie_behind_their_header_as_in_the_kernels_header() {
+        let header = size_of::<CapHeader>();
+        assert_eq!(
+            header + size_of::<CapIovaRange>(),
+            std::mem::offset_of!(linux::vfio_iommu_type1_info_cap_iova_range, iova_ranges)
+        );
+        assert_eq!(header + size_of::<CapMigration>(), size_of::<linux::vfio_iommu_type1_info_cap_migration>());
+        assert_eq!(
+            header + std::mem::offset_of!(CapMigration, max_dirty_bitmap_size),
+            std::mem::offset_of!(linux::vfio_iommu_type1_info_cap_migration, max_dirty_bitmap_size)
+        );
+        assert_eq!(header + size_of::<CapDmaAvail>(), size_of::<linux::vfio_iommu_type1_info_dma_avail>());
+    }
+}
