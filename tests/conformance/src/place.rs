@@ -1,0 +1,85 @@
+//! Where the rows run: the PCI devices that are bound to vfio-pci, found through sysfs.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+const DEVICES: &str = "/sys/bus/pci/devices";
+/// Class, subclass and interface of an NVMe controller.
+const NVME: &str = "0x010802";
+
+/// One device that may be opened through VFIO.
+#[derive(Debug, Clone)]
+pub struct Device {
+    /// Its PCI address as in `0000:00:03.0`.
+    pub bdf: String,
+    /// Its IOMMU group.
+    pub group: u32,
+    /// The N of `/dev/vfio/devices/vfioN`, where there is one.
+    pub node: Option<u32>,
+}
+
+/// The NVMe controllers of the place, each alone in its group, in the order of their addresses.
+#[derive(Debug, Clone, Default)]
+pub struct Place {
+    /// At least two, for the rows of the container.
+    pub devices: Vec<Device>,
+}
+
+impl Place {
+    /// Finds the NVMe controllers that vfio-pci has.
+    ///
+    /// # Errors
+    /// When sysfs cannot be read.
+    pub fn find() -> io::Result<Self> {
+        let mut devices = Vec::new();
+        for path in controllers()? {
+            if link(&path.join("driver")).is_some_and(|driver| driver == "vfio-pci") {
+                devices.extend(device(&path));
+            }
+        }
+        devices.sort_by(|one: &Device, other| one.bdf.cmp(&other.bdf));
+        Ok(Self { devices })
+    }
+
+    /// Binds every NVMe controller to vfio-pci. Right in a machine that was made for this; nowhere else.
+    ///
+    /// # Errors
+    /// When sysfs refuses.
+    pub fn bind() -> io::Result<()> {
+        for path in controllers()? {
+            fs::write(path.join("driver_override"), "vfio-pci")?;
+            let bdf = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            fs::write("/sys/bus/pci/drivers_probe", bdf)?;
+        }
+        Ok(())
+    }
+}
+
+fn controllers() -> io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(DEVICES)? {
+        let path = entry?.path();
+        let class = fs::read_to_string(path.join("class")).unwrap_or_default();
+        if class.trim() == NVME {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+fn device(path: &Path) -> Option<Device> {
+    let node = fs::read_dir(path.join("vfio-dev"))
+        .ok()
+        .and_then(|mut entries| entries.next()?.ok())
+        .and_then(|entry| entry.file_name().to_str()?.strip_prefix("vfio")?.parse().ok());
+    Some(Device {
+        bdf: path.file_name()?.to_str()?.to_owned(),
+        group: link(&path.join("iommu_group"))?.parse().ok()?,
+        node,
+    })
+}
+
+fn link(path: &Path) -> Option<String> {
+    Some(fs::read_link(path).ok()?.file_name()?.to_str()?.to_owned())
+}

@@ -1,0 +1,36 @@
+//! The rows, in suites.
+
+mod container;
+mod device;
+mod dirty;
+mod info;
+mod ioas;
+mod life;
+mod map;
+mod unmap;
+
+use crate::script::{Flavour, Row};
+
+/// Rows that belong together, under one name and in one recording.
+#[derive(Debug, Clone, Copy)]
+pub struct Suite {
+    /// Its name: the first part of its rows' names.
+    pub name: &'static str,
+    /// The container that its rows mean.
+    pub flavour: Flavour,
+    /// Its rows, by subject.
+    pub tables: &'static [&'static [Row]],
+}
+
+/// The rows of a container, asked of each flavour.
+const CONTAINER: &[&[Row]] = &[container::ROWS, info::ROWS, map::ROWS, unmap::ROWS, dirty::ROWS, life::ROWS];
+
+/// Every suite.
+pub const SUITES: &[Suite] = &[
+    Suite { name: Flavour::Type1.name(), flavour: Flavour::Type1, tables: CONTAINER },
+    Suite { name: Flavour::Type1v2.name(), flavour: Flavour::Type1v2, tables: CONTAINER },
+    Suite { name: Flavour::CompatType1.name(), flavour: Flavour::CompatType1, tables: CONTAINER },
+    Suite { name: Flavour::CompatType1v2.name(), flavour: Flavour::CompatType1v2, tables: CONTAINER },
+    Suite { name: "device", flavour: Flavour::Type1v2, tables: &[device::ROWS] },
+    Suite { name: "iommufd", flavour: Flavour::CompatType1v2, tables: &[ioas::ROWS, ioas::SIZE_ROWS] },
+];
