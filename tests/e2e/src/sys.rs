@@ -1,0 +1,217 @@
+//! The system calls that no safe crate has: VFIO's ioctls, memory shared with a device, and userfaultfd.
+
+use std::io::{Error, Result};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_TYPE, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_region_info,
+};
+
+/// The number of VFIO's ioctl `offset`: no direction, size 0.
+fn number(offset: u32) -> libc::Ioctl {
+    (u64::from(VFIO_TYPE) << 8 | u64::from(VFIO_BASE + offset)) as libc::Ioctl
+}
+
+/// An ioctl whose argument is a number.
+///
+/// # Errors
+/// The errno.
+pub fn ioctl_value(fd: BorrowedFd<'_>, offset: u32, value: usize) -> Result<i32> {
+    // SAFETY: VFIO's ioctls that take a number do not read it as a pointer; the others fail with EFAULT, or would
+    // write to memory that is not ours to give: callers of this function pass small numbers only.
+    result(unsafe { libc::ioctl(fd.as_raw_fd(), number(offset), value) })
+}
+
+/// An ioctl whose argument is a structure of VFIO, in and out.
+///
+/// # Errors
+/// The errno.
+pub fn ioctl_struct<T: Argument>(fd: BorrowedFd<'_>, offset: u32, argument: &mut T) -> Result<i32> {
+    // SAFETY: `argument` is a live structure whose argsz, set by its constructor, is its size; VFIO writes no further.
+    result(unsafe { libc::ioctl(fd.as_raw_fd(), number(offset), std::ptr::from_mut(argument)) })
+}
+
+/// An ioctl whose argument lies in [`Memory`], which may be memory that blocks.
+///
+/// # Errors
+/// The errno.
+pub fn ioctl_memory(fd: BorrowedFd<'_>, offset: u32, memory: &Memory) -> Result<i32> {
+    // SAFETY: the memory is mapped as long as `memory` lives and no reference to it exists.
+    result(unsafe { libc::ioctl(fd.as_raw_fd(), number(offset), memory.start.as_ptr()) })
+}
+
+/// VFIO_GROUP_GET_DEVICE_FD.
+///
+/// # Errors
+/// The errno.
+pub fn device_fd(group: BorrowedFd<'_>, offset: u32, name: &std::ffi::CStr) -> Result<OwnedFd> {
+    // SAFETY: `name` is a C string, which the ioctl only reads.
+    let fd = result(unsafe { libc::ioctl(group.as_raw_fd(), number(offset), name.as_ptr()) })?;
+    // SAFETY: the ioctl has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A structure that an ioctl takes: plain numbers, no pointers, beginning with its size.
+pub trait Argument {}
+impl Argument for vfio_iommu_type1_dma_map {}
+impl Argument for vfio_iommu_type1_dma_unmap {}
+impl Argument for vfio_region_info {}
+/// A group's descriptor number.
+impl Argument for RawFd {}
+
+/// Memory that a device or a server reads and writes while we do.
+///
+/// Nothing outside sees a reference to it: bytes are copied in and out one atomic byte at a time.
+#[derive(Debug)]
+pub struct Memory {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: the memory is only touched through atomics, from any thread.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Private anonymous memory, zero.
+    ///
+    /// # Errors
+    /// The errno of mmap.
+    pub fn private(length: usize) -> Result<Self> {
+        Self::map(length, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
+    }
+
+    /// A file's first bytes, shared.
+    ///
+    /// # Errors
+    /// The errno of mmap.
+    pub fn shared(file: BorrowedFd<'_>, length: usize) -> Result<Self> {
+        Self::map(length, libc::MAP_SHARED, file.as_raw_fd())
+    }
+
+    fn map(length: usize, flags: i32, fd: RawFd) -> Result<Self> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), length, access, flags, fd, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).expect("mmap does not map address 0 unasked");
+        Ok(Self { start, length })
+    }
+
+    /// Takes the right to write away from the whole of it; our own writes fault from now on.
+    ///
+    /// # Errors
+    /// The errno of mprotect.
+    pub fn make_read_only(&self) -> Result<()> {
+        // SAFETY: the whole range is our mapping.
+        result(unsafe { libc::mprotect(self.start.as_ptr().cast(), self.length, libc::PROT_READ) }).map(drop)
+    }
+
+    /// Its address.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.start.as_ptr() as u64
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Never: a mapping has at least a page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    fn byte(&self, offset: usize) -> &AtomicU8 {
+        assert!(offset < self.length, "offset {offset} of {}", self.length);
+        // SAFETY: the offset is inside the mapping, which lives as long as `self`.
+        let byte = unsafe { self.start.add(offset) };
+        // SAFETY: any byte is a valid AtomicU8, and everybody here touches it through atomics.
+        unsafe { AtomicU8::from_ptr(byte.as_ptr()) }
+    }
+
+    /// Copies bytes out.
+    pub fn read(&self, offset: usize, data: &mut [u8]) {
+        for (index, byte) in data.iter_mut().enumerate() {
+            *byte = self.byte(offset + index).load(Ordering::Relaxed);
+        }
+        fence(Ordering::Acquire);
+    }
+
+    /// Copies bytes in.
+    pub fn write(&self, offset: usize, data: &[u8]) {
+        for (index, byte) in data.iter().enumerate() {
+            self.byte(offset + index).store(*byte, Ordering::Relaxed);
+        }
+        fence(Ordering::Release);
+    }
+
+    /// Reads a 32-bit number in one piece: what another writes in one piece is seen whole.
+    #[must_use]
+    pub fn read_u32(&self, offset: usize) -> u32 {
+        assert!(offset.is_multiple_of(4) && offset + 4 <= self.length, "offset {offset}");
+        let word: *mut u32 = self.byte(offset).as_ptr().cast();
+        // SAFETY: aligned and inside the mapping, and any four bytes are a valid AtomicU32.
+        unsafe { AtomicU32::from_ptr(word) }.load(Ordering::Acquire)
+    }
+
+    /// Puts the memory under a userfaultfd that nobody reads: the first touch of a page waits as long as the
+    /// descriptor is open.
+    ///
+    /// # Errors
+    /// EPERM where userfaultfd is not allowed, ENOSYS where the kernel has none.
+    pub fn silence(&self) -> Result<OwnedFd> {
+        // SAFETY: the call takes flags only.
+        let fd = result(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) } as i32)?;
+        // SAFETY: the call has just made this descriptor for us.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let mut api = UffdApi { api: UFFD_API, features: 0, ioctls: 0 };
+        // SAFETY: `api` is the structure that this number takes.
+        result(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) })?;
+        let (start, len) = (self.address(), self.length as u64);
+        let mut register = UffdRegister { start, len, mode: UFFD_MODE_MISSING, ioctls: 0 };
+        // SAFETY: `register` is the structure that this number takes, and names our own mapping.
+        result(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) })?;
+        Ok(fd)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nobody refers to it any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
+    }
+}
+
+/// Linux's include/uapi/linux/userfaultfd.h.
+const UFFD_API: u64 = 0xaa;
+const UFFD_MODE_MISSING: u64 = 1;
+const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
+
+#[repr(C)]
+struct UffdApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdRegister {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+fn result(value: i32) -> Result<i32> {
+    if value < 0 { Err(Error::last_os_error()) } else { Ok(value) }
+}

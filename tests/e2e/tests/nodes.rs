@@ -1,0 +1,194 @@
+//! Programs of our own on the nodes of `uiommufd run`: faults, waiting memory, kills, and what a user does wrong.
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::guest::{BDF, kept_alive};
+use e2e::image::Image;
+use e2e::server::{Run, binary, client};
+use e2e::skipped;
+
+/// A disk of this many MiB is enough here.
+const DISK_MEGABYTES: u64 = 1;
+/// The second device.
+const OTHER: &str = "0000:c2:00.0";
+/// How soon after a kill everything must be back to 0.
+const AFTER_KILL: Duration = Duration::from_secs(5);
+
+fn nvme(bdf: &str, image: &Image) -> [String; 2] {
+    ["--device".to_owned(), format!("nvme@{bdf},file={}", image.path().display())]
+}
+
+fn words(program: &Path, arguments: &[&str]) -> Vec<String> {
+    let program = program.display().to_string();
+    std::iter::once(program).chain(arguments.iter().map(|text| (*text).to_owned())).collect()
+}
+
+fn no_fuse() -> Option<&'static str> {
+    let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
+    open.is_err().then_some("/dev/fuse cannot be opened")
+}
+
+#[test]
+fn dma_that_is_not_allowed_gets_the_nvme_error_and_the_server_says_why() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    let command = kept_alive(words(&client("dma-faults"), &["0", BDF]));
+    let mut run = Run::start(&nvme(BDF, &image), &command)?;
+    run.wait_for("ended ")?;
+    let status = run.status()?;
+    let report = run.finish()?;
+    // Data Transfer Error (NVM Express 1.4, figure 128) for everything that was not allowed.
+    let expected = [
+        ("good", "0x0000"),
+        ("outside", "0x0004"),
+        ("half-outside", "0x0004"),
+        ("write-from-read-only", "0x0000"),
+        ("read-to-read-only", "0x0004"),
+        ("before-unmap", "0x0000"),
+        ("after-unmap", "0x0004"),
+        ("before-truncation", "0x0000"),
+        ("truncated", "0x0004"),
+        ("after-all", "0x0000"),
+    ];
+    for (case, status) in expected {
+        let shown = report.value(&format!("client: {case} "))?;
+        ensure!(shown == status, "{case}: {shown}, not {status}\n{}", report.stderr);
+    }
+    ensure!(report.value("client: bytes")? == "equal");
+    let failures = serde_json::to_string(&status["failures"])?;
+    for iova in ["0x70000000", "0x300000", "0x400000", "0x500000"] {
+        ensure!(failures.contains(iova) && failures.contains(BDF), "no failure names {iova} and {BDF}: {failures}");
+    }
+    Ok(())
+}
+
+/// A client that waits for ever in `what` stands beside one that works; it is killed, and nothing of it is left.
+fn silent_memory_hurts_nobody_else(what: &str) -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let (image, other) = (Image::random(DISK_MEGABYTES)?, Image::random(DISK_MEGABYTES)?);
+    let options = [nvme(BDF, &image), nvme(OTHER, &other)].concat();
+    let mut run = Run::start(&options, &["sh".to_owned(), "-c".to_owned(), two_clients(what)])?;
+    let silent: i32 = run.wait_for("silent ")?.parse()?;
+    let waiting = run.wait_for("client: ")?;
+    if let Some(reason) = waiting.strip_prefix("cannot ") {
+        skipped(&format!("userfaultfd: {reason}"));
+        return Ok(());
+    }
+    // The other client does all its work while the first one waits.
+    run.tell("go")?;
+    run.wait_for("client: done 100")?;
+    run.wait_for("worked 0")?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(silent), nix::sys::signal::Signal::SIGKILL)?;
+    run.wait_until_empty(AFTER_KILL)?;
+    run.wait_for("killed 137")?;
+    ensure!(run.finish()?.status.success(), "the server did not end well");
+    Ok(())
+}
+
+/// A script: the silent client; when it is told to go on, a hundred rounds of the steady one; then the silent one's
+/// end.
+fn two_clients(what: &str) -> String {
+    let (silent, steady) = (client("silent-memory"), client("steady"));
+    format!(
+        "{} {what} 0 {BDF} & silent=$!; echo \"silent $silent\"; read go; seq 100 | {} 1 {OTHER}; \
+         echo \"worked $?\"; wait $silent; echo \"killed $?\"; cat >/dev/null",
+        silent.display(),
+        steady.display()
+    )
+}
+
+#[test]
+fn argument_in_silent_memory_hurts_no_other_client_and_leaves_nothing() -> Result<()> {
+    silent_memory_hurts_nobody_else("ioctl")
+}
+
+#[test]
+fn dma_into_silent_memory_hurts_no_other_client_and_leaves_nothing() -> Result<()> {
+    silent_memory_hurts_nobody_else("dma")
+}
+
+#[test]
+fn argument_and_dma_in_silent_memory_hurt_no_other_client_and_leave_nothing() -> Result<()> {
+    silent_memory_hurts_nobody_else("both")
+}
+
+#[test]
+fn run_passes_on_the_exit_status_of_its_command() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let report = Run::start(&[], &["sh", "-c", "exit 7"])?.finish()?;
+    ensure!(report.status.code() == Some(7), "{}", report.status);
+    Ok(())
+}
+
+#[test]
+fn run_shows_the_nodes_and_the_facade_to_its_command_only() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    let script = format!(
+        "for path in /dev/iommu /dev/vfio/vfio /dev/vfio/0 /dev/vfio/devices/vfio0 /dev/null \
+         /sys/bus/pci/devices/{BDF}/config /sys/kernel/iommu_groups/0/devices/{BDF}/vendor \
+         /sys/module/vfio_iommu_type1/parameters/dma_entry_limit; do test -e $path || echo \"missing $path\"; done; \
+         echo \"vendor $(cat /sys/bus/pci/devices/{BDF}/vendor)\"; echo \"class $(cat /sys/bus/pci/devices/{BDF}/class)\"; \
+         echo \"group $(basename $(readlink /sys/bus/pci/devices/{BDF}/iommu_group))\"; \
+         echo \"driver $(basename $(readlink /sys/bus/pci/devices/{BDF}/driver))\""
+    );
+    let report = Run::start(&nvme(BDF, &image), &["sh", "-c", &script])?.finish()?;
+    ensure!(report.values("missing").is_empty(), "{}", report.lines.join("\n"));
+    ensure!(report.value("class")? == "0x010802" && report.value("group")? == "0", "{}", report.lines.join("\n"));
+    ensure!(report.value("driver")? == "vfio-pci" && report.value("vendor")?.starts_with("0x"));
+    ensure!(!Path::new("/dev/vfio/0").exists() || std::fs::read_to_string("/proc/mounts")?.contains("/dev/vfio"));
+    Ok(())
+}
+
+fn uiommufd(arguments: &[&str]) -> Result<Output> {
+    Command::new(binary()).args(arguments).output().context("uiommufd")
+}
+
+#[test]
+fn command_line_that_is_wrong_is_one_line_and_exit_2_before_anything_is_mounted() -> Result<()> {
+    let mounts = || std::fs::read_to_string("/proc/self/mounts").map(|text| text.matches("uiommufd").count());
+    let before = mounts()?;
+    let image = Image::random(DISK_MEGABYTES)?;
+    let good = format!("nvme@{BDF},file={}", image.path().display());
+    let cases: [&[&str]; 8] = [
+        &["run", "--device", "nvme", "--", "true"],
+        &["run", "--device", "nvme@0000:c1:00.0", "--", "true"],
+        &["run", "--device", "nvme@0000:c1:00.0,file=/nonexistent/disk", "--", "true"],
+        &["run", "--device", &good, "--device", &good, "--", "true"],
+        &["run", "--container", "none", "--", "true"],
+        &["run", "--device", &good],
+        &["serve", "--device", "floppy@0000:c1:00.0"],
+        &["polish"],
+    ];
+    for case in cases {
+        let output = uiommufd(case)?;
+        let stderr = String::from_utf8(output.stderr)?;
+        ensure!(output.status.code() == Some(2), "{case:?}: {}, {stderr}", output.status);
+        ensure!(stderr.trim_end().lines().count() == 1 && stderr.starts_with("uiommufd: "), "{case:?}: {stderr}");
+        ensure!(output.stdout.is_empty(), "{case:?} printed to stdout");
+    }
+    ensure!(mounts()? == before, "something was mounted");
+    Ok(())
+}
+
+#[test]
+fn status_without_a_server_of_that_pid_says_so() -> Result<()> {
+    let output = uiommufd(&["status", "--json", "--pid", "1"])?;
+    ensure!(output.status.code() == Some(1) && !output.stderr.is_empty());
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! The main job: unmodified QEMU and Debian's unmodified kernel drive our NVMe controller through our nodes.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::guest::{BDF, Machine, Ram, kept_alive, missing};
+use e2e::image::{Image, PATTERN};
+use e2e::server::{Report, Run};
+use e2e::skipped;
+
+/// The size of every disk here, in MiB.
+const DISK_MEGABYTES: u64 = 16;
+/// How soon after a kill everything must be back to 0.
+const AFTER_KILL: Duration = Duration::from_secs(5);
+
+fn nvme(bdf: &str, image: &Image, keys: &str) -> [String; 2] {
+    ["--device".to_owned(), format!("nvme@{bdf},file={}{keys}", image.path().display())]
+}
+
+/// Boots `machine` with one disk, to its end.
+fn boot(machine: &Machine, image: &Image) -> Result<Report> {
+    let report = Run::start(&nvme(BDF, image, ""), &machine.command(image)?)?.finish()?;
+    let log = std::fs::read_to_string(Machine::qemu_log(image)).unwrap_or_default();
+    ensure!(report.status.success(), "{}\n{}\n{}\n{log}", report.status, report.lines.join("\n"), report.stderr);
+    ensure!(report.value("guest: end")? == "0", "{}\n{}", report.lines.join("\n"), report.stderr);
+    ensure!(report.values("guest: failed").is_empty(), "{}", report.lines.join("\n"));
+    Ok(report)
+}
+
+/// The guest reads the disk as the host wrote it, writes a pattern, and the host finds it.
+fn disk_is_the_same_from_both_sides(kind: &'static str, ram: Ram) -> Result<()> {
+    if let Some(reason) = missing() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    let before = image.sha256()?;
+    let machine = Machine::new(kind, ram, "read,write,read,errors");
+    let report = boot(&machine, &image)?;
+    let shown = report.values("guest: sha256");
+    ensure!(shown == [before.as_str(), image.sha256()?.as_str()], "{shown:?}, but the host had {before}");
+    ensure!(shown[0] != shown[1], "the guest wrote nothing");
+    let pattern = report.value("guest: pattern")?;
+    ensure!(report.value("guest: back")? == pattern, "the guest did not read its own pattern back");
+    ensure!(image.sha256_of(PATTERN)? == pattern, "the pattern is not where the guest wrote it");
+    let complaints: Vec<_> = report.values("guest: log").into_iter().filter(|line| is_complaint(line)).collect();
+    ensure!(complaints.is_empty(), "the guest's kernel complained: {complaints:#?}");
+    no_vfio_warnings(&Machine::qemu_log(&image))
+}
+
+/// What a healthy controller never makes Linux's driver say.
+fn is_complaint(line: &str) -> bool {
+    ["timeout", "error", "fail", "abort", "reset", "disabl", "invalid"].iter().any(|word| line.to_lowercase().contains(word))
+}
+
+/// QEMU has said nothing. Linux's own VFIO causes no warning for a function without a ROM and without peers.
+fn no_vfio_warnings(log: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    ensure!(text.trim().is_empty(), "QEMU warned:\n{text}");
+    Ok(())
+}
+
+#[test]
+fn pc_with_private_ram_reads_and_writes_the_disk() -> Result<()> {
+    disk_is_the_same_from_both_sides("pc", Ram::Private)
+}
+
+#[test]
+fn q35_with_memfd_ram_reads_and_writes_the_disk() -> Result<()> {
+    disk_is_the_same_from_both_sides("q35", Ram::Memfd)
+}
+
+/// An inclusive range of addresses.
+type Span = (u64, u64);
+
+/// The mappings that QEMU's trace leaves: regions added and not deleted since.
+fn traced_map(trace: &str) -> Vec<Span> {
+    let mut map: Vec<Span> = Vec::new();
+    for line in trace.lines() {
+        let added = line.split_once("region_add [ram] ").map(|(_, rest)| rest);
+        let deleted = line.split_once("region_del ").map(|(_, rest)| rest);
+        if let Some(span) = added.and_then(span) {
+            map.push(span);
+        } else if let Some(gone) = deleted.and_then(span) {
+            map.retain(|span| *span != gone);
+        }
+    }
+    map.sort_unstable();
+    map
+}
+
+/// `0x1000 - 0x1fff ...`
+fn span(text: &str) -> Option<Span> {
+    let mut words = text.split_whitespace();
+    let first = hex(words.next()?)?;
+    (words.next()? == "-").then_some(())?;
+    Some((first, hex(words.next()?)?))
+}
+
+fn hex(text: &str) -> Option<u64> {
+    u64::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()
+}
+
+fn reported_areas(ioas: &serde_json::Value) -> Result<Vec<Span>> {
+    let areas = ioas["area_list"].as_array().context("area_list")?;
+    let number = |area: &serde_json::Value, key: &str| area[key].as_str().and_then(hex).context("an address");
+    areas.iter().map(|area| Ok((number(area, "iova")?, number(area, "last")?))).collect()
+}
+
+#[test]
+fn region_map_in_the_server_is_what_qemu_mapped_and_covers_the_guests_ram() -> Result<()> {
+    if let Some(reason) = missing() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    let machine = Machine { traced: true, ..Machine::new("pc", Ram::Memfd, "memory,fill") };
+    let mut run = Run::start(&nvme(BDF, &image, ""), &machine.command(&image)?)?;
+    run.wait_for("guest: busy 1")?;
+    let status = run.status()?;
+    let trace = std::fs::read_to_string(Machine::trace_log(&image))?;
+    let areas = reported_areas(&status["ioases"][0])?;
+    let mut sorted = areas.clone();
+    sorted.sort_unstable();
+    ensure!(sorted == traced_map(&trace), "server {sorted:x?}, QEMU {:x?}", traced_map(&trace));
+    for line in run.transcript().lines().filter_map(|line| line.strip_prefix("guest: ram ")) {
+        let (first, last) = line.split_once(' ').and_then(|(a, b)| Some((hex(a)?, hex(b.trim())?))).context("ram")?;
+        let covering = areas.iter().any(|area| area.0 <= first && last <= area.1);
+        ensure!(covering, "the guest's RAM {first:#x}-{last:#x} is not mapped: {areas:x?}");
+    }
+    no_vfio_warnings(&Machine::qemu_log(&image))
+}
+
+#[test]
+fn second_device_behind_another_iommu_makes_a_second_domain_and_no_second_charge() -> Result<()> {
+    if let Some(reason) = missing() {
+        skipped(reason);
+        return Ok(());
+    }
+    let (image, second) = (Image::random(DISK_MEGABYTES)?, Image::random(DISK_MEGABYTES)?);
+    let mut machine = Machine::new("pc", Ram::Memfd, "read,fill");
+    machine.devices.push("0000:c2:00.0".to_owned());
+    let options = [nvme(BDF, &image, ""), nvme("0000:c2:00.0", &second, ",iommu=b,coherent=off")].concat();
+    let mut run = Run::start(&options, &machine.command(&image)?)?;
+    run.wait_for("guest: busy 1")?;
+    let status = run.status()?;
+    ensure!(status["ioases"].as_array().map(Vec::len) == Some(1), "one container: {status:#}");
+    let domains = status["ioases"][0]["hwpts"].as_array().context("hwpts")?;
+    let coherent: Vec<_> = domains.iter().map(|domain| domain["coherent"].as_bool()).collect();
+    ensure!(coherent.len() == 2 && coherent.contains(&Some(true)) && coherent.contains(&Some(false)), "{status:#}");
+    let charged = status["store"]["payers"].as_array().context("payers")?;
+    ensure!(charged.len() == 1, "one payer: {status:#}");
+    ensure!(charged[0]["charged_bytes"] == status["store"]["held_bytes"], "charged as often as held: {status:#}");
+    ensure!(status["ioases"][0]["mapped_bytes"].as_u64() >= charged[0]["charged_bytes"].as_u64(), "{status:#}");
+    let flushes = domains.iter().filter_map(|domain| domain["context_flushes"].as_u64());
+    ensure!(flushes.sum::<u64>() <= 2, "a device was attached more than once: {status:#}");
+    Ok(())
+}
+
+/// Kills QEMU in the middle of I/O. The server goes on and must hold nothing soon after.
+fn kill_in_the_middle_of_io(ram: Ram) -> Result<()> {
+    let image = Image::random(DISK_MEGABYTES)?;
+    let machine = Machine::new("pc", ram, "fill");
+    let mut run = Run::start(&nvme(BDF, &image, ""), &kept_alive(machine.command(&image)?))?;
+    let qemu: i32 = run.wait_for("child ")?.parse()?;
+    run.wait_for("guest: busy 2")?;
+    let busy = run.status()?;
+    ensure!(busy["store"]["held_bytes"].as_u64() > Some(64 << 20), "QEMU holds nothing: {busy:#}");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(qemu), nix::sys::signal::Signal::SIGKILL)?;
+    ensure!(run.wait_for("ended ")? == "137", "QEMU did not die of it");
+    run.wait_until_empty(AFTER_KILL)?;
+    ensure!(run.finish()?.status.success(), "the server did not end well");
+    Ok(())
+}
+
+#[test]
+fn qemu_killed_in_the_middle_of_io_leaves_nothing_held() -> Result<()> {
+    if let Some(reason) = missing() {
+        skipped(reason);
+        return Ok(());
+    }
+    let times = std::env::var("UIOMMUFD_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(5);
+    for time in 1..=times {
+        let ram = if time % 2 == 0 { Ram::Memfd } else { Ram::Private };
+        kill_in_the_middle_of_io(ram).with_context(|| format!("kill {time} of {times}, {ram:?} RAM"))?;
+        println!("kill {time} of {times}: nothing left, {ram:?} RAM");
+    }
+    Ok(())
+}
+
+#[test]
+fn traced_map_follows_additions_and_deletions() {
+    let trace = "vfio_listener_region_add_ram region_add [ram] 0x0 - 0x9ffff [0x7f]\n\
+                 vfio_listener_region_add_ram region_add [ram] 0x100000 - 0xfffffff [0x7f]\n\
+                 vfio_listener_region_del region_del 0x0 - 0x9ffff\n";
+    assert_eq!(traced_map(trace), [(0x10_0000, 0xfff_ffff)]);
+}
