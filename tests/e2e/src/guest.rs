@@ -109,13 +109,14 @@ pub fn kept_alive(words: Vec<String>) -> Vec<String> {
 /// When they cannot be made.
 pub fn kernel() -> Result<(PathBuf, PathBuf)> {
     static PATHS: OnceLock<(bool, String, String)> = OnceLock::new();
-    let (made, stdout, stderr) = PATHS.get_or_init(|| match Command::new(repository().join("tools/guest-image")).output() {
-        Ok(output) => {
-            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            (output.status.success(), text(&output.stdout), text(&output.stderr))
-        }
-        Err(error) => (false, String::new(), error.to_string()),
-    });
+    let (made, stdout, stderr) =
+        PATHS.get_or_init(|| match Command::new(repository().join("tools/guest-image")).output() {
+            Ok(output) => {
+                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                (output.status.success(), text(&output.stdout), text(&output.stderr))
+            }
+            Err(error) => (false, String::new(), error.to_string()),
+        });
     let paths: Vec<_> = stdout.lines().map(PathBuf::from).collect();
     ensure!(*made && paths.len() == 2, "tools/guest-image: {stderr}");
     Ok((paths[0].clone(), paths[1].clone()))
