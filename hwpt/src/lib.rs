@@ -1,1 +1,34 @@
 //! Domains, hardware page tables, devices and groups, and the DMA path.
+//!
+//! The room between address spaces (`ioas`) and the words of VFIO and iommufd (`compat`, `cuse-frontend`). A
+//! [`Device`] sits in a [`Group`]; a [`HwptList`], one per IOAS, attaches groups to [`Hwpt`]s; an HWPT stands beside a
+//! table of one [`Format`] that the IOAS fills. What a device then reads and writes goes through its [`Dma`].
+//!
+//! Lock order: the list's `changes`, a group's `seat`, a device's `state`, then the IOAS's own locks; the list's
+//! `members`, a table's `beside`, a radix table's `updates` and everything marked so are leaf locks.
+#![deny(unsafe_code)]
+
+mod device;
+mod dirty;
+mod dma;
+mod error;
+mod fault;
+mod format;
+mod group;
+mod hwpt;
+mod iotlb;
+mod list;
+mod radix;
+#[allow(unsafe_code)]
+mod sys;
+mod table;
+
+pub use device::{AttachHook, Device, DeviceProperties};
+pub use dma::Dma;
+pub use error::AttachError;
+pub use fault::{DmaCause, DmaFault, FaultSink, IgnoreFaults};
+pub use format::{Format, FormatError, LEVEL_BITS};
+pub use group::Group;
+pub use hwpt::{FlushCounters, Hwpt, HwptFlags, HwptId, HwptSnapshot};
+pub use list::{HwptList, ListSnapshot, TableSnapshot};
+pub use radix::{RadixTable, Translation};

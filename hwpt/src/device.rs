@@ -1,0 +1,244 @@
+//! `Device`: something that does DMA, behind an IOMMU with certain properties.
+//!
+//! Its properties say what kind of table its IOMMU walks and which IOVAs it keeps for itself. They may change *by*
+//! attaching the device (a test device does that on purpose, some real ones too): the list reads them again after each
+//! attach and does not trust what it read before.
+//!
+//! What the device is attached to lies in a [`Current`], which its DMA reads without a lock. The device refuses to
+//! know who drives it; faults go to a sink it was given.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ioas::{Ioas, IoasError, IovaRange, PageStore, ReaderSet, ReservationOwner};
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use crate::dma::Dma;
+use crate::fault::{DmaCause, FaultSink};
+use crate::format::Format;
+use crate::hwpt::Hwpt;
+use crate::sys::{Current, Guarded};
+
+/// What a device's IOMMU can do, and what the device keeps for itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DeviceProperties {
+    /// The IOMMU it sits behind, by name. Two units with the same properties share HWPTs.
+    pub unit: String,
+    /// What tables that IOMMU walks.
+    pub format: Format,
+    /// IOVAs that no area may use while the device is attached (its MSI window), in bytes, inclusive.
+    pub reserved: Vec<IovaRange>,
+    /// The IOMMU enforces cache coherency.
+    pub coherent: bool,
+    /// The IOMMU tracks dirty pages.
+    pub dirty_tracking: bool,
+}
+
+/// Called each time a device has been attached, with its properties of before; returns those it has from now on.
+pub type AttachHook = Box<dyn Fn(&DeviceProperties) -> DeviceProperties + Send + Sync>;
+
+/// What a DMA runs through.
+pub(crate) struct Attachment {
+    pub(crate) hwpt: Arc<Hwpt>,
+    pub(crate) store: Arc<PageStore>,
+    /// log2 of the page of its IOTLB entries.
+    pub(crate) page_shift: u32,
+}
+
+impl Attachment {
+    pub(crate) fn new(hwpt: &Arc<Hwpt>) -> Arc<Self> {
+        Arc::new(Self {
+            store: Arc::clone(hwpt.ioas().store()),
+            page_shift: hwpt.format().leaf_shift(),
+            hwpt: Arc::clone(hwpt),
+        })
+    }
+}
+
+impl Guarded for Attachment {
+    fn readers(&self) -> &Arc<ReaderSet> {
+        self.hwpt.readers()
+    }
+}
+
+/// IOVAs kept free in an IOAS for one device; given back when it is dropped.
+pub(crate) struct Reserved {
+    ioas: Arc<Ioas>,
+    owner: ReservationOwner,
+    /// Immutable: what was asked for.
+    ranges: Vec<IovaRange>,
+}
+
+impl Reserved {
+    pub(crate) fn new(ioas: &Arc<Ioas>, ranges: &[IovaRange]) -> Result<Self, IoasError> {
+        let owner = ReservationOwner::unique();
+        if !ranges.is_empty() {
+            ioas.reserve(owner, ranges)?;
+        }
+        Ok(Self { ioas: Arc::clone(ioas), owner, ranges: ranges.to_vec() })
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if !self.ranges.is_empty() {
+            self.ioas.unreserve(self.owner);
+        }
+    }
+}
+
+/// A device that does DMA.
+pub struct Device {
+    /// Immutable, never used twice: finds the device's lane in a thread.
+    id: u64,
+    /// Immutable, as the next two.
+    name: Arc<str>,
+    faults: Arc<dyn FaultSink>,
+    hook: Option<AttachHook>,
+    /// Guarded by itself; a leaf lock.
+    properties: Mutex<DeviceProperties>,
+    /// Follows `state`.
+    current: Current<Attachment>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    attachment: Option<Arc<Attachment>>,
+    reserved: Option<Reserved>,
+    frozen: bool,
+}
+
+impl Device {
+    /// A device, attached to nothing. `name` is for people: a PCI address.
+    #[must_use]
+    pub fn new(name: impl Into<Arc<str>>, properties: DeviceProperties, faults: Arc<dyn FaultSink>) -> Arc<Self> {
+        Self::build(name.into(), properties, faults, None)
+    }
+
+    /// A device whose properties change by attaching it: `hook` gives the new ones.
+    #[must_use]
+    pub fn with_hook(
+        name: impl Into<Arc<str>>,
+        properties: DeviceProperties,
+        faults: Arc<dyn FaultSink>,
+        hook: AttachHook,
+    ) -> Arc<Self> {
+        Self::build(name.into(), properties, faults, Some(hook))
+    }
+
+    fn build(
+        name: Arc<str>,
+        properties: DeviceProperties,
+        faults: Arc<dyn FaultSink>,
+        hook: Option<AttachHook>,
+    ) -> Arc<Self> {
+        static IDS: AtomicU64 = AtomicU64::new(0);
+        Arc::new(Self {
+            id: IDS.fetch_add(1, Ordering::Relaxed),
+            name,
+            faults,
+            hook,
+            properties: Mutex::new(properties),
+            current: Current::nothing(),
+            state: Mutex::default(),
+        })
+    }
+
+    /// Its name.
+    #[must_use]
+    pub const fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// Its properties, as they are now.
+    #[must_use]
+    pub fn properties(&self) -> DeviceProperties {
+        self.properties.lock().clone()
+    }
+
+    /// Changes its properties. Attachments that were made with the old ones stay.
+    pub fn set_properties(&self, properties: DeviceProperties) {
+        *self.properties.lock() = properties;
+    }
+
+    /// A handle for its DMA, for any number of threads.
+    #[must_use]
+    pub fn dma(self: &Arc<Self>) -> Dma {
+        Dma::new(Arc::clone(self))
+    }
+
+    /// What it is attached to.
+    #[must_use]
+    pub fn hwpt(&self) -> Option<Arc<Hwpt>> {
+        self.state.lock().attachment.as_ref().map(|attachment| Arc::clone(&attachment.hwpt))
+    }
+
+    /// Freezes its DMA, or thaws it: while frozen, every DMA is aborted. When it returns, none is under way.
+    pub fn set_frozen(&self, frozen: bool) {
+        let mut state = self.state.lock();
+        if state.frozen != frozen {
+            state.frozen = frozen;
+            let seen = state.attachment.clone().filter(|_| !frozen);
+            self.current.replace(seen);
+        }
+    }
+
+    pub(crate) const fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub(crate) const fn current(&self) -> &Current<Attachment> {
+        &self.current
+    }
+
+    pub(crate) fn faults(&self) -> &dyn FaultSink {
+        &*self.faults
+    }
+
+    /// Why a DMA finds no attachment.
+    pub(crate) fn detached_cause(&self) -> DmaCause {
+        if self.state.lock().frozen { DmaCause::Frozen } else { DmaCause::NotAttached }
+    }
+
+    /// Attaches, replaces or detaches. When it returns, no DMA runs through the old attachment, the old HWPT has
+    /// counted the flush, and the device's own view of itself may have changed. Returns the old reservation, which
+    /// holds until it is dropped.
+    pub(crate) fn attach(&self, new: Option<(Arc<Attachment>, Reserved)>) -> Option<Reserved> {
+        let mut state = self.state.lock();
+        let (attachment, reserved) = new.unzip();
+        let attached = attachment.is_some();
+        if let Some(new) = &attachment {
+            new.hwpt.arrived(&self.name);
+        }
+        self.current.replace(attachment.clone().filter(|_| !state.frozen));
+        if let Some(old) = std::mem::replace(&mut state.attachment, attachment) {
+            old.hwpt.left(&self.name);
+        }
+        let old = std::mem::replace(&mut state.reserved, reserved);
+        drop(state);
+        if let (true, Some(hook)) = (attached, &self.hook) {
+            let changed = hook(&self.properties());
+            self.set_properties(changed);
+        }
+        old
+    }
+
+    /// True when what is reserved is what its properties say.
+    pub(crate) fn reserved_is(&self, ranges: &[IovaRange]) -> bool {
+        self.state.lock().reserved.as_ref().is_some_and(|reserved| reserved.ranges == ranges)
+    }
+
+    /// Reserves other ranges for an attached device.
+    pub(crate) fn set_reserved(&self, new: Reserved) {
+        let old = self.state.lock().reserved.replace(new);
+        drop(old);
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.attach(None);
+    }
+}

@@ -1,0 +1,301 @@
+//! `DirtySet`: which pages were written through one HWPT while it is tracked, by IOVA.
+//!
+//! A sparse bitmap: the same tree as a page table, its leaves holding 32 bits each. It costs what is dirty, not what is
+//! mapped: a node of 4 KiB for each 64 MiB (of 4 KiB pages) in which something was written.
+//!
+//! **Nothing written is missed.** A DMA marks its pages inside the reader count of the IOAS, and [`DirtySet::collect`]
+//! is followed by a wait for those readers before its bits are given out (`hwpt`). So a page that a DMA found marked
+//! already is in the bits that were just taken, and the bytes are in memory before anyone copies the page; and a DMA
+//! that marks later is in the next round. For the same reason tracking has begun only after such a wait.
+//!
+//! **The epoch** lets an IOTLB entry remember that its page is marked. It changes *after* bits were taken: an entry
+//! that was marked while they were being taken marks again. It is 0 while nothing is tracked, and never the same twice.
+//!
+//! Marking takes no lock; collecting, forgetting and switching take `changes`. Without memory for a node the set gives
+//! up and says that everything is dirty.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use ioas::{Iova, IovaRange, failpoint};
+use parking_lot::Mutex;
+
+use crate::format::{Format, LEVEL_BITS};
+use crate::sys::{self, Entry, FANOUT, LEAF, Node, Pin};
+
+/// log2 of the pages in one leaf; their bits are the upper half of it.
+const WORD_SHIFT: u32 = 5;
+const BITS_AT: u32 = 32;
+
+static EPOCHS: AtomicU64 = AtomicU64::new(1);
+
+/// The dirty pages of one HWPT.
+pub(crate) struct DirtySet {
+    /// Immutable: log2 of the page that a bit stands for, in bytes.
+    page_shift: u32,
+    top_level: u32,
+    last: u64,
+    /// 0 while nothing is tracked.
+    epoch: AtomicU64,
+    /// A node was missing: everything counts as dirty until tracking starts anew.
+    lost: AtomicBool,
+    /// Made when tracking starts for the first time.
+    root: std::sync::OnceLock<Box<Node>>,
+    changes: Mutex<()>,
+}
+
+/// No memory to track dirty pages in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("no memory for a set of dirty pages")]
+pub(crate) struct NoMemory;
+
+impl DirtySet {
+    /// An empty set for tables of `format`, not tracking.
+    pub(crate) fn new(format: &Format) -> Self {
+        let page_shift = format.leaf_shift();
+        let bits = 64 - format.last().0.leading_zeros();
+        Self {
+            page_shift,
+            top_level: bits.saturating_sub(page_shift + WORD_SHIFT).div_ceil(LEVEL_BITS).max(1) - 1,
+            last: format.last().0,
+            epoch: AtomicU64::new(0),
+            lost: AtomicBool::new(false),
+            root: std::sync::OnceLock::new(),
+            changes: Mutex::new(()),
+        }
+    }
+
+    /// What an IOTLB entry remembers once it has marked its page; 0 while nothing is tracked.
+    #[inline]
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Starts, with an empty set, or stops. The caller waits for the readers afterwards.
+    pub(crate) fn track(&self, on: bool) -> Result<(), NoMemory> {
+        let _changes = self.changes.lock();
+        if on == (self.epoch() != 0) {
+            return Ok(());
+        }
+        if on && self.root.get().is_none() {
+            let root = node().ok_or(NoMemory)?;
+            self.root.get_or_init(|| root);
+        }
+        self.epoch.store(0, Ordering::SeqCst);
+        self.drop_range(0, self.last);
+        self.lost.store(false, Ordering::Relaxed);
+        if on {
+            self.next_epoch();
+        }
+        Ok(())
+    }
+
+    /// Marks every page that `start` to `last` touches, if anything is tracked. For a DMA, inside the reader count.
+    pub(crate) fn mark(&self, start: u64, last: u64) {
+        if self.epoch() == 0 {
+            return;
+        }
+        let Some(root) = self.root.get() else { return };
+        let pin = sys::pin();
+        let (mut page, last) = (start >> self.page_shift, last >> self.page_shift);
+        loop {
+            let word = page >> WORD_SHIFT;
+            let word_last = last.min(page | ((1 << WORD_SHIFT) - 1));
+            if self.mark_word(root, word, mask(page, word_last), &pin).is_none() {
+                self.lost.store(true, Ordering::SeqCst);
+                return;
+            }
+            if word_last == last {
+                return;
+            }
+            page = word_last + 1;
+        }
+    }
+
+    fn mark_word(&self, root: &Node, word: u64, bits: u64, pin: &Pin) -> Option<()> {
+        let (mut node, mut level) = (root, self.top_level);
+        while level > 0 {
+            let index = slot(word, level);
+            match node.entry(index, pin) {
+                Entry::Child(child) => (node, level) = (child, level - 1),
+                Entry::Empty | Entry::Leaf(_) => drop(node.publish(index, 0, self::node()?)),
+            }
+        }
+        let index = slot(word, 0);
+        loop {
+            let old = value(node.entry(index, pin));
+            let new = old | bits | LEAF;
+            if old == new || node.exchange(index, old, new) {
+                return Some(());
+            }
+        }
+    }
+
+    /// Gives `sink` the first and last IOVA of each run of dirty pages in `range`, ascending, and with `clear` takes
+    /// them out. The caller waits for the readers before it tells anyone.
+    pub(crate) fn collect(&self, range: IovaRange, clear: bool, sink: &mut dyn FnMut(u64, u64)) {
+        let _changes = self.changes.lock();
+        if self.epoch() == 0 {
+            return;
+        }
+        if self.lost.load(Ordering::SeqCst) {
+            sink(range.start().0, range.last().0);
+            return;
+        }
+        let mut runs = Runs { page_shift: self.page_shift, open: None, sink };
+        self.visit(range.start().0, range.last().0, clear, &mut |page, bits| runs.word(page, bits));
+        runs.close();
+        if clear {
+            self.next_epoch();
+        }
+    }
+
+    /// Takes out every page in `range`: it is not mapped any more.
+    pub(crate) fn forget(&self, range: IovaRange) {
+        if self.root.get().is_some() {
+            let _changes = self.changes.lock();
+            self.drop_range(range.start().0, range.last().0);
+            if self.epoch() != 0 {
+                self.next_epoch();
+            }
+        }
+    }
+
+    fn next_epoch(&self) {
+        self.epoch.store(EPOCHS.fetch_add(1, Ordering::Relaxed), Ordering::SeqCst);
+    }
+
+    fn drop_range(&self, start: u64, last: u64) {
+        let Some(root) = self.root.get() else { return };
+        let pin = sys::pin();
+        self.drop_in(root, self.top_level, start >> self.page_shift, last.min(self.last) >> self.page_shift, &pin);
+    }
+
+    /// Drops pages `first` to `last` in a node, whole subtrees at once.
+    fn drop_in(&self, node: &Node, level: u32, first: u64, last: u64, pin: &Pin) {
+        for (index, first, last) in slots(level, first, last) {
+            match node.entry(index, pin) {
+                Entry::Child(child) if last - first != pages(level) - 1 => {
+                    self.drop_in(child, level - 1, first, last, pin);
+                }
+                Entry::Child(_) => node.unlink(index, pin),
+                Entry::Leaf(_) => drop(take(node, index, mask(first, last), true, pin)),
+                Entry::Empty => {}
+            }
+        }
+    }
+
+    fn visit(&self, start: u64, last: u64, clear: bool, word: &mut dyn FnMut(u64, u64)) {
+        let Some(root) = self.root.get() else { return };
+        let (first, last) = (start >> self.page_shift, last.min(self.last) >> self.page_shift);
+        if first <= last {
+            visit(root, self.top_level, (first, last), clear, word, &sys::pin());
+        }
+    }
+}
+
+/// Gives `word` the bits of pages `pages.0` to `pages.1` in a node: the first page of a leaf, and its bits.
+fn visit(node: &Node, level: u32, pages: (u64, u64), clear: bool, word: &mut dyn FnMut(u64, u64), pin: &Pin) {
+    for (index, first, last) in slots(level, pages.0, pages.1) {
+        match node.entry(index, pin) {
+            Entry::Empty => {}
+            Entry::Child(child) => visit(child, level - 1, (first, last), clear, word, pin),
+            Entry::Leaf(_) => {
+                let bits = take(node, index, mask(first, last), clear, pin);
+                word(first >> WORD_SHIFT << WORD_SHIFT, bits >> BITS_AT);
+            }
+        }
+    }
+}
+
+/// The bits of a leaf that are in `mask`; with `clear` they are taken out.
+fn take(node: &Node, index: usize, mask: u64, clear: bool, pin: &Pin) -> u64 {
+    loop {
+        let old = value(node.entry(index, pin));
+        let rest = old & !mask;
+        let new = if rest == LEAF { 0 } else { rest };
+        if !clear || old == new || node.exchange(index, old, new) {
+            return old & mask;
+        }
+    }
+}
+
+fn node() -> Option<Box<Node>> {
+    if failpoint::reached("hwpt: node of a dirty set") {
+        return None;
+    }
+    Node::allocate()
+}
+
+const fn value(entry: Entry<'_>) -> u64 {
+    match entry {
+        Entry::Leaf(leaf) => leaf,
+        Entry::Empty | Entry::Child(_) => 0,
+    }
+}
+
+/// Pages that a slot of `level` stands for.
+const fn pages(level: u32) -> u64 {
+    1 << (WORD_SHIFT + level * LEVEL_BITS)
+}
+
+const fn slot(word: u64, level: u32) -> usize {
+    (word >> (level * LEVEL_BITS)) as usize & (FANOUT - 1)
+}
+
+/// The bits of pages `first` to `last`, which one leaf holds.
+const fn mask(first: u64, last: u64) -> u64 {
+    let (from, to) = (first & 31, last & 31);
+    ((u32::MAX >> (31 - (to - from))) as u64) << (BITS_AT as u64 + from)
+}
+
+/// The slots of one node that pages `first` to `last` touch, each with the pages in it.
+fn slots(level: u32, first: u64, last: u64) -> impl Iterator<Item = (usize, u64, u64)> {
+    let size = pages(level);
+    let indices = slot(first >> WORD_SHIFT, level)..=slot(last >> WORD_SHIFT, level);
+    let base = first & !(size - 1);
+    indices.enumerate().map(move |(nth, index)| {
+        let start = base + nth as u64 * size;
+        (index, first.max(start), last.min(start + (size - 1)))
+    })
+}
+
+/// Joins bits into runs of pages.
+struct Runs<'a> {
+    page_shift: u32,
+    open: Option<(u64, u64)>,
+    sink: &'a mut dyn FnMut(u64, u64),
+}
+
+impl Runs<'_> {
+    fn word(&mut self, page: u64, mut bits: u64) {
+        while bits != 0 {
+            let skip = bits.trailing_zeros();
+            let length = (bits >> skip).trailing_ones();
+            let first = page + u64::from(skip);
+            let last = first + u64::from(length) - 1;
+            match &mut self.open {
+                Some((_, end)) if *end + 1 == first => *end = last,
+                _ => {
+                    self.close();
+                    self.open = Some((first, last));
+                }
+            }
+            bits &= !(((1 << length) - 1) << skip);
+        }
+    }
+
+    fn close(&mut self) {
+        if let Some((first, last)) = self.open.take() {
+            let inside = (1 << self.page_shift) - 1;
+            (self.sink)(first << self.page_shift, (last << self.page_shift) | inside);
+        }
+    }
+}
+
+/// The IOVAs of a run of dirty pages, cut to `range`, as bits of `page_size` bytes from the start of `range` on: the
+/// first bit and the last.
+pub(crate) fn bits_of(range: IovaRange, page_size: u64, first: u64, last: u64) -> (u64, u64) {
+    let start = range.start().0;
+    let clip = |iova: u64| Iova(iova.clamp(start, range.last().0)).0 - start;
+    (clip(first) / page_size, clip(last) / page_size)
+}

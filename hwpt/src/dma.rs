@@ -1,0 +1,260 @@
+//! `Dma`: how a device reads and writes memory.
+//!
+//! One call enters the reader count of the IOAS once and looks at the attachment once: it sees the table of before a
+//! replace or of after, never a mix, and no frame it found is released until it has left. A small access goes through
+//! the thread's IOTLB; a large one walks the table and joins neighbouring frames into one copy.
+//!
+//! Each thread has a *lane* per device: a reader slot, what the device is attached to, and an IOTLB. So the way of a hit
+//! is one exchange on a cache line of the thread's own, and loads. Memory of a client can block for ever; nothing but
+//! the reader slot is held then, and only an unmap or a detach of the same IOAS waits for that.
+//!
+//! A write marks the dirty set before its bytes are copied; `dirty` says why that order does not matter. A fault is
+//! recorded after the lane has been left.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
+
+use ioas::{Access, Frame, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, PageStore, RangeError, StoreError};
+
+use crate::device::{Attachment, Device};
+use crate::fault::{DmaCause, DmaFault};
+use crate::iotlb::Iotlb;
+use crate::radix::Translation;
+use crate::sys::{self, Lane};
+
+/// Devices that one thread can have a lane for at once, by device id.
+const LANES: usize = 16;
+
+/// Frames of different files or memory maps may be neighbours across a multiple of this, in bytes.
+const FRAME_CHUNK: u64 = 1 << 30;
+
+/// One thread's state for one device.
+struct DeviceLane {
+    device: u64,
+    lane: Lane<Attachment>,
+    tlb: Iotlb,
+}
+
+impl DeviceLane {
+    fn new(device: u64) -> Self {
+        Self { device, lane: Lane::new(), tlb: Iotlb::new() }
+    }
+}
+
+thread_local! {
+    static OF_THREAD: RefCell<[Option<Box<DeviceLane>>; LANES]> = const { RefCell::new([const { None }; LANES]) };
+}
+
+/// The DMA of one device: a handle for any number of threads.
+#[derive(Clone)]
+pub struct Dma {
+    device: Arc<Device>,
+}
+
+/// Where a DMA failed, and why.
+type Failed = (Iova, DmaCause);
+
+impl Dma {
+    pub(crate) const fn new(device: Arc<Device>) -> Self {
+        Self { device }
+    }
+
+    /// The device.
+    #[must_use]
+    pub const fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// The device reads `data.len()` bytes at `iova`.
+    ///
+    /// # Errors
+    /// [`DmaFault`], already recorded; the bytes before its IOVA have been read.
+    pub fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), DmaFault> {
+        let length = data.len();
+        self.transfer(iova, length, Access::READ, |store, frame, offset, part| {
+            store.read(frame, offset, &mut data[part])
+        })
+    }
+
+    /// The device writes `data` at `iova`.
+    ///
+    /// # Errors
+    /// [`DmaFault`], already recorded; the bytes before its IOVA have been written.
+    pub fn write(&self, iova: Iova, data: &[u8]) -> Result<(), DmaFault> {
+        self.transfer(iova, data.len(), Access::WRITE, |store, frame, offset, part| {
+            store.write(frame, offset, &data[part])
+        })
+    }
+
+    /// What an access of `length` bytes at `iova` would reach: the first stretch of neighbouring frames, at most
+    /// `length` bytes. For [`Access::WRITE`] the stretch counts as written.
+    ///
+    /// # Errors
+    /// [`DmaFault`], already recorded, when the first byte cannot be reached.
+    #[inline]
+    pub fn translate(&self, iova: Iova, length: u64, access: Access) -> Result<Translation, DmaFault> {
+        self.with_lane(iova, access, |attachment, tlb| stretch(attachment, tlb, iova.0, length.max(1), access))
+    }
+
+    fn transfer(
+        &self,
+        iova: Iova,
+        length: usize,
+        access: Access,
+        mut copy: impl FnMut(&PageStore, Frame, u64, Range<usize>) -> Result<(), StoreError>,
+    ) -> Result<(), DmaFault> {
+        let range = match IovaRange::new(iova, length as u64) {
+            Ok(range) => range,
+            Err(RangeError::Zero) => return Ok(()),
+            Err(RangeError::Overflow) => return Err(self.fault((iova, DmaCause::Miss), access)),
+        };
+        self.with_lane(iova, access, |attachment, tlb| {
+            let mut done = 0;
+            while done < length {
+                let at = range.start().0 + done as u64;
+                let found = stretch(attachment, tlb, at, (length - done) as u64, access)?;
+                let part = done..done + found.length as usize;
+                done = part.end;
+                copy(&attachment.store, found.frame, found.offset, part).map_err(|error| (Iova(at), error.into()))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Runs `work` inside the reader count of what the device is attached to, with this thread's IOTLB.
+    #[inline]
+    fn with_lane<R>(
+        &self,
+        iova: Iova,
+        access: Access,
+        work: impl FnOnce(&Attachment, &mut Iotlb) -> Result<R, Failed>,
+    ) -> Result<R, DmaFault> {
+        let mut work = Some(work);
+        let mut run = |lane: &mut DeviceLane| {
+            let work = work.take().expect("runs once");
+            self.run_in(lane, iova, work)
+        };
+        let outcome = OF_THREAD.try_with(|lanes| {
+            let mut lanes = lanes.try_borrow_mut().ok()?;
+            let id = self.device.id();
+            let slot = &mut lanes[id as usize % LANES];
+            match slot {
+                Some(lane) if lane.device == id => Some(run(lane)),
+                _ => Some(run(slot.insert(Box::new(DeviceLane::new(id))))),
+            }
+        });
+        // A DMA from within a DMA of this thread, or from a thread that is ending, has a lane for itself.
+        let outcome = match outcome {
+            Ok(Some(outcome)) => outcome,
+            Ok(None) | Err(_) => run(&mut DeviceLane::new(self.device.id())),
+        };
+        outcome.map_err(|failed| self.fault(failed, access))
+    }
+
+    #[inline]
+    fn run_in<R>(
+        &self,
+        DeviceLane { lane, tlb, .. }: &mut DeviceLane,
+        iova: Iova,
+        work: impl FnOnce(&Attachment, &mut Iotlb) -> Result<R, Failed>,
+    ) -> Result<R, Failed> {
+        let current = self.device.current();
+        loop {
+            if lane.is_stale(current) {
+                tlb.clear();
+                lane.refresh(current);
+            }
+            if let Some(attachment) = lane.enter(current) {
+                return work(&attachment, tlb);
+            }
+            if !lane.is_stale(current) {
+                return Err((iova, self.device.detached_cause()));
+            }
+        }
+    }
+
+    #[cold]
+    fn fault(&self, (iova, cause): Failed, access: Access) -> DmaFault {
+        let fault = DmaFault { iova, access, device: Arc::clone(self.device.name()), cause };
+        tracing::debug!(%fault, "DMA aborted");
+        self.device.faults().fault(&fault);
+        fault
+    }
+}
+
+/// The first stretch of neighbouring frames of an access, at most `length` bytes.
+#[inline]
+fn stretch(
+    attachment: &Attachment,
+    tlb: &mut Iotlb,
+    iova: u64,
+    length: u64,
+    access: Access,
+) -> Result<Translation, Failed> {
+    let page_size = 1 << attachment.page_shift;
+    let inside = iova & (page_size - 1);
+    if inside + length > page_size {
+        return long_stretch(attachment, iova, length, access);
+    }
+    let hwpt = &*attachment.hwpt;
+    let page = iova - inside;
+    let entry = tlb
+        .entry(iova >> attachment.page_shift, hwpt.generation(), || hwpt.table().walk(Iova(page), &sys::pin()))
+        .ok_or((Iova(iova), DmaCause::Miss))?;
+    if !entry.allows(access) {
+        return Err((Iova(iova), DmaCause::Permission));
+    }
+    if access.contains(Access::WRITE) {
+        let epoch = hwpt.dirty().epoch();
+        if epoch != entry.marked {
+            hwpt.dirty().mark(page, page);
+            entry.marked = epoch;
+        }
+    }
+    let address = entry.address() + inside;
+    Ok(Translation {
+        frame: Frame(address >> PAGE_SHIFT),
+        offset: address & (PAGE_SIZE - 1),
+        length,
+        access: entry.access(),
+    })
+}
+
+/// As [`stretch`], by walking: as far as the frames are neighbours.
+fn long_stretch(attachment: &Attachment, iova: u64, length: u64, access: Access) -> Result<Translation, Failed> {
+    let table = attachment.hwpt.table();
+    let mut found = {
+        let pin = sys::pin();
+        let mut found = table.walk(Iova(iova), &pin).ok_or((Iova(iova), DmaCause::Miss))?;
+        if !found.access.contains(access) {
+            return Err((Iova(iova), DmaCause::Permission));
+        }
+        let chunk_left = FRAME_CHUNK - found.address() % FRAME_CHUNK;
+        let most = length.min(chunk_left);
+        while found.length < most {
+            let next = match table.walk(Iova(iova + found.length), &pin) {
+                Some(next) if next.access.contains(access) => next,
+                _ => break,
+            };
+            if next.address() != found.address() + found.length {
+                break;
+            }
+            found.access &= next.access;
+            found.length += next.length;
+        }
+        found.length = found.length.min(most);
+        found
+    };
+    found.length = found.length.max(1);
+    if access.contains(Access::WRITE) {
+        attachment.hwpt.dirty().mark(iova, iova + (found.length - 1));
+    }
+    Ok(found)
+}
+
+impl std::fmt::Debug for Dma {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Dma").field(self.device.name()).finish()
+    }
+}

@@ -1,0 +1,495 @@
+//! `HwptList`: the HWPTs of one IOAS, and how groups come to them.
+//!
+//! **Choosing.** A group needs an HWPT of its format, its coherency and its dirty tracking. One that fits is looked for
+//! *before* anything is attached, because undoing an attach costs a flush. If none fits, one is made: beside the table
+//! of the format when there is one (nothing is copied, whatever is mapped), else beside a new table that the IOAS fills.
+//!
+//! **Checking again.** Attaching may change what a device is: its geometry, its reserved regions, its coherency. So the
+//! group is looked at again afterwards. If it does not fit any more it leaves (one flush of caches) and chooses again
+//! by what it is now. A group that changes with every attach is refused after [`ROUNDS`].
+//!
+//! **All or nothing.** What can fail (finding or making the HWPT, reserving regions for every device) is done for the
+//! whole group before the first device is switched; switching a device cannot fail. What fails after the second look
+//! is undone, and a replace then puts every device back to what it had.
+//!
+//! **Lifetimes.** A use of an HWPT is counted from the moment it is chosen. An automatic HWPT goes with its last use,
+//! one that a client made goes by [`HwptList::destroy`]; a table goes with its last HWPT, and with the last table of the
+//! IOAS its holds and charges.
+//!
+//! Locks: `changes` is held through an attach or replace, which may wait for a client; a group's seat is taken inside.
+//! `members` is short, so `snapshot` never waits for a client.
+
+use std::sync::{Arc, Weak};
+
+use ioas::Ioas;
+use ioas::table::PageTable;
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use crate::device::{Attachment, Device, Reserved};
+use crate::error::{AttachError, step};
+use crate::format::Format;
+use crate::group::Group;
+use crate::hwpt::{Hwpt, HwptFlags, HwptParts, HwptSnapshot};
+use crate::table::Table;
+
+/// How often a group may become something else by being attached.
+const ROUNDS: usize = 4;
+
+/// A table as `uiommufd status` shows it.
+#[derive(Debug, Clone, Serialize)]
+pub struct TableSnapshot {
+    /// Its format, in words.
+    pub format: String,
+    /// Leaves of any size.
+    pub leaves: u64,
+}
+
+/// The list as `uiommufd status` shows it.
+#[derive(Debug, Clone, Serialize)]
+pub struct ListSnapshot {
+    /// The tables that the IOAS fills.
+    pub tables: Vec<TableSnapshot>,
+    /// The HWPTs beside them.
+    pub hwpts: Vec<HwptSnapshot>,
+}
+
+/// The HWPTs of one IOAS.
+#[doc(alias = "iommufd_ioas::hwpt_list")]
+pub struct HwptList {
+    /// Immutable.
+    me: Weak<Self>,
+    /// Immutable.
+    ioas: Arc<Ioas>,
+    /// One attach or replace at a time.
+    changes: Mutex<()>,
+    /// A leaf lock.
+    members: Mutex<Members>,
+}
+
+#[derive(Default)]
+struct Members {
+    hwpts: Vec<Member>,
+    tables: Vec<Used>,
+}
+
+struct Member {
+    hwpt: Arc<Hwpt>,
+    /// Groups attached to it, or about to be.
+    groups: usize,
+}
+
+struct Used {
+    table: Arc<Table>,
+    /// HWPTs beside it, or about to be.
+    hwpts: usize,
+}
+
+/// What a group needs of an HWPT.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Needs {
+    format: Format,
+    coherent: bool,
+    dirty_tracking: bool,
+}
+
+impl Needs {
+    /// What all devices of the group need together.
+    fn of(group: u32, devices: &[Arc<Device>]) -> Result<Self, AttachError> {
+        let (first, rest) = devices.split_first().ok_or(AttachError::NoDevice(group))?;
+        let mut needs = Self::of_device(first);
+        for device in rest {
+            let other = Self::of_device(device);
+            if other.format != needs.format {
+                let (device, has, wanted) = (Arc::clone(device.name()), other.format, needs.format);
+                return Err(AttachError::MixedGroup { group, device, has, wanted });
+            }
+            needs.coherent &= other.coherent;
+            needs.dirty_tracking &= other.dirty_tracking;
+        }
+        Ok(needs)
+    }
+
+    fn of_device(device: &Device) -> Self {
+        let properties = device.properties();
+        let (coherent, dirty_tracking) = (properties.coherent, properties.dirty_tracking);
+        Self { format: properties.format, coherent, dirty_tracking }
+    }
+
+    const fn flags(&self) -> HwptFlags {
+        if self.dirty_tracking { HwptFlags::DIRTY_TRACKING } else { HwptFlags::empty() }
+    }
+
+    /// An automatic HWPT is for exactly these needs.
+    fn are_met_by(&self, hwpt: &Hwpt) -> bool {
+        hwpt.automatic() && self.mismatch(hwpt).is_none() && hwpt.flags() == self.flags()
+    }
+
+    /// Why the HWPT cannot serve the group at all.
+    fn mismatch(&self, hwpt: &Hwpt) -> Option<&'static str> {
+        if *hwpt.format() != self.format {
+            Some("another format")
+        } else if hwpt.coherent() != self.coherent {
+            Some("another coherency")
+        } else if hwpt.flags().contains(HwptFlags::DIRTY_TRACKING) && !self.dirty_tracking {
+            Some("no dirty tracking")
+        } else {
+            None
+        }
+    }
+}
+
+/// Where a group is to go.
+#[derive(Clone, Copy)]
+enum Target<'a> {
+    /// To whatever fits, or a new HWPT.
+    Fitting,
+    /// To this one.
+    This(&'a Arc<Hwpt>),
+}
+
+/// The old attachments of a group's devices, to go back to.
+type Before = Vec<(Arc<Device>, Option<Reserved>)>;
+
+impl HwptList {
+    /// The list of `ioas`, empty. One IOAS has one list.
+    #[must_use]
+    pub fn new(ioas: Arc<Ioas>) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self { me: Weak::clone(me), ioas, changes: Mutex::default(), members: Mutex::default() })
+    }
+
+    /// The IOAS.
+    #[must_use]
+    pub const fn ioas(&self) -> &Arc<Ioas> {
+        &self.ioas
+    }
+
+    /// Attaches a group to an automatic HWPT that fits, or to a new one, and returns it.
+    ///
+    /// # Errors
+    /// [`AttachError`]; nothing has changed.
+    #[doc(alias = "iommufd_device_auto_get_domain")]
+    pub fn attach(&self, group: &Group) -> Result<Arc<Hwpt>, AttachError> {
+        self.attach_target(group, Target::Fitting)
+    }
+
+    /// Attaches a group to `hwpt`, which is on this list.
+    ///
+    /// # Errors
+    /// [`AttachError`]; nothing has changed.
+    pub fn attach_to(&self, group: &Group, hwpt: &Arc<Hwpt>) -> Result<(), AttachError> {
+        self.attach_target(group, Target::This(hwpt)).map(drop)
+    }
+
+    fn attach_target(&self, group: &Group, target: Target<'_>) -> Result<Arc<Hwpt>, AttachError> {
+        let _changes = self.changes.lock();
+        let mut seat = group.seat();
+        if let Some(hwpt) = &*seat {
+            return Err(AttachError::AlreadyAttached { group: group.id(), hwpt: hwpt.id() });
+        }
+        let hwpt = self.switch(group, target, None)?;
+        Ok(Arc::clone(seat.insert(hwpt)))
+    }
+
+    /// Moves an attached group, of this list or another, to an automatic HWPT of this one that fits, or to a new one.
+    /// DMA goes on: each call sees the old attachment or the new one.
+    ///
+    /// # Errors
+    /// [`AttachError`]; the group is attached to what it was attached to.
+    pub fn replace(&self, group: &Group) -> Result<Arc<Hwpt>, AttachError> {
+        self.replace_target(group, Target::Fitting)
+    }
+
+    /// Moves an attached group, of this list or another, to `hwpt`, which is on this list.
+    ///
+    /// # Errors
+    /// [`AttachError`]; the group is attached to what it was attached to.
+    pub fn replace_with(&self, group: &Group, hwpt: &Arc<Hwpt>) -> Result<(), AttachError> {
+        self.replace_target(group, Target::This(hwpt)).map(drop)
+    }
+
+    fn replace_target(&self, group: &Group, target: Target<'_>) -> Result<Arc<Hwpt>, AttachError> {
+        let _changes = self.changes.lock();
+        let mut seat = group.seat();
+        let old = seat.clone().ok_or(AttachError::NotAttached(group.id()))?;
+        let new = self.switch(group, target, Some(&old))?;
+        *seat = Some(Arc::clone(&new));
+        drop(seat);
+        if let Some(list) = old.list() {
+            list.release(&old);
+        }
+        Ok(new)
+    }
+
+    /// Detaches a group. When it returns, none of its devices reaches memory of this IOAS; an automatic HWPT that
+    /// nobody uses any more has gone, and with the last table what the IOAS held.
+    ///
+    /// # Errors
+    /// [`AttachError::NotAttached`] when the group is attached to nothing or elsewhere.
+    pub fn detach(&self, group: &Group) -> Result<(), AttachError> {
+        let mut seat = group.seat();
+        let here = seat.as_ref().is_some_and(|hwpt| hwpt.is_on(&self.me));
+        if !here {
+            return Err(AttachError::NotAttached(group.id()));
+        }
+        for device in group.devices() {
+            drop(device.attach(None));
+        }
+        let old = seat.take();
+        drop(seat);
+        if let Some(old) = old {
+            self.release(&old);
+        }
+        Ok(())
+    }
+
+    /// Makes an HWPT for devices like `device`, to attach to by [`Self::attach_to`]. It stays until
+    /// [`Self::destroy`].
+    ///
+    /// # Errors
+    /// [`AttachError::NoDirtyTracking`], or as filling a table fails; nothing has changed.
+    #[doc(alias = "iommufd_hwpt_paging_alloc")]
+    pub fn alloc(&self, device: &Device, flags: HwptFlags) -> Result<Arc<Hwpt>, AttachError> {
+        let _changes = self.changes.lock();
+        let needs = Needs::of_device(device);
+        if flags.contains(HwptFlags::DIRTY_TRACKING) && !needs.dirty_tracking {
+            return Err(AttachError::NoDirtyTracking(Arc::clone(device.name())));
+        }
+        self.create(&needs, false, flags)
+    }
+
+    /// Destroys an HWPT that [`Self::alloc`] made.
+    ///
+    /// # Errors
+    /// [`AttachError::Attached`] while groups are attached, [`AttachError::ForeignHwpt`] when it is not on this list.
+    pub fn destroy(&self, hwpt: &Arc<Hwpt>) -> Result<(), AttachError> {
+        {
+            let mut members = self.members.lock();
+            let index = members.index(hwpt).ok_or(AttachError::ForeignHwpt(hwpt.id()))?;
+            let groups = members.hwpts[index].groups;
+            if groups > 0 {
+                return Err(AttachError::Attached { hwpt: hwpt.id(), groups });
+            }
+            members.hwpts.remove(index);
+        }
+        self.let_go(hwpt);
+        Ok(())
+    }
+
+    /// The HWPTs, oldest first.
+    #[must_use]
+    pub fn hwpts(&self) -> Vec<Arc<Hwpt>> {
+        self.members.lock().hwpts.iter().map(|member| Arc::clone(&member.hwpt)).collect()
+    }
+
+    /// The list as `uiommufd status` shows it. Waits for no client.
+    #[must_use]
+    pub fn snapshot(&self) -> ListSnapshot {
+        let tables: Vec<_> = self.members.lock().tables.iter().map(|used| Arc::clone(&used.table)).collect();
+        ListSnapshot {
+            tables: tables
+                .iter()
+                .map(|table| TableSnapshot { format: table.format().to_string(), leaves: table.leaves() })
+                .collect(),
+            hwpts: self.hwpts().iter().map(|hwpt| hwpt.snapshot()).collect(),
+        }
+    }
+
+    /// Brings all devices of a group to an HWPT that suits them after they have been brought there. A use of it is
+    /// counted. On failure the devices are back at `old`.
+    fn switch(&self, group: &Group, target: Target<'_>, old: Option<&Arc<Hwpt>>) -> Result<Arc<Hwpt>, AttachError> {
+        let devices = group.devices();
+        let mut before: Option<Before> = None;
+        for _ in 0..ROUNDS {
+            let outcome = self.choose(group.id(), &devices, target).and_then(|hwpt| {
+                self.bring(group.id(), &devices, &hwpt, &mut before)
+                    .inspect_err(|_| self.release(&hwpt))
+                    .map(|fits| (hwpt, fits))
+            });
+            match outcome {
+                Ok((hwpt, None)) => return Ok(hwpt),
+                Ok((hwpt, Some(reason))) => {
+                    self.back(before.take(), &devices, old);
+                    self.release(&hwpt);
+                    if let Target::This(_) = target {
+                        return Err(AttachError::Incompatible { group: group.id(), hwpt: hwpt.id(), reason });
+                    }
+                }
+                Err(error) => {
+                    self.back(before.take(), &devices, old);
+                    return Err(error);
+                }
+            }
+        }
+        Err(AttachError::Unstable(group.id()))
+    }
+
+    /// An HWPT for the devices as they are now, a use of it counted.
+    fn choose(&self, group: u32, devices: &[Arc<Device>], target: Target<'_>) -> Result<Arc<Hwpt>, AttachError> {
+        let needs = Needs::of(group, devices)?;
+        match target {
+            Target::This(hwpt) => {
+                if let Some(reason) = needs.mismatch(hwpt) {
+                    return Err(AttachError::Incompatible { group, hwpt: hwpt.id(), reason });
+                }
+                let mut members = self.members.lock();
+                let index = members.index(hwpt).ok_or(AttachError::ForeignHwpt(hwpt.id()))?;
+                members.hwpts[index].groups += 1;
+                Ok(Arc::clone(hwpt))
+            }
+            Target::Fitting => {
+                if let Some(found) = self.members.lock().fitting(&needs) {
+                    return Ok(found);
+                }
+                self.create(&needs, true, needs.flags())
+            }
+        }
+    }
+
+    /// Switches every device to `hwpt`, then looks at them again: the reason why the HWPT does not fit any more, or
+    /// `None`. The devices' old reservations go to `before` once the first is switched.
+    fn bring(
+        &self,
+        group: u32,
+        devices: &[Arc<Device>],
+        hwpt: &Arc<Hwpt>,
+        before: &mut Option<Before>,
+    ) -> Result<Option<&'static str>, AttachError> {
+        let mut ready = Vec::with_capacity(devices.len());
+        for device in devices {
+            step("hwpt: attachment of a device")?;
+            ready.push((Attachment::new(hwpt), Reserved::new(&self.ioas, &device.properties().reserved)?));
+        }
+        let switched = devices.iter().zip(ready).map(|(device, new)| (Arc::clone(device), device.attach(Some(new))));
+        before.replace(switched.collect());
+        step("hwpt: second look at a group")?;
+        let needs = Needs::of(group, devices)?;
+        if let Some(reason) = needs.mismatch(hwpt) {
+            return Ok(Some(reason));
+        }
+        self.reserve_again(devices)?;
+        Ok(None)
+    }
+
+    /// Reserves what devices want reserved now, where that has changed.
+    fn reserve_again(&self, devices: &[Arc<Device>]) -> Result<(), AttachError> {
+        for device in devices {
+            let reserved = device.properties().reserved;
+            if !device.reserved_is(&reserved) {
+                device.set_reserved(Reserved::new(&self.ioas, &reserved)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts devices that have been switched back to `old`, or detaches them.
+    fn back(&self, before: Option<Before>, devices: &[Arc<Device>], old: Option<&Arc<Hwpt>>) {
+        let Some(before) = before else { return };
+        debug_assert_eq!(before.len(), devices.len());
+        for (device, reserved) in before {
+            let to = old.zip(reserved).map(|(old, reserved)| (Attachment::new(old), reserved));
+            drop(device.attach(to));
+        }
+    }
+
+    /// Attaches one more device to what its group is attached to. The group's seat is held.
+    pub(crate) fn attach_late(&self, group: &Group, device: &Arc<Device>, hwpt: &Arc<Hwpt>) -> Result<(), AttachError> {
+        let one = [Arc::clone(device)];
+        let mismatch = |needs: &Needs| match needs.mismatch(hwpt) {
+            Some(reason) => Err(AttachError::Incompatible { group: group.id(), hwpt: hwpt.id(), reason }),
+            None => Ok(()),
+        };
+        mismatch(&Needs::of_device(device))?;
+        let mut before = None;
+        self.bring(group.id(), &one, hwpt, &mut before)
+            .and_then(|_| mismatch(&Needs::of_device(device)))
+            .inspect_err(|_| self.back(before, &one, None))
+    }
+
+    /// A new HWPT for `needs`; with `automatic`, a use of it is counted.
+    fn create(&self, needs: &Needs, automatic: bool, flags: HwptFlags) -> Result<Arc<Hwpt>, AttachError> {
+        step("hwpt: a new HWPT")?;
+        let table = self.table(&needs.format)?;
+        let hwpt = Hwpt::new(HwptParts {
+            ioas: Arc::clone(&self.ioas),
+            table,
+            coherent: needs.coherent,
+            automatic,
+            flags,
+            list: Weak::clone(&self.me),
+        });
+        self.members.lock().hwpts.push(Member { hwpt: Arc::clone(&hwpt), groups: usize::from(automatic) });
+        Ok(hwpt)
+    }
+
+    /// The table of a format, made and filled when there is none; a use of it is counted. Under `changes`.
+    fn table(&self, format: &Format) -> Result<Arc<Table>, AttachError> {
+        if let Some(used) = self.members.lock().tables.iter_mut().find(|used| used.table.format() == format) {
+            used.hwpts += 1;
+            return Ok(Arc::clone(&used.table));
+        }
+        let table = Arc::new(Table::new(format.clone())?);
+        self.ioas.add_table(Arc::clone(&table) as Arc<dyn PageTable>)?;
+        self.members.lock().tables.push(Used { table: Arc::clone(&table), hwpts: 1 });
+        Ok(table)
+    }
+
+    /// Ends one use of an HWPT; an automatic one goes with its last.
+    fn release(&self, hwpt: &Arc<Hwpt>) {
+        {
+            let mut members = self.members.lock();
+            let Some(index) = members.index(hwpt) else { return };
+            members.hwpts[index].groups -= 1;
+            if members.hwpts[index].groups > 0 || !hwpt.automatic() {
+                return;
+            }
+            members.hwpts.remove(index);
+        }
+        self.let_go(hwpt);
+    }
+
+    /// Ends an HWPT's use of its table; a table goes with its last.
+    fn let_go(&self, hwpt: &Arc<Hwpt>) {
+        hwpt.table().leave(hwpt);
+        let last = {
+            let mut members = self.members.lock();
+            let found = members.tables.iter().position(|used| Arc::ptr_eq(&used.table, hwpt.table()));
+            found.and_then(|index| {
+                members.tables[index].hwpts -= 1;
+                (members.tables[index].hwpts == 0).then(|| members.tables.remove(index).table)
+            })
+        };
+        if let Some(table) = last {
+            self.ioas.remove_table(&(table as Arc<dyn PageTable>));
+        }
+    }
+}
+
+impl Members {
+    fn index(&self, hwpt: &Arc<Hwpt>) -> Option<usize> {
+        self.hwpts.iter().position(|member| Arc::ptr_eq(&member.hwpt, hwpt))
+    }
+
+    /// An automatic HWPT that meets the needs, a use of it counted.
+    fn fitting(&mut self, needs: &Needs) -> Option<Arc<Hwpt>> {
+        let member = self.hwpts.iter_mut().find(|member| needs.are_met_by(&member.hwpt))?;
+        member.groups += 1;
+        Some(Arc::clone(&member.hwpt))
+    }
+}
+
+impl Drop for HwptList {
+    fn drop(&mut self) {
+        // Nothing is attached: an attached device has its HWPT, and its group its list.
+        let tables = std::mem::take(&mut self.members.get_mut().tables);
+        for used in tables {
+            self.ioas.remove_table(&(used.table as Arc<dyn PageTable>));
+        }
+    }
+}
+
+impl std::fmt::Debug for HwptList {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HwptList").field("hwpts", &self.hwpts()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,387 @@
+//! `RadixTable`: an I/O page table, in any [`Format`].
+//!
+//! A tree of nodes with 512 slots. Level 0 is the lowest; a slot of level n translates 2^(leaf shift + 9 n) bytes. A
+//! leaf of a higher level (2 MiB, 1 GiB) is used wherever IOVA and frame are aligned alike, the run of frames is long
+//! enough and the format has that page. 64 GiB in one run is 64 leaves of 1 GiB in one node; 4 KiB leaves cost 8 bytes
+//! each and 0.2 % for their nodes.
+//!
+//! A leaf holds a *frame address* (frame number times page size, plus an offset where pages are smaller than frames)
+//! with the permission in its low bits. Nothing of a domain (coherency, dirty bits) lies in a leaf, so HWPTs can share
+//! the table.
+//!
+//! Walks take no lock and see each slot as it was before or after a change: a leaf is one store, a split one exchange
+//! of a finished node for a leaf, and a whole subtree goes by one exchange of its root. Changes take the table's own
+//! lock, though their caller, the IOAS, makes them one at a time anyway.
+//!
+//! **Unmap neither fails nor allocates.** A node that an unmap empties is left in its place until [`LINGER`] others
+//! have become empty after it: map and unmap of the same page, the usual traffic, then cost no node at all.
+//!
+//! What this file refuses to know: devices, HWPTs, memory. Lock order: `updates` is a leaf lock.
+
+use ioas::{Access, Frame, FrameRun, Iova, IovaRange, PAGE_SHIFT, failpoint, table::TableFull};
+use parking_lot::Mutex;
+
+use crate::format::{Format, LEVEL_BITS};
+use crate::sys::{self, Entry, FANOUT, LEAF, Node, Pin};
+
+/// In a leaf: the device may read. (Bit 0 tells a leaf from a pointer.)
+const READ: u64 = 2;
+/// In a leaf: the device may write.
+const WRITE: u64 = 4;
+const FLAGS: u64 = LEAF | READ | WRITE;
+
+/// Empty nodes that stay in the tree, in case they are filled again.
+const LINGER: usize = 4;
+
+/// A software I/O page table.
+pub struct RadixTable {
+    /// Immutable.
+    format: Format,
+    /// Immutable: the format's, looked up once.
+    leaf_shift: u32,
+    top_level: u32,
+    last: u64,
+    root: Box<Node>,
+    /// Held by every change: IOVAs of nodes that became empty, the oldest at the cursor.
+    updates: Mutex<Lingering>,
+}
+
+#[derive(Default)]
+struct Lingering {
+    nodes: [Option<u64>; LINGER],
+    oldest: usize,
+}
+
+/// One translation, as a walk finds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Translation {
+    /// The frame that holds the byte.
+    pub frame: Frame,
+    /// Where in the frame the byte is, in bytes.
+    pub offset: u64,
+    /// How many bytes from there on the same leaf translates, to frames that follow.
+    pub length: u64,
+    /// What the device may do.
+    pub access: Access,
+}
+
+impl Translation {
+    /// The place of the byte in the space of frames: frame number times page size, plus the offset.
+    pub(crate) const fn address(&self) -> u64 {
+        (self.frame.0 << PAGE_SHIFT) | self.offset
+    }
+}
+
+/// The frames of one mapping, taken from the front.
+struct Source<'a> {
+    runs: std::slice::Iter<'a, FrameRun>,
+    /// Frame address of what comes next.
+    address: u64,
+    /// Bytes of it that follow each other.
+    bytes: u64,
+}
+
+impl<'a> Source<'a> {
+    fn new(frames: &'a [FrameRun], offset: u64) -> Self {
+        let mut source = Self { runs: frames.iter(), address: 0, bytes: 0 };
+        source.refill();
+        source.take(offset);
+        source
+    }
+
+    fn refill(&mut self) {
+        while self.bytes == 0 {
+            let Some(run) = self.runs.next() else { return };
+            self.address = run.first.0 << PAGE_SHIFT;
+            self.bytes = run.pages << PAGE_SHIFT;
+        }
+    }
+
+    /// Takes `bytes`, which one run has, and returns where they are.
+    fn take(&mut self, bytes: u64) -> u64 {
+        assert!(bytes <= self.bytes, "the frames cover the range");
+        let address = self.address;
+        self.address += bytes;
+        self.bytes -= bytes;
+        self.refill();
+        address
+    }
+
+    /// True when 2^`shift` bytes of one run come next, aligned to that.
+    const fn has_page(&self, shift: u32) -> bool {
+        self.bytes >= 1 << shift && self.address & ((1 << shift) - 1) == 0
+    }
+}
+
+impl RadixTable {
+    /// An empty table.
+    ///
+    /// # Errors
+    /// [`TableFull`] without memory for the root.
+    pub fn new(format: Format) -> Result<Self, TableFull> {
+        let root = node(Iova(0))?;
+        let (leaf_shift, top_level, last) = (format.leaf_shift(), format.levels() - 1, format.last().0);
+        Ok(Self { format, leaf_shift, top_level, last, root, updates: Mutex::default() })
+    }
+
+    /// Its format.
+    #[must_use]
+    pub const fn format(&self) -> &Format {
+        &self.format
+    }
+
+    /// What `iova` translates to, or `None`. Takes no lock.
+    #[must_use]
+    pub fn translate(&self, iova: Iova) -> Option<Translation> {
+        self.walk(iova, &sys::pin())
+    }
+
+    /// How many leaves are present, of any size. Costs a look at every node.
+    #[must_use]
+    pub fn leaves(&self) -> u64 {
+        self.count_leaves(&self.root, self.top_level, &sys::pin())
+    }
+
+    /// As [`Self::translate`], for a caller that walks more than once.
+    #[inline]
+    pub(crate) fn walk(&self, iova: Iova, pin: &Pin) -> Option<Translation> {
+        if iova.0 > self.last {
+            return None;
+        }
+        let mut node = &*self.root;
+        let mut shift = self.shift(self.top_level);
+        loop {
+            match node.entry(slot(iova.0, shift), pin) {
+                Entry::Empty => return None,
+                Entry::Child(child) => (node, shift) = (child, shift - LEVEL_BITS),
+                Entry::Leaf(leaf) => return Some(translation(leaf, iova.0, shift)),
+            }
+        }
+    }
+
+    /// Writes leaves for `range`, as [`ioas::table::PageTable::map`] says.
+    ///
+    /// # Errors
+    /// [`TableFull`]; then no leaf of the range is present.
+    ///
+    /// # Panics
+    /// When the frames do not cover the range.
+    pub fn map(&self, range: IovaRange, frames: &[FrameRun], offset: u64, access: Access) -> Result<(), TableFull> {
+        let mut updates = self.updates.lock();
+        let mut fill = Fill { table: self, source: Source::new(frames, offset), flags: flags(access) };
+        let pin = sys::pin();
+        let (start, last) = (range.start().0, range.last().0);
+        fill.node(&self.root, self.top_level, start, last, &pin)
+            .inspect_err(|_| self.clear(&mut updates, start, last, &pin))
+    }
+
+    /// Makes a boundary at `at`, as [`ioas::table::PageTable::split`] says.
+    ///
+    /// # Errors
+    /// [`TableFull`]; nothing has changed.
+    pub fn split(&self, at: Iova) -> Result<(), TableFull> {
+        let _updates = self.updates.lock();
+        let pin = sys::pin();
+        if at.0 > self.last {
+            return Ok(());
+        }
+        let (mut node, mut level) = (&*self.root, self.top_level);
+        loop {
+            let shift = self.shift(level);
+            match node.entry(slot(at.0, shift), &pin) {
+                Entry::Child(child) => (node, level) = (child, level - 1),
+                Entry::Leaf(leaf) if !at.is_aligned(1 << shift) => {
+                    let halves = self.halves(leaf, at.0, level - 1)?;
+                    assert!(node.publish(slot(at.0, shift), leaf, halves).is_ok(), "changes are made one at a time");
+                    return Ok(());
+                }
+                Entry::Leaf(_) | Entry::Empty => return Ok(()),
+            }
+        }
+    }
+
+    /// Clears every leaf in `range`. Neither fails nor allocates. No leaf crosses the range's ends; one that does
+    /// goes whole, so that nothing in the range stays reachable.
+    pub fn unmap(&self, range: IovaRange) {
+        let mut updates = self.updates.lock();
+        self.clear(&mut updates, range.start().0, range.last().0.min(self.last), &sys::pin());
+    }
+
+    fn clear(&self, lingering: &mut Lingering, start: u64, last: u64, pin: &Pin) {
+        if start <= last && self.clear_node(&self.root, self.top_level, start, last, pin) {
+            self.linger(lingering, start, pin);
+        }
+    }
+
+    /// Clears `start` to `last`, which lie in `node`; true when a node on the way has become empty.
+    fn clear_node(&self, node: &Node, level: u32, start: u64, last: u64, pin: &Pin) -> bool {
+        let mut emptied = false;
+        for (index, start, last, whole) in self.slots(level, start, last) {
+            match node.entry(index, pin) {
+                Entry::Empty => continue,
+                Entry::Leaf(_) => {
+                    debug_assert!(whole, "no leaf crosses the ends of an unmap");
+                    node.store(index, 0);
+                }
+                Entry::Child(_) if whole => node.unlink(index, pin),
+                Entry::Child(child) => {
+                    emptied |= self.clear_node(child, level - 1, start, last, pin);
+                    continue;
+                }
+            }
+            node.count(-1);
+            emptied |= node.live() == 0;
+        }
+        emptied
+    }
+
+    /// Remembers that nodes around `iova` are empty, and frees the empty nodes that were remembered longest ago.
+    fn linger(&self, lingering: &mut Lingering, iova: u64, pin: &Pin) {
+        let oldest = lingering.oldest;
+        lingering.oldest = (oldest + 1) % LINGER;
+        if let Some(old) = lingering.nodes[oldest].replace(iova) {
+            self.prune(&self.root, self.top_level, old, pin);
+        }
+    }
+
+    /// Unlinks the empty nodes on the path to `iova`, the lowest first.
+    fn prune(&self, node: &Node, level: u32, iova: u64, pin: &Pin) {
+        let index = slot(iova, self.shift(level));
+        let Entry::Child(child) = node.entry(index, pin) else { return };
+        self.prune(child, level - 1, iova, pin);
+        if child.live() == 0 {
+            node.unlink(index, pin);
+            node.count(-1);
+            pin.flush();
+        }
+    }
+
+    /// A node of `level` that translates as `leaf` of the level above does, with a boundary at `at`.
+    fn halves(&self, leaf: u64, at: u64, level: u32) -> Result<Box<Node>, TableFull> {
+        let shift = self.shift(level);
+        let halves = node(Iova(at))?;
+        for index in 0..FANOUT {
+            let piece = leaf + ((index as u64) << shift);
+            let crossed = index == slot(at, shift) && at & ((1 << shift) - 1) != 0;
+            if self.format.has_leaf(shift) && !crossed {
+                halves.store(index, piece);
+            } else {
+                let lower = self.halves(piece, if crossed { at } else { 0 }, level - 1)?;
+                assert!(halves.publish(index, 0, lower).is_ok(), "a new node is empty");
+            }
+        }
+        halves.count(FANOUT as i32);
+        Ok(halves)
+    }
+
+    fn count_leaves(&self, node: &Node, level: u32, pin: &Pin) -> u64 {
+        if level == 0 {
+            return u64::from(node.live());
+        }
+        (0..FANOUT)
+            .map(|index| match node.entry(index, pin) {
+                Entry::Empty => 0,
+                Entry::Leaf(_) => 1,
+                Entry::Child(child) => self.count_leaves(child, level - 1, pin),
+            })
+            .sum()
+    }
+
+    /// log2 of the bytes that a slot of `level` translates.
+    const fn shift(&self, level: u32) -> u32 {
+        self.leaf_shift + level * LEVEL_BITS
+    }
+
+    /// The slots of one node that `start` to `last` touch: index, what of the range lies in it, and whether that is
+    /// all of it.
+    fn slots(&self, level: u32, start: u64, last: u64) -> impl Iterator<Item = (usize, u64, u64, bool)> + use<> {
+        let shift = self.shift(level);
+        let mask = (1 << shift) - 1;
+        let indices = slot(start, shift)..=slot(last, shift);
+        let base = start & !mask;
+        indices.enumerate().map(move |(nth, index)| {
+            let first = base + ((nth as u64) << shift);
+            let (from, to) = (start.max(first), last.min(first | mask));
+            (index, from, to, from == first && to == first | mask)
+        })
+    }
+}
+
+/// One map call on its way down the tree.
+struct Fill<'a> {
+    table: &'a RadixTable,
+    source: Source<'a>,
+    flags: u64,
+}
+
+impl Fill<'_> {
+    /// Maps `start` to `last`, which lie in `node`, to what the source has next.
+    fn node(&mut self, node: &Node, level: u32, start: u64, last: u64, pin: &Pin) -> Result<(), TableFull> {
+        let shift = self.table.shift(level);
+        for (index, start, last, whole) in self.table.slots(level, start, last) {
+            if level == 0 || (whole && self.table.format.has_leaf(shift) && self.source.has_page(shift)) {
+                debug_assert!(whole, "a mapping is made of whole pages");
+                match node.entry(index, pin) {
+                    Entry::Empty => node.count(1),
+                    Entry::Child(_) => node.unlink(index, pin), // empty, and lingering
+                    Entry::Leaf(_) => {}
+                }
+                node.store(index, self.source.take(1 << shift) | self.flags);
+                continue;
+            }
+            let child = self.child(node, index, start, pin)?;
+            self.node(child, level - 1, start, last, pin)?;
+        }
+        Ok(())
+    }
+
+    /// The child in a slot, made when there is none.
+    fn child<'p>(&self, node: &'p Node, index: usize, iova: u64, pin: &'p Pin) -> Result<&'p Node, TableFull> {
+        loop {
+            match node.entry(index, pin) {
+                Entry::Child(child) => return Ok(child),
+                Entry::Empty => {
+                    let child = self::node(Iova(iova))?;
+                    if node.publish(index, 0, child).is_ok() {
+                        node.count(1);
+                    }
+                }
+                Entry::Leaf(_) => unreachable!("the range of a map is not mapped yet"),
+            }
+        }
+    }
+}
+
+/// A new node for the table around `iova`.
+fn node(iova: Iova) -> Result<Box<Node>, TableFull> {
+    if failpoint::reached("hwpt: node of an I/O page table") {
+        return Err(TableFull(iova));
+    }
+    Node::allocate().ok_or(TableFull(iova))
+}
+
+/// The slot of a level, whose slots translate 2^`shift` bytes, that `iova` falls into.
+const fn slot(iova: u64, shift: u32) -> usize {
+    (iova >> shift) as usize & (FANOUT - 1)
+}
+
+const fn flags(access: Access) -> u64 {
+    let read = if access.contains(Access::READ) { READ } else { 0 };
+    let write = if access.contains(Access::WRITE) { WRITE } else { 0 };
+    LEAF | read | write
+}
+
+#[inline]
+fn translation(leaf: u64, iova: u64, shift: u32) -> Translation {
+    let inside = iova & ((1 << shift) - 1);
+    let address = (leaf & !FLAGS) + inside;
+    let mut access = Access::empty();
+    access.set(Access::READ, leaf & READ != 0);
+    access.set(Access::WRITE, leaf & WRITE != 0);
+    Translation {
+        frame: Frame(address >> PAGE_SHIFT),
+        offset: address & (ioas::PAGE_SIZE - 1),
+        length: (1 << shift) - inside,
+        access,
+    }
+}

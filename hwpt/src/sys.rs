@@ -1,0 +1,269 @@
+//! The only unsafe code of this crate: nodes of a radix tree, and the attachment that a device's DMA runs through.
+//!
+//! **Nodes.** A [`Node`] has 512 slots of 8 bytes. A slot is empty, a leaf (any number whose lowest bit is set) or a
+//! child, which it owns. Readers walk without a lock; they hold a [`Pin`], and what is unlinked under them is freed
+//! only after they have let go of it (crossbeam-epoch). Every method here is sound whatever its callers do at once;
+//! that only one thread at a time changes a tree is a rule of the trees' own (`radix`, `dirty`), and breaking it
+//! could lose a leaf or leak a node, no more.
+//!
+//! **Attachment.** A device's DMA needs the thing it is attached to on every access, and counting a reference there
+//! would cost more than the access. [`Current`] owns the thing; a [`Lane`], which belongs to one thread, remembers
+//! where it is. The lane may look only while it is inside the reader count of the IOAS and has seen, since it came
+//! in, that the generation is still the one it remembers; [`Current::replace`] changes the generation, waits for the
+//! readers, and only then lets the old thing go.
+
+use std::alloc::Layout;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+
+use crossbeam_epoch::Guard;
+use ioas::{ReadGuard, Reader, ReaderSet};
+use parking_lot::Mutex;
+
+/// Slots of one node.
+pub(crate) const FANOUT: usize = 1 << crate::format::LEVEL_BITS;
+/// Set in every leaf and in no pointer.
+pub(crate) const LEAF: u64 = 1;
+
+const _: () = assert!(size_of::<usize>() == 8 && align_of::<Node>() > LEAF as usize);
+
+/// While it lives, no node that was reachable since it was made is freed.
+pub(crate) struct Pin(Guard);
+
+/// Pins the calling thread. Not to be held while anything can block.
+pub(crate) fn pin() -> Pin {
+    Pin(crossbeam_epoch::pin())
+}
+
+impl Pin {
+    /// Lets garbage of this thread be freed soon rather than with the next 64 pieces of it.
+    pub(crate) fn flush(&self) {
+        self.0.flush();
+    }
+}
+
+/// What a slot holds.
+#[derive(Clone, Copy)]
+pub(crate) enum Entry<'p> {
+    /// Nothing.
+    Empty,
+    /// A leaf; the lowest bit is set.
+    Leaf(u64),
+    /// A node of the next lower level.
+    Child(&'p Node),
+}
+
+/// A node of a radix tree. All zeros is an empty node.
+pub(crate) struct Node {
+    slots: [AtomicPtr<Node>; FANOUT],
+    /// Slots that are not empty, as the tree's one writer counts them.
+    live: AtomicU32,
+}
+
+impl Node {
+    /// An empty node, or `None` without memory.
+    pub(crate) fn allocate() -> Option<Box<Self>> {
+        let layout = Layout::new::<Self>();
+        // SAFETY: `alloc_zeroed` demands a layout that is not of size 0; a node has 512 slots.
+        let memory = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<Self>();
+        // SAFETY: `Box::from_raw` demands a valid value allocated by the global allocator with the type's layout; a
+        // null is filtered first, and all zeros are null pointers and a count of 0.
+        NonNull::new(memory).map(|memory| unsafe { Box::from_raw(memory.as_ptr()) })
+    }
+
+    /// What the slot holds now.
+    #[inline]
+    pub(crate) fn entry<'p>(&'p self, index: usize, _pin: &'p Pin) -> Entry<'p> {
+        let raw = self.slots[index].load(Ordering::Acquire);
+        if raw.is_null() {
+            Entry::Empty
+        } else if raw.addr() as u64 & LEAF != 0 {
+            Entry::Leaf(raw.addr() as u64)
+        } else {
+            // SAFETY: a reference demands a live node. Only `publish` stores pointers without the leaf bit, from a
+            // box; the node is freed only by `unlink` through the epoch, which the pin holds back, or with the node
+            // it hangs from, which `&'p self` and the pin keep alive for as long.
+            Entry::Child(unsafe { &*raw })
+        }
+    }
+
+    /// Puts a leaf, or with 0 nothing, into a slot that holds no child. (A child would leak.)
+    #[inline]
+    pub(crate) fn store(&self, index: usize, leaf: u64) {
+        debug_assert!(leaf == 0 || leaf & LEAF != 0, "a leaf has its lowest bit set");
+        self.slots[index].store(ptr::without_provenance_mut(leaf as usize), Ordering::Release);
+    }
+
+    /// Changes a slot from `old` to `new`, each a leaf or 0 for empty; false when it holds something else.
+    #[inline]
+    pub(crate) fn exchange(&self, index: usize, old: u64, new: u64) -> bool {
+        assert!((old == 0 || old & LEAF != 0) && (new == 0 || new & LEAF != 0), "leaves have their lowest bit set");
+        let (old, new) = (ptr::without_provenance_mut(old as usize), ptr::without_provenance_mut(new as usize));
+        self.slots[index].compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// Hangs `child` into a slot that holds `old`, a leaf or 0 for empty.
+    ///
+    /// # Errors
+    /// Gives the child back when the slot holds something else.
+    pub(crate) fn publish(&self, index: usize, old: u64, child: Box<Self>) -> Result<(), Box<Self>> {
+        assert!(old == 0 || old & LEAF != 0, "a child is never overwritten");
+        let old = ptr::without_provenance_mut(old as usize);
+        let child = Box::into_raw(child);
+        match self.slots[index].compare_exchange(old, child, Ordering::AcqRel, Ordering::Relaxed) {
+            Ok(_) => Ok(()),
+            // SAFETY: `Box::from_raw` demands sole ownership; the pointer came out of the box above and went nowhere.
+            Err(_) => Err(unsafe { Box::from_raw(child) }),
+        }
+    }
+
+    /// Empties a slot; a child that hung there is freed, with all below it, once no pin sees it any more.
+    pub(crate) fn unlink(&self, index: usize, pin: &Pin) {
+        let raw = self.slots[index].swap(ptr::null_mut(), Ordering::AcqRel);
+        if !raw.is_null() && raw.addr() as u64 & LEAF == 0 {
+            let free = move || {
+                // SAFETY: `Box::from_raw` demands sole ownership: the swap took the only link to the node, and the
+                // epoch has passed, so no reader is left.
+                drop(unsafe { Box::from_raw(raw) });
+            };
+            // SAFETY: `defer_unchecked` demands a closure that may run later on any thread; it owns the node it
+            // frees, and nodes are Send (atomics, and children that they own).
+            unsafe { pin.0.defer_unchecked(free) };
+        }
+    }
+
+    /// How many slots are not empty, as [`Self::count`] was told.
+    #[inline]
+    pub(crate) fn live(&self) -> u32 {
+        self.live.load(Ordering::Relaxed)
+    }
+
+    /// Adds to the count of slots that are not empty. For the tree's one writer.
+    #[inline]
+    pub(crate) fn count(&self, change: i32) {
+        self.live.store(self.live().wrapping_add_signed(change), Ordering::Relaxed);
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        for slot in &mut self.slots {
+            let raw = *slot.get_mut();
+            if !raw.is_null() && raw.addr() as u64 & LEAF == 0 {
+                // SAFETY: `Box::from_raw` demands sole ownership: the slot owns its child, and this node is owned.
+                drop(unsafe { Box::from_raw(raw) });
+            }
+        }
+    }
+}
+
+/// Generations are never used twice in a process, so that one names the device and the attachment at once.
+static GENERATIONS: AtomicU64 = AtomicU64::new(1);
+
+/// Something whose users count as readers of an IOAS.
+pub(crate) trait Guarded {
+    /// The readers to wait for before it may go.
+    fn readers(&self) -> &Arc<ReaderSet>;
+}
+
+/// What a device is attached to now, or nothing.
+pub(crate) struct Current<T: Guarded> {
+    /// Changes with `value`, and is never the same twice.
+    generation: AtomicU64,
+    /// Guarded by itself; a leaf lock.
+    value: Mutex<Option<Arc<T>>>,
+}
+
+impl<T: Guarded> Current<T> {
+    pub(crate) fn nothing() -> Self {
+        Self { generation: AtomicU64::new(GENERATIONS.fetch_add(1, Ordering::Relaxed)), value: Mutex::new(None) }
+    }
+
+    /// Puts `new` in place. When it returns, nobody looks at the old value through a lane any more.
+    pub(crate) fn replace(&self, new: Option<Arc<T>>) -> Option<Arc<T>> {
+        let old = {
+            let mut value = self.value.lock();
+            self.generation.store(GENERATIONS.fetch_add(1, Ordering::Relaxed), Ordering::SeqCst);
+            std::mem::replace(&mut *value, new)
+        };
+        // A lane came in before the store of the generation and is waited for, or comes in later and sees it.
+        if let Some(old) = &old {
+            old.readers().wait();
+        }
+        old
+    }
+}
+
+impl<T: Guarded> Drop for Current<T> {
+    fn drop(&mut self) {
+        // No lane is inside: entering borrows the `Current`. A stale lane finds no `Current` with its generation.
+        debug_assert!(self.value.get_mut().is_none(), "a device is detached before it goes");
+    }
+}
+
+/// One thread's way to what a device is attached to.
+pub(crate) struct Lane<T: Guarded> {
+    generation: u64,
+    value: Option<(NonNull<T>, Reader)>,
+}
+
+impl<T: Guarded> Lane<T> {
+    /// A lane that remembers nothing.
+    pub(crate) const fn new() -> Self {
+        Self { generation: 0, value: None }
+    }
+
+    /// True when it does not remember what `current` is now.
+    #[inline]
+    pub(crate) fn is_stale(&self, current: &Current<T>) -> bool {
+        self.generation != current.generation.load(Ordering::Acquire)
+    }
+
+    /// Learns what `current` is now; false when it is nothing.
+    pub(crate) fn refresh(&mut self, current: &Current<T>) -> bool {
+        let value = current.value.lock();
+        self.generation = current.generation.load(Ordering::Acquire);
+        let Some(value) = value.as_ref() else {
+            self.value = None;
+            return false;
+        };
+        let reader = match self.value.take() {
+            Some((_, reader)) if reader.belongs_to(value.readers()) => reader,
+            _ => value.readers().register(),
+        };
+        self.value = Some((NonNull::from(&**value), reader));
+        true
+    }
+
+    /// Enters the reader count and gives what `current` is, or `None` when the lane is stale or remembers nothing.
+    #[inline]
+    pub(crate) fn enter<'l>(&'l mut self, current: &'l Current<T>) -> Option<Entered<'l, T>> {
+        let (value, reader) = self.value.as_mut()?;
+        let guard = reader.enter();
+        if current.generation.load(Ordering::SeqCst) != self.generation {
+            return None;
+        }
+        // SAFETY: a reference demands that the value lives. The generation is that of `current` and of the value
+        // that was remembered with it under its lock, so `current` held an Arc of it after this reader had entered;
+        // `replace` drops that Arc only after a later store of the generation and after the wait for readers, which
+        // sees this one; and `current` itself is borrowed for as long.
+        let value = unsafe { value.as_ref() };
+        Some(Entered { value, _guard: guard })
+    }
+}
+
+/// What a device is attached to, seen from inside the reader count.
+pub(crate) struct Entered<'l, T> {
+    value: &'l T,
+    _guard: ReadGuard<'l>,
+}
+
+impl<T> std::ops::Deref for Entered<'_, T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        self.value
+    }
+}
