@@ -1,1 +1,22 @@
-//! Software devices behind the device trait of `compat`.
+//! Software devices behind the device trait of `compat`: PCI functions that a client drives through VFIO.
+//!
+//! ```text
+//! pci     configuration space, capabilities, MSI-X: what every function has
+//! lease   a way to memory and interrupts that can be taken away again
+//! nvme    an NVMe 1.4 controller over a file
+//! probe   `dma-probe`: DMA and interrupts at a test's will, by register writes
+//! ```
+//!
+//! Every device does its DMA on a thread of its own, because client memory can block for ever. A thread lives from
+//! the moment the device is switched on (an NVMe controller's CC.EN) until it is switched off, and holds a
+//! [`lease::Lease`] for that time. Reset and close revoke the lease: a thread that is stuck in client memory is left
+//! behind and can do nothing any more when it comes back.
+
+#![deny(unsafe_code)]
+
+pub mod lease;
+pub mod nvme;
+pub mod pci;
+pub mod probe;
+#[cfg(test)]
+mod testbus;

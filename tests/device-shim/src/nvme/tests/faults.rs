@@ -1,0 +1,1 @@
+//! Aborts, media errors, resets under load.

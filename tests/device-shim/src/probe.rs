@@ -1,0 +1,1 @@
+//! `dma-probe`: a device that does the DMA a test asks for.
