@@ -11,7 +11,7 @@
 //! leaves an HWPT makes them forget it, with the IOTLB entries they had; `context_flushes` counts that.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use ioas::{Interrupt, Interrupted, Ioas, IovaRange, ReaderSet, Uninterruptible};
@@ -92,6 +92,8 @@ pub struct Hwpt {
     iotlb_flushes: AtomicU64,
     context_flushes: AtomicU64,
     dirty: DirtySet,
+    /// An unmap leaves its range in the dirty set.
+    keeps_dirty: AtomicBool,
     /// Names of the attached devices. Guarded by itself; a leaf lock.
     devices: Mutex<Vec<Arc<str>>>,
 }
@@ -123,6 +125,7 @@ impl Hwpt {
             generation: AtomicU64::new(1),
             iotlb_flushes: AtomicU64::new(0),
             context_flushes: AtomicU64::new(0),
+            keeps_dirty: AtomicBool::new(false),
             devices: Mutex::default(),
         });
         hwpt.table.join(&hwpt);
@@ -183,6 +186,17 @@ impl Hwpt {
         self.dirty.track(on).map_err(|_| AttachError::Injected("dirty set"))?;
         self.readers().wait();
         Ok(())
+    }
+
+    /// Whether an unmap leaves its range in the dirty set: for who reports what was dirty after it has unmapped, and
+    /// then calls [`Self::forget_dirty`]. Otherwise an unmap clears it.
+    pub fn keep_dirty_over_unmap(&self, keep: bool) {
+        self.keeps_dirty.store(keep, Ordering::Release);
+    }
+
+    /// Takes `range`, where nothing is mapped any more and whose readers have left, out of the dirty set.
+    pub fn forget_dirty(&self, range: IovaRange) {
+        self.dirty.forget(range);
     }
 
     /// Whether it is tracking dirty pages.
@@ -276,7 +290,9 @@ impl Hwpt {
     /// Leaves of `range` have been cleared in the table.
     pub(crate) fn unmapped(&self, range: IovaRange) {
         self.flush_iotlb();
-        self.dirty.forget(range);
+        if !self.keeps_dirty.load(Ordering::Acquire) {
+            self.dirty.forget(range);
+        }
     }
 
     /// A device has been attached.
