@@ -1,3 +1,40 @@
 //! VFIO containers, groups and devices: the semantics behind `/dev/vfio`, without its wire structs.
+//!
+//! A front end opens a [`Container`], a [`GroupFile`] or a [`DeviceFile`], hands it typed requests, and drops it when
+//! the client's last descriptor is closed; everything hangs on those drops, in any order. What refuses says why
+//! ([`VfioError`]) and which errno that is.
+//!
+//! Lock order: [`Vfio`]'s list of changes, a device's opens, a group's state, a container's members, a type1's state,
+//! then the locks of `hwpt` and `ioas`. Interrupts and logs have leaf locks of their own.
+#![deny(unsafe_code)]
 
+mod bus;
+mod container;
 pub mod device;
+mod device_file;
+mod dirty_set;
+mod dma_log;
+mod errno;
+mod error;
+mod eventfd;
+mod flavour;
+mod group;
+pub mod irqs;
+mod pci;
+mod type1;
+mod vfio;
+mod vfio_device;
+mod watch;
+
+pub use container::{
+    API_VERSION, BitmapRequest, Container, ContainerInfo, ContainerOp, DirtyPages, DirtyPagesKind, InfoCapability,
+    MapDma, UnmapDma, UnmapFlags, extension,
+};
+pub use device_file::{DependentDevice, DeviceFile, DeviceInfo, FeatureAction, REGION_SHIFT, RegionInfo};
+pub use dma_log::{LogReport, MAX_LOG_RANGES};
+pub use error::VfioError;
+pub use eventfd::{EventFd, EventFdArg};
+pub use flavour::Flavour;
+pub use group::{Group, GroupFile, GroupStatus};
+pub use vfio::{DMA_ENTRY_LIMIT, DeviceSpec, DirtyMode, Removal, Vfio, VfioOptions};
+pub use vfio_device::{DeviceSnapshot, VfioDevice};

@@ -16,7 +16,6 @@
 #![deny(unsafe_code)]
 
 pub mod arg;
-pub mod nvme;
 pub mod place;
 pub mod record;
 pub mod rows;

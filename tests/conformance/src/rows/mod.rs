@@ -1,6 +1,5 @@
 //! The rows, in suites.
 
-mod after;
 mod container;
 mod device;
 mod dirty;
@@ -8,7 +7,6 @@ mod info;
 mod ioas;
 mod life;
 mod map;
-mod memory;
 mod unmap;
 
 use crate::script::{Flavour, Row};
@@ -25,8 +23,7 @@ pub struct Suite {
 }
 
 /// The rows of a container, asked of each flavour.
-const CONTAINER: &[&[Row]] =
-    &[container::ROWS, info::ROWS, map::ROWS, unmap::ROWS, dirty::ROWS, life::ROWS, memory::ROWS, after::ROWS];
+const CONTAINER: &[&[Row]] = &[container::ROWS, info::ROWS, map::ROWS, unmap::ROWS, dirty::ROWS, life::ROWS];
 
 /// Every suite.
 pub const SUITES: &[Suite] = &[

@@ -1,0 +1,226 @@
+//! Groups and their open files.
+//!
+//! A group is what moves between containers as one: all devices behind it see the same address space. Its node can be
+//! open once at a time (Linux `drivers/vfio/group.c`: EBUSY), and the open file carries what the client did with it:
+//! which container the group is in, and how many of its devices are open. A device's file keeps its group's file
+//! open, so closing the descriptors in any order ends in the same state: devices close first, then the group leaves
+//! its container, then the node can be opened again.
+//!
+//! A noiommu group has no IOMMU behind it: only a process with CAP_SYS_RAWIO may use it, it shares a container only
+//! with its like, and DMA of its devices is aborted, because there is no memory that a physical address would name.
+//!
+//! Locks: `state` is held across joining and leaving a container. It is never held while a model is called. Order: a
+//! device's `opens`, then `state`, then the container's.
+
+use std::sync::Arc;
+
+use ioas::caller::{Caller, Capability};
+use parking_lot::{Mutex, RwLock};
+
+use crate::container::Container;
+use crate::device::Bdf;
+use crate::device_file::DeviceFile;
+use crate::error::VfioError;
+use crate::vfio_device::VfioDevice;
+
+/// A group of devices.
+pub struct Group {
+    /// Immutable.
+    id: u32,
+    /// Immutable.
+    noiommu: bool,
+    hwpt: Arc<hwpt::Group>,
+    devices: RwLock<Vec<Arc<VfioDevice>>>,
+    state: Mutex<State>,
+}
+
+/// Guarded by [`Group::state`].
+#[derive(Default)]
+struct State {
+    open: bool,
+    container: Option<Arc<Container>>,
+    /// How many of its devices are open.
+    users: u32,
+}
+
+/// The answer to VFIO_GROUP_GET_STATUS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupStatus {
+    /// The group can be given to a container, or is in one (VFIO_GROUP_FLAGS_VIABLE).
+    pub viable: bool,
+    /// The group is in a container (VFIO_GROUP_FLAGS_CONTAINER_SET).
+    pub container_set: bool,
+}
+
+/// An open of `/dev/vfio/N`. Dropping it is the close.
+pub struct GroupFile {
+    group: Arc<Group>,
+}
+
+impl Group {
+    pub(crate) fn new(id: u32, noiommu: bool) -> Arc<Self> {
+        let hwpt = hwpt::Group::new(id);
+        Arc::new(Self { id, noiommu, hwpt, devices: RwLock::default(), state: Mutex::default() })
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// It has no IOMMU: its node is `noiommu-N`.
+    #[must_use]
+    pub fn is_noiommu(&self) -> bool {
+        self.noiommu
+    }
+
+    /// Its devices.
+    #[must_use]
+    pub fn devices(&self) -> Vec<Arc<VfioDevice>> {
+        self.devices.read().clone()
+    }
+
+    pub(crate) fn hwpt(&self) -> &hwpt::Group {
+        &self.hwpt
+    }
+
+    /// A device joins: the address space that the group has is its own from now on.
+    pub(crate) fn add(&self, device: &Arc<VfioDevice>) -> Result<(), VfioError> {
+        let _state = self.state.lock();
+        if !self.noiommu {
+            self.hwpt.add_device(device.hwpt())?;
+        }
+        self.devices.write().push(Arc::clone(device));
+        Ok(())
+    }
+
+    /// A device leaves. It must be closed.
+    pub(crate) fn remove(&self, device: &VfioDevice) {
+        let _state = self.state.lock();
+        self.devices.write().retain(|other| !std::ptr::eq(&**other, device));
+        if !self.noiommu {
+            self.hwpt.remove_device(device.hwpt());
+        }
+    }
+
+    /// A device of the group is opened for the first time: its group needs a container with an IOMMU (Linux
+    /// `vfio_group_use_container`).
+    pub(crate) fn begin_use(&self, caller: &dyn Caller) -> Result<(), VfioError> {
+        let mut state = self.state.lock();
+        let container = state.container.as_ref().ok_or(VfioError::ContainerNotSet(self.id))?;
+        if !container.has_iommu() {
+            return Err(VfioError::NoIommu);
+        }
+        if self.noiommu && !caller.capable(Capability::SysRawio) {
+            return Err(VfioError::NeedsRawio);
+        }
+        state.users += 1;
+        Ok(())
+    }
+
+    /// The last file of a device of the group has been closed.
+    pub(crate) fn end_use(&self) {
+        self.state.lock().users -= 1;
+    }
+
+    fn has_container(&self) -> bool {
+        self.state.lock().container.is_some()
+    }
+}
+
+impl GroupFile {
+    /// Opens the group's node. Linux `vfio_group_fops_open`.
+    pub(crate) fn open(caller: &dyn Caller, group: Arc<Group>) -> Result<Arc<Self>, VfioError> {
+        let mut state = group.state.lock();
+        if group.devices.read().is_empty() {
+            return Err(VfioError::NoSuchGroup(group.id));
+        }
+        if group.noiommu && !caller.capable(Capability::SysRawio) {
+            return Err(VfioError::NeedsRawio);
+        }
+        if state.open {
+            return Err(VfioError::GroupOpen(group.id));
+        }
+        state.open = true;
+        drop(state);
+        Ok(Arc::new(Self { group }))
+    }
+
+    /// The group.
+    #[must_use]
+    pub fn group(&self) -> &Arc<Group> {
+        &self.group
+    }
+
+    /// VFIO_GROUP_GET_STATUS. Nobody else claims our devices, so a group is always viable.
+    #[must_use]
+    pub fn status(&self) -> GroupStatus {
+        GroupStatus { viable: true, container_set: self.group.has_container() }
+    }
+
+    /// VFIO_GROUP_SET_CONTAINER with a descriptor that stands for `container`, or for nothing that can be one.
+    ///
+    /// # Errors
+    /// [`VfioError::ContainerSet`], [`VfioError::NotAContainer`], [`VfioError::NeedsRawio`],
+    /// [`VfioError::MixedNoIommu`], and what attaching to the container's IOMMU meets. Nothing has changed.
+    pub fn set_container(&self, caller: &dyn Caller, container: Option<&Arc<Container>>) -> Result<(), VfioError> {
+        let mut state = self.group.state.lock();
+        if state.container.is_some() {
+            return Err(VfioError::ContainerSet(self.group.id));
+        }
+        let container = container.ok_or(VfioError::NotAContainer)?;
+        container.join(caller, &self.group)?;
+        state.container = Some(Arc::clone(container));
+        Ok(())
+    }
+
+    /// VFIO_GROUP_UNSET_CONTAINER.
+    ///
+    /// # Errors
+    /// [`VfioError::ContainerNotSet`], [`VfioError::DevicesOpen`].
+    pub fn unset_container(&self) -> Result<(), VfioError> {
+        let mut state = self.group.state.lock();
+        if state.container.is_none() {
+            return Err(VfioError::ContainerNotSet(self.group.id));
+        }
+        if state.users != 0 {
+            return Err(VfioError::DevicesOpen { group: self.group.id, users: state.users });
+        }
+        if let Some(container) = state.container.take() {
+            container.leave(&self.group);
+        }
+        Ok(())
+    }
+
+    /// VFIO_GROUP_GET_DEVICE_FD: opens the device called `name`, its PCI address. Linux `vfio_pci_core_match` takes
+    /// spaces after the name, and a VF token that none of our devices has.
+    ///
+    /// # Errors
+    /// [`VfioError::NoSuchDevice`], [`VfioError::BadDeviceName`], [`VfioError::ContainerNotSet`],
+    /// [`VfioError::NoIommu`], [`VfioError::NeedsRawio`].
+    pub fn device(self: &Arc<Self>, caller: &dyn Caller, name: &str) -> Result<Arc<DeviceFile>, VfioError> {
+        let (address, options) = name.split_once(' ').unwrap_or((name, ""));
+        let none = || VfioError::NoSuchDevice(name.to_owned());
+        let bdf: Bdf = address.parse().map_err(|_| none())?;
+        let device = self.group.devices().into_iter().find(|device| device.bdf() == bdf).ok_or_else(none)?;
+        if device.bdf().to_string() != address {
+            return Err(none());
+        }
+        if !options.trim_start_matches(' ').is_empty() {
+            return Err(VfioError::BadDeviceName(name.to_owned()));
+        }
+        DeviceFile::open(caller, Arc::clone(self), device)
+    }
+}
+
+impl Drop for GroupFile {
+    /// No device of the group is open: each would keep this file.
+    fn drop(&mut self) {
+        let mut state = self.group.state.lock();
+        if let Some(container) = state.container.take() {
+            container.leave(&self.group);
+        }
+        state.open = false;
+    }
+}

@@ -1,0 +1,183 @@
+//! A device as VFIO sees it: a model, its place in a group, its interrupts, and how often it is open.
+//!
+//! Several processes may open one device, through the one open file of its group. The first open gives the model its
+//! bus; with the last close the model is reset, its bus goes and its interrupts are forgotten (Linux
+//! `drivers/vfio/vfio_main.c`, `vfio_df_open` and `vfio_df_close`).
+//!
+//! Locks: `opens` is held across the model's open and close, so that neither overtakes the other. Only who may open
+//! this device ever waits for it. Order: `opens`, then the group's state.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use ioas::caller::Caller;
+use parking_lot::Mutex;
+
+use crate::bus::DeviceBus;
+use crate::device::{Bdf, DeviceModel};
+use crate::dma_log::DmaLog;
+use crate::error::VfioError;
+use crate::group::Group;
+use crate::irqs::Irqs;
+use crate::pci::{self, MsixTable};
+use crate::vfio::{DeviceSpec, Vfio};
+
+/// A device of a server.
+pub struct VfioDevice {
+    vfio: Weak<Vfio>,
+    /// Immutable.
+    bdf: Bdf,
+    /// Immutable.
+    group_id: u32,
+    model: Arc<dyn DeviceModel>,
+    hwpt: Arc<hwpt::Device>,
+    irqs: Arc<Irqs>,
+    log: Arc<DmaLog>,
+    /// Set once, before the device is published.
+    msix: Option<MsixTable>,
+    opens: Mutex<Opens>,
+    /// Mirrors whether `opens` has a file, for who must not wait.
+    open: AtomicBool,
+}
+
+/// Guarded by [`VfioDevice::opens`].
+#[derive(Default)]
+struct Opens {
+    files: u32,
+    /// The device is to go: it cannot be opened any more.
+    withdrawn: bool,
+}
+
+/// A device as `uiommufd status` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct DeviceSnapshot {
+    /// Its PCI address.
+    pub bdf: String,
+    /// The word that makes it.
+    pub kind: &'static str,
+    /// Its group's number.
+    pub group: u32,
+    /// Somebody has it open.
+    pub open: bool,
+}
+
+impl VfioDevice {
+    pub(crate) fn new(vfio: &Arc<Vfio>, spec: DeviceSpec) -> Arc<Self> {
+        let DeviceSpec { bdf, group, noiommu: _, properties, model } = spec;
+        Arc::new(Self {
+            vfio: Arc::downgrade(vfio),
+            bdf,
+            group_id: group,
+            hwpt: hwpt::Device::new(bdf.to_string(), properties, Arc::clone(vfio.faults())),
+            irqs: Irqs::new(model.irqs(), Arc::clone(vfio.watcher())),
+            log: Arc::default(),
+            msix: pci::msix_table(&*model),
+            model,
+            opens: Mutex::default(),
+            open: AtomicBool::new(false),
+        })
+    }
+
+    /// Its PCI address.
+    #[must_use]
+    pub fn bdf(&self) -> Bdf {
+        self.bdf
+    }
+
+    /// Its group's number.
+    #[must_use]
+    pub fn group_id(&self) -> u32 {
+        self.group_id
+    }
+
+    /// The device itself.
+    #[must_use]
+    pub fn model(&self) -> &Arc<dyn DeviceModel> {
+        &self.model
+    }
+
+    /// What `hwpt` knows of it: its properties, its DMA, its faults.
+    #[must_use]
+    pub fn hwpt(&self) -> &Arc<hwpt::Device> {
+        &self.hwpt
+    }
+
+    /// Its interrupts.
+    #[must_use]
+    pub fn irqs(&self) -> &Arc<Irqs> {
+        &self.irqs
+    }
+
+    /// Somebody has it open.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// As `uiommufd status` shows it.
+    #[must_use]
+    pub fn snapshot(&self) -> DeviceSnapshot {
+        DeviceSnapshot {
+            bdf: self.bdf.to_string(),
+            kind: self.model.kind(),
+            group: self.group_id,
+            open: self.is_open(),
+        }
+    }
+
+    pub(crate) fn log(&self) -> &DmaLog {
+        &self.log
+    }
+
+    pub(crate) fn msix(&self) -> Option<MsixTable> {
+        self.msix
+    }
+
+    /// The devices that a hot reset resets with this one, itself among them.
+    pub(crate) fn on_same_bus(&self) -> Vec<Arc<Self>> {
+        self.vfio.upgrade().map_or_else(Vec::new, |vfio| vfio.on_bus(self.bdf.domain, self.bdf.bus))
+    }
+
+    /// One more file of the device.
+    pub(crate) fn open(&self, caller: &dyn Caller, group: &Group) -> Result<(), VfioError> {
+        let mut opens = self.opens.lock();
+        if opens.withdrawn {
+            return Err(VfioError::NoSuchDevice(self.bdf.to_string()));
+        }
+        if opens.files == 0 {
+            group.begin_use(caller)?;
+            let bus = DeviceBus { dma: self.hwpt.dma(), irqs: Arc::clone(&self.irqs), log: Arc::clone(&self.log) };
+            self.model.open(Arc::new(bus));
+            pci::enable(&*self.model);
+            self.open.store(true, Ordering::Release);
+        }
+        opens.files += 1;
+        Ok(())
+    }
+
+    /// One file less.
+    pub(crate) fn close(&self, group: &Group) {
+        let mut opens = self.opens.lock();
+        opens.files -= 1;
+        if opens.files != 0 {
+            return;
+        }
+        self.model.close();
+        self.irqs.close();
+        self.log.stop();
+        self.open.store(false, Ordering::Release);
+        group.end_use();
+        let withdrawn = opens.withdrawn;
+        drop(opens);
+        if let (true, Some(vfio)) = (withdrawn, self.vfio.upgrade()) {
+            vfio.forget(self);
+        }
+    }
+
+    /// The device cannot be opened any more. True when nobody has it open.
+    pub(crate) fn withdraw(&self) -> bool {
+        let mut opens = self.opens.lock();
+        opens.withdrawn = true;
+        opens.files == 0
+    }
+}
