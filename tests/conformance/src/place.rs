@@ -47,6 +47,8 @@ impl Place {
     /// # Errors
     /// When sysfs refuses.
     pub fn bind() -> io::Result<()> {
+        // The IOMMU's complaints about aborted DMA would land between the answers on the VM's console.
+        fs::write("/proc/sys/kernel/printk", "1")?;
         for path in controllers()? {
             fs::write(path.join("driver_override"), "vfio-pci")?;
             let bdf = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

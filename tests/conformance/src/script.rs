@@ -15,7 +15,7 @@ use nix::errno::Errno;
 
 use crate::arg::{self, Arg};
 use crate::place::Place;
-use crate::sys::{Mapping, Memory};
+use crate::sys::{self, Mapping, Memory};
 use crate::way::{Node, Way};
 
 /// Which container, and by which of its two versions.
@@ -71,14 +71,25 @@ impl Flavour {
     }
 }
 
-/// A row ended early because what it builds on failed.
+/// A row ended early.
 #[derive(Debug, thiserror::Error)]
-#[error("stopped at {step}: {errno}")]
-pub struct Stopped {
-    /// What failed.
-    pub step: &'static str,
-    /// How.
-    pub errno: Errno,
+pub enum Stopped {
+    /// What it builds on failed.
+    #[error("stopped:{step}={}", name(*errno))]
+    Failed {
+        /// What failed.
+        step: &'static str,
+        /// How.
+        errno: Errno,
+    },
+    /// The place or the way in lacks what the row needs.
+    #[error("Skipped({0})")]
+    Skipped(String),
+}
+
+/// Makes the end of a row of what a preparing step answered.
+pub fn stopped(step: &'static str) -> impl Fn(Errno) -> Stopped {
+    move |errno| Stopped::Failed { step, errno }
 }
 
 /// What a row's function returns.
@@ -123,7 +134,7 @@ impl<'a> Script<'a> {
     pub fn run(row: &Row, way: &'a dyn Way, place: &'a Place, flavour: Flavour) -> String {
         let mut script = Self { way, place, flavour, line: String::new(), files: Vec::new() };
         if let Err(stopped) = (row.run)(&mut script) {
-            script.say(&format!("stopped:{}={}", stopped.step, name(stopped.errno)));
+            script.say(&stopped.to_string());
         }
         for file in std::mem::take(&mut script.files) {
             way.close(file);
@@ -148,7 +159,7 @@ impl<'a> Script<'a> {
     /// # Errors
     /// Ends the row.
     pub fn open(&mut self, node: Node) -> Result<RawFd, Stopped> {
-        let file = self.way.open(node).map_err(|errno| Stopped { step: "open", errno })?;
+        let file = self.way.open(node).map_err(stopped("open"))?;
         self.files.push(file);
         Ok(file)
     }
@@ -189,7 +200,18 @@ impl<'a> Script<'a> {
     /// # Errors
     /// Ends the row.
     pub fn must(&mut self, step: &'static str, file: RawFd, request: u32, argument: u64) -> Result<i32, Stopped> {
-        self.way.ioctl(file, request, argument).map_err(|errno| Stopped { step, errno })
+        self.way.ioctl(file, request, argument).map_err(stopped(step))
+    }
+
+    /// Runs `work` in a forked child and returns its exit status.
+    ///
+    /// # Errors
+    /// Ends the row, also where the way in does not allow a fork.
+    pub fn in_child(&self, work: impl FnOnce() -> i32) -> Result<i32, Stopped> {
+        if !self.way.forks() {
+            return Err(Stopped::Skipped("this way in cannot fork".to_owned()));
+        }
+        sys::in_child(work).map_err(stopped("fork"))
     }
 
     /// Shared memory of `pages` pages, at a 2 MiB boundary.
@@ -202,7 +224,7 @@ impl<'a> Script<'a> {
             protection: libc::PROT_READ | libc::PROT_WRITE,
             file: None,
         };
-        Memory::map(pages << 12, 2 << 20, mapping).map_err(|errno| Stopped { step: "mmap", errno })
+        Memory::map(pages << 12, 2 << 20, mapping).map_err(stopped("mmap"))
     }
 
     /// Puts a group into a container.
@@ -231,7 +253,7 @@ impl<'a> Script<'a> {
     pub fn container_without_device(&mut self) -> Result<Container, Stopped> {
         let file = self.open(self.flavour.node())?;
         let group = self.open(Node::Group(self.place.devices[0].group))?;
-        self.set_container(group, file).map_err(|errno| Stopped { step: "set_container", errno })?;
+        self.set_container(group, file).map_err(stopped("set_container"))?;
         self.must("set_iommu", file, arg::VFIO_SET_IOMMU, self.flavour.iommu())?;
         Ok(Container { file, group })
     }

@@ -1,7 +1,7 @@
 //! The system calls of a client that no safe wrapper covers: an ioctl with a bare argument, memory that is looked
 //! at only byte by byte, and a fork whose child runs a closure.
 
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 
@@ -199,4 +199,21 @@ pub(crate) fn give_up_locking(bytes: u64) {
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
     // SAFETY: takes a number only.
     unsafe { libc::setuid(65_534) };
+}
+
+/// The address of the vDSO, memory that the kernel gave to this process.
+pub(crate) fn vdso() -> u64 {
+    // SAFETY: takes a number only.
+    unsafe { libc::getauxval(libc::AT_SYSINFO_EHDR) }
+}
+
+/// memfd_secret(2).
+///
+/// # Errors
+/// What the kernel answers; ENOSYS where it is off.
+pub(crate) fn secret_file() -> Result<OwnedFd, Errno> {
+    // SAFETY: takes a number only.
+    let number = Errno::result(unsafe { libc::syscall(libc::SYS_memfd_secret, 0) })?;
+    // SAFETY: a descriptor that the kernel has just made and nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(number as RawFd) })
 }

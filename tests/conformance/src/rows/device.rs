@@ -5,7 +5,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::AsRawFd;
 
 use crate::arg::{self, Arg};
-use crate::script::{Row, Script, Stopped, result};
+use crate::script::{Row, Script, Stopped, result, stopped};
 
 /// Number of the config region in VFIO's file offsets.
 const CONFIG: u64 = 7 << 40;
@@ -35,7 +35,7 @@ fn irqs(s: &mut Script<'_>, step: &str, device: i32, flags: u32, vectors: (u32, 
 }
 
 fn eventfd() -> Result<EventFd, Stopped> {
-    EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK).map_err(|errno| Stopped { step: "eventfd", errno })
+    EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK).map_err(stopped("eventfd"))
 }
 
 fn number(eventfd: &EventFd) -> [u8; 4] {

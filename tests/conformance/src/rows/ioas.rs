@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 
 use crate::arg::{self, Arg};
-use crate::script::{Outcome, Row, Script, Stopped, result};
+use crate::script::{Outcome, Row, Script, Stopped, result, stopped};
 use crate::sys::Memory;
 use crate::way::Node;
 
@@ -26,7 +26,7 @@ struct Ioas {
 
 fn ioas(s: &mut Script<'_>) -> Result<Ioas, Stopped> {
     let file = s.open(Node::Iommufd)?;
-    let id = alloc(s, file).map_err(|errno| Stopped { step: "alloc", errno })?;
+    let id = alloc(s, file).map_err(stopped("alloc"))?;
     Ok(Ioas { file, id })
 }
 
@@ -393,7 +393,7 @@ pub(super) const ROWS: &[Row] = &[
         name: "copy_ranges",
         run: |s| {
             let (one, _memory) = five(s)?;
-            let two = alloc(s, one.file).map_err(|errno| Stopped { step: "alloc", errno })?;
+            let two = alloc(s, one.file).map_err(stopped("alloc"))?;
             for (step, flags, source, pages, target) in [
                 ("whole_area", FIXED | RW, 16, 4, 16),
                 ("part_of_area", FIXED | RW, 17, 2, 24),
@@ -557,8 +557,8 @@ pub(super) const ROWS: &[Row] = &[
         run: |s| {
             let ioas = ioas(s)?;
             let memfd = nix::sys::memfd::memfd_create(c"conformance", nix::sys::memfd::MFdFlags::empty())
-                .map_err(|errno| Stopped { step: "memfd", errno })?;
-            nix::unistd::ftruncate(&memfd, 4 << 12).map_err(|errno| Stopped { step: "truncate", errno })?;
+                .map_err(stopped("memfd"))?;
+            nix::unistd::ftruncate(&memfd, 4 << 12).map_err(stopped("truncate"))?;
             let number = memfd.as_raw_fd();
             let directory = std::fs::File::open("/proc/self").map(|file| file.into()).ok();
             let zero: Option<std::os::fd::OwnedFd> = std::fs::File::open("/dev/zero").map(Into::into).ok();

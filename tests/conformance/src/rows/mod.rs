@@ -1,5 +1,6 @@
 //! The rows, in suites.
 
+mod after;
 mod container;
 mod device;
 mod dirty;
@@ -7,6 +8,7 @@ mod info;
 mod ioas;
 mod life;
 mod map;
+mod memory;
 mod unmap;
 
 use crate::script::{Flavour, Row};
@@ -23,7 +25,8 @@ pub struct Suite {
 }
 
 /// The rows of a container, asked of each flavour.
-const CONTAINER: &[&[Row]] = &[container::ROWS, info::ROWS, map::ROWS, unmap::ROWS, dirty::ROWS, life::ROWS];
+const CONTAINER: &[&[Row]] =
+    &[container::ROWS, info::ROWS, map::ROWS, unmap::ROWS, dirty::ROWS, life::ROWS, memory::ROWS, after::ROWS];
 
 /// Every suite.
 pub const SUITES: &[Suite] = &[
