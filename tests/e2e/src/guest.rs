@@ -12,6 +12,7 @@ use anyhow::{Result, ensure};
 
 use crate::image::Image;
 use crate::repository;
+use crate::server::client;
 
 /// The address our device has in every test.
 pub const BDF: &str = "0000:c1:00.0";
@@ -37,6 +38,8 @@ pub struct Machine {
     pub traced: bool,
     /// PCI addresses of vfio-pci devices.
     pub devices: Vec<String>,
+    /// A program of this crate that the guest finds as `/bin/program`.
+    pub program: Option<&'static str>,
 }
 
 /// The guest's RAM, in MiB.
@@ -46,7 +49,7 @@ impl Machine {
     /// A machine of `kind` with our NVMe controller.
     #[must_use]
     pub fn new(kind: &'static str, ram: Ram, jobs: &'static str) -> Self {
-        Self { kind, ram, jobs, traced: false, devices: vec![BDF.to_owned()] }
+        Self { kind, ram, jobs, traced: false, devices: vec![BDF.to_owned()], program: None }
     }
 
     /// The words of the command that starts it. Logs go beside `image`.
@@ -54,7 +57,10 @@ impl Machine {
     /// # Errors
     /// When the guest's kernel cannot be had.
     pub fn command(&self, image: &Image) -> Result<Vec<String>> {
-        let (kernel, initramfs) = kernel()?;
+        let (kernel, mut initramfs) = kernel()?;
+        if let Some(program) = self.program {
+            initramfs = with_program(&initramfs, &client(program), image)?;
+        }
         let mut words: Vec<String> = Vec::new();
         let mut add = |text: &str| words.extend(text.split_whitespace().map(str::to_owned));
         add("qemu-system-x86_64 -accel tcg -cpu max -smp 1 -nodefaults -display none -no-reboot -serial stdio");
@@ -120,6 +126,21 @@ pub fn kernel() -> Result<(PathBuf, PathBuf)> {
     let paths: Vec<_> = stdout.lines().map(PathBuf::from).collect();
     ensure!(*made && paths.len() == 2, "tools/guest-image: {stderr}");
     Ok((paths[0].clone(), paths[1].clone()))
+}
+
+/// An initramfs that has `program` as well, as `/bin/program`, with the libraries it needs: a second archive behind
+/// the first, which the kernel unpacks over it. It lies beside `image`.
+fn with_program(initramfs: &Path, program: &Path, image: &Image) -> Result<PathBuf> {
+    let (root, result) = (image.beside("root"), image.beside("initramfs.gz"));
+    let script = "set -e; mkdir -p \"$1/bin\"; cp \"$2\" \"$1/bin/program\"; \
+                  for file in $(ldd \"$2\" | grep -o '/[^ ]*'); do \
+                      mkdir -p \"$1${file%/*}\"; cp -L \"$file\" \"$1$file\"; \
+                  done; \
+                  { cat \"$3\"; cd \"$1\"; find . | cpio --quiet -o -H newc | gzip -1; } >\"$4\"";
+    let mut pack = Command::new("sh");
+    pack.args(["-c", script, "with-program"]).args([root.as_path(), program, initramfs, result.as_path()]);
+    ensure!(pack.status()?.success(), "{} cannot be packed for the guest", program.display());
+    Ok(result)
 }
 
 /// Why QEMU cannot run here, if so.

@@ -1,6 +1,7 @@
 //! A user-space NVMe driver of the smallest kind: an admin queue, one I/O queue, one command at a time, polled.
 //!
-//! It exists to give a controller addresses that an operating system's driver never would. Register and command
+//! It exists to give a controller addresses that an operating system's driver never would. It reaches registers
+//! through [`Registers`], so that it drives a controller by VFIO on the host and by sysfs in a guest. Register and command
 //! layouts are those of the NVM Express Base Specification 1.4 (sections 3.1, 4.2, 4.6, 5.3, 5.4) and of its NVM
 //! command set (section 6).
 
@@ -9,15 +10,12 @@ use std::time::Instant;
 
 use crate::PATIENCE;
 use crate::sys::Memory;
-use crate::vfio::{Allowed, Container, Device};
 
 /// The page size of the controller's memory.
 pub const PAGE: u64 = 4096;
 /// The block size that the tests' images are read with.
 pub const BLOCK: u64 = 512;
 
-/// Where the queues lie, as the device sees them.
-const QUEUES: u64 = 0x10_0000;
 /// Entries of each queue: they fit a page each.
 const ENTRIES: u16 = 32;
 /// Bytes of a submission and of a completion entry.
@@ -34,9 +32,27 @@ mod register {
     pub(super) const DOORBELLS: u64 = 0x1000;
 }
 
-/// Command of PCI configuration space: memory space and bus master.
-const PCI_COMMAND: u64 = 4;
-const MEMORY_AND_MASTER: u16 = 0b110;
+/// Offset of the command register in PCI configuration space.
+pub const PCI_COMMAND: u64 = 4;
+/// Its bits for memory space and bus master.
+pub const MEMORY_AND_MASTER: u16 = 0b110;
+/// How many pages of memory the queues take.
+pub const QUEUE_PAGES: usize = 4;
+
+/// The registers of BAR 0.
+pub trait Registers {
+    /// Reads a register.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn read(&self, register: u64) -> Result<u32>;
+
+    /// Writes a register.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn write(&self, register: u64, value: u32) -> Result<()>;
+}
 
 /// The status field of a completion: code type in bits 8 to 10, code in the lower byte (section 4.6.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,49 +86,44 @@ struct Queue {
 
 /// A started controller.
 pub struct Nvme {
-    device: Device,
-    bar: u64,
+    registers: Box<dyn Registers>,
     memory: Memory,
+    pages: [u64; QUEUE_PAGES],
     admin: Queue,
     io: Queue,
 }
 
 impl Nvme {
-    /// Resets and starts the controller behind `device`, with its queues in memory that is mapped into `container`
-    /// from 0x100000 on.
+    /// Resets and starts the controller behind `registers`, with its queues in the first pages of `memory`, which the
+    /// device finds at the addresses `pages`. The function must be a bus master already.
     ///
     /// # Errors
     /// The errno of a call, or an error that says what the controller did not do.
-    pub fn start(container: &Container, device: Device) -> Result<Self> {
-        let memory = Memory::private(4 * 4096)?;
-        container.map(QUEUES, &memory, Allowed::ReadWrite)?;
-        let bar = device.region(0)?;
-        let config = device.region(7)?;
-        device.write(config + PCI_COMMAND, &MEMORY_AND_MASTER.to_le_bytes())?;
-        let mut nvme = Self { device, bar, memory, admin: Queue::new(0), io: Queue::new(1) };
+    pub fn start(registers: Box<dyn Registers>, memory: Memory, pages: [u64; QUEUE_PAGES]) -> Result<Self> {
+        let mut nvme = Self { registers, memory, pages, admin: Queue::new(0), io: Queue::new(1) };
         nvme.enable()?;
         nvme.create_io_queue()?;
         Ok(nvme)
     }
 
     fn enable(&self) -> Result<()> {
-        self.write32(register::CC, 0)?;
+        self.registers.write(register::CC, 0)?;
         self.wait_ready(false)?;
         let size = u32::from(ENTRIES - 1);
-        self.write32(register::AQA, size << 16 | size)?;
-        self.device.write(self.bar + register::ASQ, &QUEUES.to_le_bytes())?;
-        self.device.write(self.bar + register::ACQ, &(QUEUES + PAGE).to_le_bytes())?;
+        self.registers.write(register::AQA, size << 16 | size)?;
+        self.write64(register::ASQ, self.pages[0])?;
+        self.write64(register::ACQ, self.pages[1])?;
         // Entries of 2^6 and 2^4 bytes, memory pages of 4 KiB, enabled.
-        self.write32(register::CC, 4 << 20 | 6 << 16 | 1)?;
+        self.registers.write(register::CC, 4 << 20 | 6 << 16 | 1)?;
         self.wait_ready(true)
     }
 
     fn create_io_queue(&mut self) -> Result<()> {
         let size = u32::from(ENTRIES - 1) << 16 | 1;
-        for (opcode, page, flags) in [(0x05, 3, 1), (0x01, 2, 1 << 16 | 1)] {
+        for (opcode, page, flags) in [(0x05, self.pages[3], 1), (0x01, self.pages[2], 1 << 16 | 1)] {
             let mut command = [0; SUBMISSION];
             command[0] = opcode;
-            command[24..32].copy_from_slice(&(QUEUES + page * PAGE).to_le_bytes());
+            command[24..32].copy_from_slice(&page.to_le_bytes());
             command[40..44].copy_from_slice(&size.to_le_bytes());
             command[44..48].copy_from_slice(&u32::to_le_bytes(flags));
             let status = self.execute(true, command)?;
@@ -151,7 +162,7 @@ impl Nvme {
         self.memory.write(queue.submissions + usize::from(queue.tail) * SUBMISSION, &command);
         queue.tail = (queue.tail + 1) % ENTRIES;
         let (doorbell, tail) = (register::DOORBELLS + u64::from(queue.number) * 8, queue.tail);
-        self.write32(doorbell, tail.into())
+        self.registers.write(doorbell, tail.into())
     }
 
     fn completion(&mut self, admin: bool) -> Result<Status> {
@@ -171,14 +182,14 @@ impl Nvme {
         queue.head = (queue.head + 1) % ENTRIES;
         queue.phase ^= queue.head == 0;
         let (doorbell, head) = (register::DOORBELLS + u64::from(queue.number) * 8 + 4, queue.head);
-        self.write32(doorbell, head.into())?;
+        self.registers.write(doorbell, head.into())?;
         // Without Do Not Retry and More, which are the controller's choice.
         Ok(Status((word >> 17) as u16 & 0x7ff))
     }
 
     fn wait_ready(&self, ready: bool) -> Result<()> {
         let begun = Instant::now();
-        while self.read32(register::CSTS)? & 1 != u32::from(ready) {
+        while self.registers.read(register::CSTS)? & 1 != u32::from(ready) {
             if begun.elapsed() > PATIENCE {
                 return Err(Error::new(ErrorKind::TimedOut, "the controller does not change CSTS.RDY"));
             }
@@ -187,14 +198,10 @@ impl Nvme {
         Ok(())
     }
 
-    fn read32(&self, register: u64) -> Result<u32> {
-        let mut data = [0; 4];
-        self.device.read(self.bar + register, &mut data)?;
-        Ok(u32::from_le_bytes(data))
-    }
-
-    fn write32(&self, register: u64, value: u32) -> Result<()> {
-        self.device.write(self.bar + register, &value.to_le_bytes())
+    /// In halves, which the specification allows (section 3.1).
+    fn write64(&self, register: u64, value: u64) -> Result<()> {
+        self.registers.write(register, value as u32)?;
+        self.registers.write(register + 4, (value >> 32) as u32)
     }
 }
 

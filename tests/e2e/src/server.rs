@@ -13,6 +13,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -180,8 +182,12 @@ impl Run {
 }
 
 impl Drop for Run {
+    /// A killed server leaves COMMAND running, so COMMAND goes first.
     fn drop(&mut self) {
         // Already ended is what is wanted.
+        for process in descendants(self.pid()) {
+            let _ = kill(Pid::from_raw(process), Signal::SIGKILL);
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -225,10 +231,15 @@ fn is_empty(status: &Value) -> bool {
         && status["objects"] == 0
 }
 
-/// The processes that `pid` has started and that have not ended.
-#[must_use]
-pub fn children(pid: u32) -> Vec<u32> {
+/// The processes below `pid` that have not ended, parents before children.
+fn descendants(pid: u32) -> Vec<i32> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
-    lists.flat_map(|list| list.split_whitespace().filter_map(|child| child.parse().ok()).collect::<Vec<_>>()).collect()
+    let children: Vec<u32> = lists.flat_map(|list| numbers(&list)).collect();
+    let below = children.iter().flat_map(|child| descendants(*child));
+    children.iter().filter_map(|child| i32::try_from(*child).ok()).chain(below.collect::<Vec<_>>()).collect()
+}
+
+fn numbers(text: &str) -> Vec<u32> {
+    text.split_whitespace().filter_map(|word| word.parse().ok()).collect()
 }

@@ -130,6 +130,15 @@ impl Memory {
         self.length == 0
     }
 
+    /// Keeps its pages where they are, so that a device can be told where that is.
+    ///
+    /// # Errors
+    /// The errno of mlock.
+    pub fn lock(&self) -> Result<()> {
+        // SAFETY: the range is our mapping, and locking it changes no byte of it.
+        result(unsafe { libc::mlock(self.start.as_ptr().cast(), self.length) }).map(drop)
+    }
+
     fn byte(&self, offset: usize) -> &AtomicU8 {
         assert!(offset < self.length, "offset {offset} of {}", self.length);
         // SAFETY: the offset is inside the mapping, which lives as long as `self`.
@@ -154,13 +163,22 @@ impl Memory {
         fence(Ordering::Release);
     }
 
-    /// Reads a 32-bit number in one piece: what another writes in one piece is seen whole.
-    #[must_use]
-    pub fn read_u32(&self, offset: usize) -> u32 {
+    fn word(&self, offset: usize) -> &AtomicU32 {
         assert!(offset.is_multiple_of(4) && offset + 4 <= self.length, "offset {offset}");
         let word: *mut u32 = self.byte(offset).as_ptr().cast();
         // SAFETY: aligned and inside the mapping, and any four bytes are a valid AtomicU32.
-        unsafe { AtomicU32::from_ptr(word) }.load(Ordering::Acquire)
+        unsafe { AtomicU32::from_ptr(word) }
+    }
+
+    /// Reads a 32-bit number in one piece: what another writes in one piece is seen whole.
+    #[must_use]
+    pub fn read_u32(&self, offset: usize) -> u32 {
+        self.word(offset).load(Ordering::Acquire)
+    }
+
+    /// Writes a 32-bit number in one piece, after all that was written before.
+    pub fn write_u32(&self, offset: usize, value: u32) {
+        self.word(offset).store(value, Ordering::Release);
     }
 
     /// Puts the memory under a userfaultfd that nobody reads: the first touch of a page waits as long as the

@@ -10,6 +10,7 @@ use vfio_bindings::bindings::vfio::{
     vfio_iommu_type1_dma_unmap, vfio_region_info,
 };
 
+use crate::nvme::{MEMORY_AND_MASTER, Nvme, PAGE, PCI_COMMAND, QUEUE_PAGES, Registers};
 use crate::sys::{self, Memory};
 
 /// Offsets of the ioctls from VFIO_BASE (Linux's include/uapi/linux/vfio.h).
@@ -146,4 +147,37 @@ impl Device {
     pub fn write(&self, at: u64, data: &[u8]) -> Result<()> {
         self.0.write_all_at(data, at)
     }
+}
+
+/// Where the queues of [`start_nvme`] are mapped.
+const QUEUES: u64 = 0x10_0000;
+
+/// BAR 0 of a device.
+struct Bar0 {
+    device: Device,
+    start: u64,
+}
+
+impl Registers for Bar0 {
+    fn read(&self, register: u64) -> Result<u32> {
+        let mut data = [0; 4];
+        self.device.read(self.start + register, &mut data)?;
+        Ok(u32::from_le_bytes(data))
+    }
+
+    fn write(&self, register: u64, value: u32) -> Result<()> {
+        self.device.write(self.start + register, &value.to_le_bytes())
+    }
+}
+
+/// Starts the NVMe controller `device`, with its queues mapped into `container` from 0x100000 on.
+///
+/// # Errors
+/// The errno of a call, or an error that says what the controller did not do.
+pub fn start_nvme(container: &Container, device: Device) -> Result<Nvme> {
+    let memory = Memory::private(QUEUE_PAGES * 4096)?;
+    container.map(QUEUES, &memory, Allowed::ReadWrite)?;
+    device.write(device.region(7)? + PCI_COMMAND, &MEMORY_AND_MASTER.to_le_bytes())?;
+    let start = device.region(0)?;
+    Nvme::start(Box::new(Bar0 { device, start }), memory, [0, 1, 2, 3].map(|page| QUEUES + page * PAGE))
 }

@@ -1,5 +1,6 @@
 //! Programs of our own on the nodes of `uiommufd run`: faults, waiting memory, kills, and what a user does wrong.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -133,6 +134,32 @@ fn run_passes_on_the_exit_status_of_its_command() -> Result<()> {
 }
 
 #[test]
+fn run_ends_by_the_signal_that_ended_its_command() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let report = Run::start(&[], &["sh", "-c", "kill -TERM $$"])?.finish()?;
+    ensure!(report.status.signal() == Some(15), "{}", report.status);
+    Ok(())
+}
+
+#[test]
+fn run_passes_a_signal_on_to_its_command() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let script = "trap 'echo caught; exit 3' USR1; echo ready; while :; do sleep 0.1; done";
+    let mut run = Run::start(&[], &["sh", "-c", script])?;
+    run.wait_for("ready")?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(run.pid().cast_signed()), nix::sys::signal::Signal::SIGUSR1)?;
+    let report = run.finish()?;
+    ensure!(report.status.code() == Some(3) && report.values("caught").len() == 1, "{}", report.status);
+    Ok(())
+}
+
+#[test]
 fn run_shows_the_nodes_and_the_facade_to_its_command_only() -> Result<()> {
     if let Some(reason) = no_fuse() {
         skipped(reason);
@@ -183,6 +210,20 @@ fn command_line_that_is_wrong_is_one_line_and_exit_2_before_anything_is_mounted(
         ensure!(output.stdout.is_empty(), "{case:?} printed to stdout");
     }
     ensure!(mounts()? == before, "something was mounted");
+    Ok(())
+}
+
+#[test]
+fn run_without_dev_fuse_is_one_line_and_exit_2() -> Result<()> {
+    let script = format!("mount -t tmpfs none /dev && exec {} run -- true", binary().display());
+    let output = Command::new("unshare").args(["--mount", "sh", "-c", &script]).output()?;
+    let stderr = String::from_utf8(output.stderr)?;
+    if !stderr.starts_with("uiommufd: ") {
+        skipped("no mount namespace can be made here");
+        return Ok(());
+    }
+    ensure!(output.status.code() == Some(2) && stderr.contains("/dev/fuse"), "{}: {stderr}", output.status);
+    ensure!(stderr.trim_end().lines().count() == 1, "{stderr}");
     Ok(())
 }
 

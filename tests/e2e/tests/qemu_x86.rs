@@ -134,6 +134,32 @@ fn region_map_in_the_server_is_what_qemu_mapped_and_covers_the_guests_ram() -> R
 }
 
 #[test]
+fn dma_of_a_guest_to_what_is_not_its_ram_gets_the_nvme_error() -> Result<()> {
+    if let Some(reason) = missing() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    let before = image.sha256()?;
+    let machine = Machine { program: Some("guest-faults"), ..Machine::new("pc", Ram::Private, "program,pause") };
+    let mut run = Run::start(&nvme(BDF, &image, ""), &machine.command(&image)?)?;
+    run.wait_for("guest: pause")?;
+    let failures = serde_json::to_string(&run.status()?["failures"])?;
+    run.tell("")?;
+    let report = run.finish()?;
+    // Data Transfer Error (NVM Express 1.4, figure 128); DMA may read the firmware's ROM and must not write it.
+    let expected =
+        [("good", "0x0000"), ("outside", "0x0004"), ("from-outside", "0x0004"), ("rom", "0x0004"), ("alive", "0x0000")];
+    for (case, status) in expected {
+        let shown = report.value(&format!("guest: {case} "))?;
+        ensure!(shown == status, "{case}: {shown}, not {status}\n{}", report.stderr);
+    }
+    ensure!(failures.contains("0x70000000") && failures.contains(BDF), "no failure names it: {failures}");
+    ensure!(image.sha256()? == before, "a write that failed has changed the disk");
+    Ok(())
+}
+
+#[test]
 fn second_device_behind_another_iommu_makes_a_second_domain_and_no_second_charge() -> Result<()> {
     if let Some(reason) = missing() {
         skipped(reason);

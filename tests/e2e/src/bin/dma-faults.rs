@@ -7,9 +7,9 @@ use std::fs::File;
 use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, ensure};
-use e2e::nvme::{BLOCK, Nvme, Opcode, PAGE, Status};
+use e2e::nvme::{BLOCK, Opcode, PAGE, Status};
 use e2e::sys::Memory;
-use e2e::vfio::{Allowed, Container};
+use e2e::vfio::{Allowed, Container, start_nvme};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Where what is mapped, and how much.
@@ -28,7 +28,7 @@ fn main() -> Result<()> {
     let bdf = arguments.next().context("BDF")?;
     let container = Container::open()?;
     let group = container.add_group(group)?;
-    let mut nvme = Nvme::start(&container, group.device(&bdf)?)?;
+    let mut nvme = start_nvme(&container, group.device(&bdf)?)?;
 
     let good = Memory::private(LENGTH)?;
     container.map(GOOD, &good, Allowed::ReadWrite)?;

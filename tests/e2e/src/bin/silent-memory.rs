@@ -7,9 +7,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use e2e::nvme::{Nvme, Opcode};
+use e2e::nvme::Opcode;
 use e2e::sys::Memory;
-use e2e::vfio::{Allowed, Container};
+use e2e::vfio::{Allowed, Container, start_nvme};
 
 /// Where the silent memory is mapped.
 const SILENT: u64 = 0x20_0000;
@@ -30,7 +30,7 @@ fn main() -> Result<()> {
     };
     let container = Container::open()?;
     let group = container.add_group(group)?;
-    let mut nvme = Nvme::start(&container, group.device(&bdf)?)?;
+    let mut nvme = start_nvme(&container, group.device(&bdf)?)?;
     if what != "ioctl" {
         container.map(SILENT, &silent, Allowed::ReadWrite)?;
         nvme.submit(Opcode::Read, 8, SILENT, 0)?;

@@ -4,9 +4,9 @@
 //! Usage: `steady GROUP BDF`.
 
 use anyhow::{Context, Result, ensure};
-use e2e::nvme::{Nvme, Opcode, Status};
+use e2e::nvme::{Opcode, Status};
 use e2e::sys::Memory;
-use e2e::vfio::{Allowed, Container};
+use e2e::vfio::{Allowed, Container, start_nvme};
 
 /// Where it maps.
 const IOVA: u64 = 0x20_0000;
@@ -17,7 +17,7 @@ fn main() -> Result<()> {
     let bdf = arguments.next().context("BDF")?;
     let container = Container::open()?;
     let group = container.add_group(group)?;
-    let mut nvme = Nvme::start(&container, group.device(&bdf)?)?;
+    let mut nvme = start_nvme(&container, group.device(&bdf)?)?;
     let memory = Memory::private(4 * 4096)?;
     println!("client: ready");
     for (number, line) in std::io::stdin().lines().enumerate() {
