@@ -2,8 +2,8 @@
 //!
 //! A [`Controller`] lives from CC.EN = 1 to CC.EN = 0 and belongs to one thread. It sees the host through its
 //! [`Session`] only: the doors (indices, events), and the lease (memory, interrupts). It runs one command at a time,
-//! from the queues in turn, and sleeps when there is nothing to do; while Bus Master Enable is off there is nothing
-//! to do, because nothing can be fetched or posted.
+//! from the queues in turn, and sleeps when there is nothing to do. While Bus Master Enable is off nothing is fetched
+//! and nothing posted; a transfer that it interrupts has failed.
 //!
 //! Aborts: on a data transfer, the command fails with Data Transfer Error; on the memory of a queue, the controller
 //! has failed, sets CSTS.CFS and serves nothing until it is reset (NVMe 1.4, section 9.5).
@@ -146,7 +146,11 @@ impl Controller {
         let Some(base) = self.submission[usize::from(queue)] else { return Ok(()) };
         let Some(head) = self.session.doors().submission(queue).map(|door| door.head) else { return Ok(()) };
         let mut command = Command::new_zeroed();
-        self.session.lease().read(Iova(base + u64::from(head) * SUBMISSION_SIZE), command.as_mut_bytes())?;
+        let at = Iova(base + u64::from(head) * SUBMISSION_SIZE);
+        match self.session.lease().read(at, command.as_mut_bytes()) {
+            Err(LeaseError::Abort(_)) if !self.session.bus_master() => return Ok(()),
+            fetched => fetched?,
+        }
         self.session.doors().consume(queue);
         tracing::trace!(queue, opcode = command.opcode, id = command.id.get(), "nvme: command");
         let answer = self.execute(queue, &command);
@@ -204,8 +208,8 @@ impl Controller {
         };
         let at = ring.base + u64::from(tail) * COMPLETION_SIZE;
         let (rest, last) = entry.as_bytes().split_at(12);
-        self.session.lease().write(Iova(at), rest)?;
-        self.session.lease().write(Iova(at + 12), last)?;
+        post(&self.session, Iova(at), rest)?;
+        post(&self.session, Iova(at + 12), last)?;
         if self.session.produced(completion)? {
             ring.phase = !ring.phase;
         }
@@ -268,6 +272,17 @@ impl Controller {
     pub(crate) fn keep_buffer(&mut self, buffer: Vec<u8>) {
         self.buffer = buffer;
     }
+}
+
+/// Writes a piece of a completion entry, as soon as the function is bus master.
+fn post(session: &Session, at: Iova, data: &[u8]) -> Result<(), End> {
+    while session.wait_for_bus_master() {
+        match session.lease().write(at, data) {
+            Err(LeaseError::Abort(_)) if !session.bus_master() => {}
+            written => return Ok(written?),
+        }
+    }
+    Err(End::Stopped)
 }
 
 /// A transfer of more than MDTS is an Invalid Field (section 5.15.2.2).

@@ -98,6 +98,24 @@ impl Session {
         served
     }
 
+    /// Bus Master Enable is set.
+    pub(crate) fn bus_master(&self) -> bool {
+        self.function.bus_master()
+    }
+
+    /// Waits until Bus Master Enable is set; false when the session ends before.
+    pub(crate) fn wait_for_bus_master(&self) -> bool {
+        let mut doors = self.doors.lock();
+        while !doors.stop && !doors.shutdown {
+            if self.bus_master() {
+                return true;
+            }
+            self.wake.wait(&mut doors);
+        }
+        // A shutdown lets what is running be posted if it can.
+        !doors.stop && self.bus_master()
+    }
+
     /// Waits for something to do. `last` is the queue served last, `event_requested` that the host waits for events.
     pub(crate) fn next_work(&self, last: u16, event_requested: bool) -> Work {
         let mut doors = self.doors.lock();
@@ -105,7 +123,7 @@ impl Session {
             if doors.stop || doors.shutdown {
                 return Work::Stop;
             }
-            if self.function.bus_master() {
+            if self.bus_master() {
                 if event_requested && doors.has_event() && doors.admin_has_room() {
                     return doors.take_event().map_or(Work::Stop, Work::Event);
                 }

@@ -24,7 +24,8 @@ const QUEUES: u64 = 0x1_0000;
 /// One queue pair, from the driver's side.
 pub(super) struct Queue {
     pub(super) id: u16,
-    pub(super) size: u32,
+    /// Entries of the submission and the completion queue.
+    size: (u32, u32),
     pub(super) submission: u64,
     pub(super) completion: u64,
     tail: u32,
@@ -44,7 +45,7 @@ pub(super) struct Reply {
 impl Queue {
     fn new(id: u16, size: u32) -> Self {
         let base = QUEUES + u64::from(id) * 0x2_0000;
-        Self { id, size, submission: base, completion: base + 0x1_0000, tail: 0, head: 0, phase: 1 }
+        Self { id, size: (size, size), submission: base, completion: base + 0x1_0000, tail: 0, head: 0, phase: 1 }
     }
 }
 
@@ -182,6 +183,11 @@ impl Guest {
         self.io.push(queue);
     }
 
+    /// A queue pair that a test has created itself.
+    pub(super) fn raw_queue(&self, id: u16, submission: u64, completion: u64, size: (u32, u32)) -> Queue {
+        Queue { id, size, submission, completion, tail: 0, head: 0, phase: 1 }
+    }
+
     fn queue(&mut self, index: usize) -> &mut Queue {
         if index == 0 { &mut self.admin } else { &mut self.io[index - 1] }
     }
@@ -194,7 +200,7 @@ impl Guest {
         let bus = self.bus.clone();
         let queue = self.queue(index);
         bus.put(queue.submission + u64::from(queue.tail) * SUBMISSION_SIZE, command.as_bytes());
-        queue.tail = (queue.tail + 1) % queue.size;
+        queue.tail = (queue.tail + 1) % queue.size.0;
         id
     }
 
@@ -215,7 +221,7 @@ impl Guest {
             return None;
         }
         assert_eq!(entry.submission_queue.get(), queue.id);
-        queue.head = (queue.head + 1) % queue.size;
+        queue.head = (queue.head + 1) % queue.size.1;
         if queue.head == 0 {
             queue.phase ^= 1;
         }
