@@ -185,7 +185,11 @@ impl DeviceFile {
     /// # Errors
     /// As there.
     pub fn set_irqs(&self, header: &IrqSetHeader, data: IrqData) -> Result<(), VfioError> {
-        self.device.irqs().set(header, data)
+        let result = self.device.irqs().set(header, data);
+        if header.index == IrqIndex::Msix as u32 {
+            self.device.sync_msix();
+        }
+        result
     }
 
     /// VFIO_DEVICE_RESET. Configuration space is as before afterwards, as the host restores it.
@@ -196,7 +200,7 @@ impl DeviceFile {
         if !self.device.model().resettable() {
             return Err(VfioError::NoReset(self.device.bdf()));
         }
-        pci::reset(&**self.device.model());
+        self.device.reset();
         Ok(())
     }
 
@@ -240,7 +244,7 @@ impl DeviceFile {
             let (devices, groups, missing) = (devices.len(), groups.len(), missing.bdf());
             return Err(VfioError::HotResetGroups { devices, groups, missing });
         }
-        devices.iter().filter(|device| device.is_open()).for_each(|device| pci::reset(&**device.model()));
+        devices.iter().filter(|device| device.is_open()).for_each(|device| device.reset());
         Ok(())
     }
 

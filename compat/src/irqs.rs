@@ -271,6 +271,11 @@ impl Irqs {
         result
     }
 
+    /// MSI-X is the kind of interrupt in use.
+    pub(crate) fn uses_msix(&self) -> bool {
+        matches!(self.state.lock().active, Active::Msix(_))
+    }
+
     /// A model raises an interrupt or sets the level of its pin.
     pub(crate) fn raise(&self, irq: Irq) {
         let mut state = self.state.lock();

@@ -13,6 +13,8 @@ const STATUS: u64 = 0x06;
 const CAPABILITIES: u64 = 0x34;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const CAPABILITY_MSIX: u8 = 0x11;
+/// MSI-X Enable in the Message Control word.
+const MSIX_ENABLE: u16 = 1 << 15;
 /// Capabilities have 4 bytes at least and lie behind the header.
 const MOST_CAPABILITIES: usize = (256 - 64) / 4;
 /// What a reset loses and the host puts back, as offset and bytes: command, cache line size, BARs, ROM, line.
@@ -41,6 +43,8 @@ pub(crate) struct MsixTable {
     pub(crate) start: u64,
     /// First byte behind it.
     pub(crate) end: u64,
+    /// Offset in configuration space of the Message Control word.
+    control: u64,
 }
 
 fn read<const N: usize>(model: &dyn DeviceModel, offset: u64) -> [u8; N] {
@@ -92,11 +96,22 @@ pub(crate) fn msix_table(model: &dyn DeviceModel) -> Option<MsixTable> {
             let (vectors, table) = ((u16::from_le_bytes([low, high]) & 0x7ff) + 1, u32::from_le_bytes(table));
             let start = u64::from(table & !7);
             let bar = Region::from_index(table & 7).filter(|bar| (*bar as u32) < Region::Rom as u32)?;
-            return Some(MsixTable { bar, start, end: start + u64::from(vectors) * 16 });
+            let control = u64::from(at) + 2;
+            return Some(MsixTable { bar, start, end: start + u64::from(vectors) * 16, control });
         }
         at = next & !3;
     }
     None
+}
+
+/// Sets MSI-X Enable, as a host does when vectors get or lose their handlers (Linux `pci_alloc_irq_vectors`): a client
+/// that only makes SET_IRQS calls has MSI-X all the same.
+pub(crate) fn enable_msix(model: &dyn DeviceModel, table: &MsixTable, enabled: bool) {
+    let old = u16::from_le_bytes(read(model, table.control));
+    let new = if enabled { old | MSIX_ENABLE } else { old & !MSIX_ENABLE };
+    if new != old {
+        write(model, table.control, &new.to_le_bytes());
+    }
 }
 
 /// Resets the function and puts back what the host keeps over a reset (Linux `pci_save_state`, `pci_restore_state`).

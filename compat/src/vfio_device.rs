@@ -133,6 +133,19 @@ impl VfioDevice {
         self.msix
     }
 
+    /// Makes the function's MSI-X Enable agree with the interrupts in use.
+    pub(crate) fn sync_msix(&self) {
+        if let Some(table) = &self.msix {
+            pci::enable_msix(&*self.model, table, self.irqs.uses_msix());
+        }
+    }
+
+    /// Resets the function. Configuration space and the interrupts in use are as before.
+    pub(crate) fn reset(&self) {
+        pci::reset(&*self.model);
+        self.sync_msix();
+    }
+
     /// The devices that a hot reset resets with this one, itself among them.
     pub(crate) fn on_same_bus(&self) -> Vec<Arc<Self>> {
         self.vfio.upgrade().map_or_else(Vec::new, |vfio| vfio.on_bus(self.bdf.domain, self.bdf.bus))
