@@ -1,0 +1,49 @@
+//! The launcher: how a command comes to see our nodes ([`run`]), and how the machine does ([`serve`]).
+//!
+//! `run` keeps the nodes in the mount namespace of the command, and completes for it the ioctls that return a
+//! descriptor. `serve` mounts them where everybody sees them. Both begin a session over one FUSE mount whose root is
+//! the directory of VFIO nodes.
+//!
+//! This is the only part that knows mounts, namespaces, seccomp and signals. It knows nothing of what the nodes answer.
+
+mod filter;
+pub(crate) mod namespace;
+mod run;
+mod serve;
+mod supervisor;
+
+pub use run::{Exit, run};
+pub use serve::serve;
+
+use std::os::fd::OwnedFd;
+
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+
+/// Why a command was not run, or the nodes not served. In every case nothing is left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// FUSE is not to be had.
+    #[error("cannot open /dev/fuse: {0}")]
+    NoFuse(nix::errno::Errno),
+    /// The server could not be made.
+    #[error("{0}")]
+    Server(String),
+    /// The namespace or the mount could not be made, or the command not be started.
+    #[error("{0}")]
+    Child(String),
+    /// A path that is to be made is there already.
+    #[error("{0} is there already")]
+    Taken(std::path::PathBuf),
+    /// The operating system refused something.
+    #[error("{0}: {1}")]
+    System(&'static str, std::io::Error),
+}
+
+/// Opens `/dev/fuse`. Asked first, so that a machine without it is told so before anything else happens.
+///
+/// # Errors
+/// [`LaunchError::NoFuse`].
+pub fn fuse_device() -> Result<OwnedFd, LaunchError> {
+    open("/dev/fuse", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(LaunchError::NoFuse)
+}

@@ -1,0 +1,109 @@
+//! The supervisor: completes the ioctls of COMMAND that return a descriptor.
+//!
+//! The kernel stops such a call before it begins and tells us ([`super::filter`]). The supervisor looks at the file
+//! that the call is about. If it is not ours, or this call of it returns none, the call goes on as if nobody had
+//! looked. If it is ours, the supervisor makes the call in the client's name; the new open file is opened in our tree
+//! by a one-time name, and the kernel puts that descriptor into the client and answers the call with its number, in
+//! one step. A client that was killed meanwhile gets nothing, and the new file is closed.
+//!
+//! Each call is served by a thread of its own, since it reads client memory, which can block for ever. Between being
+//! told of a call and opening anything of the client by its thread id, the id may have been given to somebody else:
+//! so it is asked again afterwards whether the call still waits.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::filter::GROUP_GET_DEVICE_FD;
+use crate::files::{ClientCall, IoctlReply, NodeKind, OpenFile};
+use crate::fuse::Fuse;
+use crate::sys::launch::{Answer, Notification, answer_with_file, next_notification, respond, still_waits};
+
+/// Serves `listener` on a thread of its own until no process is left that it could tell of.
+pub(super) fn start(listener: OwnedFd, fuse: Arc<Fuse>) -> std::io::Result<()> {
+    let listener = Arc::new(listener);
+    std::thread::Builder::new().name("seccomp".into()).spawn(move || supervise(&listener, &fuse)).map(drop)
+}
+
+fn supervise(listener: &Arc<OwnedFd>, fuse: &Arc<Fuse>) {
+    loop {
+        let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ready, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return tracing::error!(%error, "the seccomp listener cannot be polled"),
+        }
+        let events = ready[0].revents().unwrap_or(PollFlags::empty());
+        // When the last filtered process has gone, the listener hangs up and answers ENOENT again and again.
+        if events.contains(PollFlags::POLLHUP) {
+            return;
+        }
+        match next_notification(listener.as_fd()) {
+            Ok(notification) => serve_apart(listener, fuse, notification),
+            // The caller was killed before it could be told of.
+            Err(Errno::ENOENT | Errno::EINTR) => {}
+            Err(error) => return tracing::error!(%error, "the seccomp listener fails"),
+        }
+    }
+}
+
+fn serve_apart(listener: &Arc<OwnedFd>, fuse: &Arc<Fuse>, notification: Notification) {
+    let (listener_there, fuse) = (Arc::clone(listener), Arc::clone(fuse));
+    let work = move || serve(&listener_there, &fuse, notification);
+    if let Err(error) = std::thread::Builder::new().name("seccomp-call".into()).spawn(work) {
+        tracing::error!(%error, "no thread for a notified call");
+        // A caller that has gone needs no answer.
+        let _ = respond(listener.as_fd(), notification.id, Answer::Error(libc::ENOMEM));
+    }
+}
+
+fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
+    // The kernel takes both from the lower half of the register.
+    let (fd, cmd) = (notification.args[0] as u32 as i32, notification.args[1] as u32);
+    let client = fuse.client(notification.tid);
+    let file = client.own_file(fd);
+    if !still_waits(listener.as_fd(), notification.id) {
+        return;
+    }
+    let done = match file {
+        Ok(Some(file)) if returns_descriptor(&file, cmd) => {
+            complete(listener, fuse, notification, &client, &file, (cmd, notification.args[2]))
+        }
+        _ => respond(listener.as_fd(), notification.id, Answer::GoOn),
+    };
+    if let Err(error) = done {
+        tracing::debug!(tid = notification.tid, %error, "the caller of a notified ioctl has gone");
+    }
+}
+
+/// True for the calls of our files that are completed here, and must not go on to FUSE as well.
+fn returns_descriptor(file: &OpenFile, cmd: u32) -> bool {
+    matches!(file.kind(), NodeKind::Group(_)) && cmd == GROUP_GET_DEVICE_FD
+}
+
+fn complete(
+    listener: &OwnedFd,
+    fuse: &Fuse,
+    notification: Notification,
+    client: &dyn ClientCall,
+    file: &OpenFile,
+    (cmd, arg): (u32, u64),
+) -> Result<(), Errno> {
+    let (listener, id) = (listener.as_fd(), notification.id);
+    match file.ioctl(client, cmd, arg) {
+        Ok(IoctlReply::Value(value)) => respond(listener, id, Answer::Value(value.into())),
+        Err(errno) => respond(listener, id, Answer::Error(errno.0)),
+        Ok(IoctlReply::NewFile { file, fd_flags }) => match fuse.open_descriptor(file) {
+            Ok(descriptor) => match answer_with_file(listener, id, descriptor.as_fd(), fd_flags) {
+                // The client's table of descriptors is full: its call fails with that.
+                Err(error) if error != Errno::ENOENT => respond(listener, id, Answer::Error(error as i32)),
+                done => done,
+            },
+            Err(error) => {
+                tracing::error!(%error, "a new file cannot be opened in our own tree");
+                respond(listener, id, Answer::Error(libc::EIO))
+            }
+        },
+    }
+}

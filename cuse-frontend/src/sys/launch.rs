@@ -1,0 +1,120 @@
+//! What the launcher needs of the kernel: fork, seccomp notification, and sending a signal to itself.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::unistd::ForkResult;
+
+/// A system call that the filter has notified.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Notification {
+    /// Names it in later calls.
+    pub(crate) id: u64,
+    /// The calling thread, in our pid namespace.
+    pub(crate) tid: u32,
+    /// The system call's arguments.
+    pub(crate) args: [u64; 6],
+}
+
+mod ioctls {
+    nix::ioctl_readwrite!(notif_recv, b'!', 0, libc::seccomp_notif);
+    nix::ioctl_readwrite!(notif_send, b'!', 1, libc::seccomp_notif_resp);
+    nix::ioctl_write_ptr!(notif_id_valid, b'!', 2, u64);
+    nix::ioctl_write_ptr!(notif_addfd, b'!', 3, libc::seccomp_notif_addfd);
+}
+
+/// Forks. The child has this thread only.
+///
+/// # Errors
+/// As fork(2).
+pub(crate) fn fork() -> Result<ForkResult, Errno> {
+    // SAFETY: the launcher calls this before it has started a thread, so the child finds no lock taken for ever.
+    unsafe { nix::unistd::fork() }
+}
+
+/// Installs a filter on the calling thread and what it executes. The descriptor tells of notified calls.
+///
+/// # Errors
+/// EBUSY when the thread already has a filter that notifies somebody, EACCES without CAP_SYS_ADMIN or NO_NEW_PRIVS.
+pub(crate) fn install_filter(program: &mut [libc::sock_filter]) -> Result<OwnedFd, Errno> {
+    let len = u16::try_from(program.len()).map_err(|_| Errno::E2BIG)?;
+    let program = libc::sock_fprog { len, filter: program.as_mut_ptr() };
+    let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
+    // SAFETY: program points to len instructions, which live for the call.
+    let fd = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
+    let fd = RawFd::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just opened the descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The next notified call.
+///
+/// # Errors
+/// ENOENT when its caller was killed before it could be told of, and when no caller is left.
+pub(crate) fn next_notification(listener: BorrowedFd<'_>) -> Result<Notification, Errno> {
+    // SAFETY: all-zero bytes are a valid struct seccomp_notif, and what the kernel demands.
+    let mut notification: libc::seccomp_notif = unsafe { std::mem::zeroed() };
+    // SAFETY: the ioctl fills one struct seccomp_notif.
+    unsafe { ioctls::notif_recv(listener.as_raw_fd(), &raw mut notification) }?;
+    Ok(Notification { id: notification.id, tid: notification.pid, args: notification.data.args })
+}
+
+/// True while the notified call still waits, so that its thread id still is its caller's.
+pub(crate) fn still_waits(listener: BorrowedFd<'_>, id: u64) -> bool {
+    // SAFETY: the ioctl reads one u64.
+    unsafe { ioctls::notif_id_valid(listener.as_raw_fd(), &raw const id) }.is_ok()
+}
+
+/// Answers a notified call: a value, an errno, or that it go on as if nobody had looked.
+///
+/// # Errors
+/// ENOENT when the caller does not wait any more.
+pub(crate) fn respond(listener: BorrowedFd<'_>, id: u64, answer: Answer) -> Result<(), Errno> {
+    let (val, error, flags) = match answer {
+        Answer::Value(value) => (value, 0, 0),
+        Answer::Error(errno) => (0, -errno, 0),
+        Answer::GoOn => (0, 0, libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32),
+    };
+    let mut response = libc::seccomp_notif_resp { id, val, error, flags };
+    // SAFETY: the ioctl reads one struct seccomp_notif_resp.
+    unsafe { ioctls::notif_send(listener.as_raw_fd(), &raw mut response) }.map(drop)
+}
+
+/// How a notified call is answered.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Answer {
+    /// It returns this.
+    Value(i64),
+    /// It fails with this positive errno.
+    Error(i32),
+    /// It is executed after all.
+    GoOn,
+}
+
+/// Gives the caller of a notified call a copy of `file` with the descriptor flags `fd_flags`, and answers the call
+/// with its number, in one step: either the caller has both, or nothing.
+///
+/// # Errors
+/// ENOENT when the caller does not wait any more, EMFILE when it has no descriptor left.
+pub(crate) fn answer_with_file(
+    listener: BorrowedFd<'_>,
+    id: u64,
+    file: BorrowedFd<'_>,
+    fd_flags: i32,
+) -> Result<(), Errno> {
+    let addition = libc::seccomp_notif_addfd {
+        id,
+        flags: libc::SECCOMP_ADDFD_FLAG_SEND as u32,
+        srcfd: file.as_raw_fd().cast_unsigned(),
+        newfd: 0,
+        newfd_flags: fd_flags.cast_unsigned(),
+    };
+    // SAFETY: the ioctl reads one struct seccomp_notif_addfd.
+    unsafe { ioctls::notif_addfd(listener.as_raw_fd(), &raw const addition) }.map(drop)
+}
+
+/// Takes over a descriptor that came in a message.
+pub(crate) fn adopt(fd: RawFd) -> OwnedFd {
+    // SAFETY: recvmsg has just made the descriptor for us, and its number was used for nothing else.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
