@@ -12,6 +12,8 @@ use std::fmt;
 pub const PAGE_SHIFT: u32 = 12;
 /// The size in bytes of the page in which memory is held, counted and charged.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
+/// Frame numbers are below `1 << FRAME_BITS`, so a leaf has the bits above free for itself. Frame 0 is never given.
+pub const FRAME_BITS: u32 = 40;
 
 /// Why a start and a length are not a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

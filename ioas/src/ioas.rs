@@ -1,28 +1,70 @@
-//! The I/O address space.
+//! The I/O address space: IOVAs onto pages, for any number of page tables at once.
+//!
+//! The model: the IOVA map ([`crate::iova_map`]) says what is an area; each area is a slice of [`Pages`]; each table
+//! of the list has leaves for every area. **An area without a table holds nothing and is not checked.** The first
+//! table fills all areas, a later one takes the frames that are held already, the last to go releases them. Each call
+//! does all or nothing, but where Linux leaves part of the work done, which the method says.
+//!
+//! **Once an unmap returns, no DMA to its range lands any more**: it clears leaves, waits for the readers of before,
+//! then releases. The wait is outside all locks, in [`Leaving`], because a reader can be stuck in client memory; the
+//! IOVAs are free after it.
+//!
+//! Locks, in this order: `tables` for the length of every change, so tables and areas change one at a time; `map`
+//! for moments, so views and `uiommufd status` never wait for a client; then those of [`Pages`] and the store. Clients
+//! are asked under `tables` alone: it belongs to one iommufd or container.
+//!
+//! Linux's rules and order of checks: drivers/iommu/iommufd/io_pagetable.c and pages.c.
 
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, Weak};
 
-use crate::addr::{Access, Iova, IovaRange, UserAddr};
-use crate::caller::Caller;
-use crate::error::IoasError;
-use crate::readers::{Interrupt, ReaderSet};
-use crate::request::{AreaView, IoasSnapshot, IovaChoice, MapRequest, ReservationOwner};
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::addr::{Access, FrameRun, Iova, IovaRange, PAGE_SIZE, UserAddr};
+use crate::caller::{Caller, Capability, MemoryError};
+use crate::error::{FaultReason, IoasError};
+use crate::failpoint;
+use crate::iova_map::{Area, IovaMap, Piece, Taking};
+use crate::leaving::{Leaving, Release};
+use crate::pages::{ChargeRule, Pages, Terms};
+use crate::readers::ReaderSet;
+use crate::request::{
+    AreaMemory, AreaSnapshot, AreaView, IoasSnapshot, IovaChoice, IpcLock, MapRequest, ReservationOwner, Source,
+};
+use crate::resolve::Rights;
 use crate::store::PageStore;
 use crate::table::PageTable;
 
-/// An I/O address space.
-pub struct Ioas {
-    store: Arc<PageStore>,
-    readers: Arc<ReaderSet>,
+/// A table and the reservation of what it cannot translate.
+struct TableEntry {
+    table: Arc<dyn PageTable>,
+    outside: ReservationOwner,
 }
 
-const LATER: IoasError = IoasError::Injected("in work");
+type Tables = Vec<TableEntry>;
+
+/// An I/O address space.
+pub struct Ioas {
+    this: Weak<Self>,
+    store: Arc<PageStore>,
+    readers: Arc<ReaderSet>,
+    /// Held for the length of every change, see above.
+    tables: Mutex<Tables>,
+    /// Changed only while `tables` is held, but for IOVAs that become free.
+    map: Mutex<IovaMap>,
+}
 
 impl Ioas {
     /// An empty address space over `store`.
     #[must_use]
     pub fn new(store: Arc<PageStore>) -> Arc<Self> {
-        Arc::new(Self { store, readers: Arc::new(ReaderSet::new()) })
+        Arc::new_cyclic(|this| Self {
+            this: Weak::clone(this),
+            store,
+            readers: Arc::new(ReaderSet::new()),
+            tables: Mutex::new(Vec::new()),
+            map: Mutex::new(IovaMap::new()),
+        })
     }
 
     /// The store that holds its memory.
@@ -43,125 +85,282 @@ impl Ioas {
     ///
     /// # Errors
     /// [`IoasError`].
-    pub fn map(&self, _caller: &dyn Caller, _request: MapRequest) -> Result<IovaRange, IoasError> {
-        Err(LATER)
+    #[doc(alias = "iopt_map_user_pages")]
+    #[doc(alias = "iopt_map_file_pages")]
+    pub fn map(&self, caller: &dyn Caller, request: MapRequest) -> Result<IovaRange, IoasError> {
+        let (length, iova, access) = (request.length, request.iova, request.access);
+        let pages = self.new_pages(caller, request)?;
+        self.map_pieces(vec![Piece { pages, at: 0, length }], iova, access)
+    }
+
+    fn new_pages(&self, caller: &dyn Caller, request: MapRequest) -> Result<Arc<Pages>, IoasError> {
+        let MapRequest { source, length, access, payer, ipc_lock, device_regions, .. } = request;
+        let start = match &source {
+            Source::User(address) => address.0,
+            Source::File { offset, .. } => *offset,
+        };
+        if start.checked_add(length).is_none() {
+            return Err(IoasError::Overflow { start, length });
+        }
+        if length == 0 || length > u64::MAX - PAGE_SIZE {
+            return Err(IoasError::BadLength { length, alignment: 1 });
+        }
+        let charge = match (caller.capable(Capability::IpcLock), ipc_lock) {
+            (false, _) => ChargeRule::Limited,
+            (true, IpcLock::CountUnlimited) => ChargeRule::Unlimited,
+            (true, IpcLock::DoNotCount) => ChargeRule::Free,
+        };
+        let device_regions = device_regions || matches!(source, Source::File { .. });
+        let rights = Rights { writable: access.contains(Access::WRITE), device_regions };
+        let terms = Terms { rights, payer, charge };
+        let client = self.store.client(caller).map_err(|error| fault_at(UserAddr(start), error))?;
+        Ok(match source {
+            Source::User(address) => Pages::of_user(client, address, length, terms),
+            Source::File { file, offset } => Pages::of_file(client, self.store.adopt_file(file), offset, length, terms),
+        })
+    }
+
+    /// Makes areas of `pieces`, one after the other, or changes nothing.
+    fn map_pieces(&self, pieces: Vec<Piece>, choice: IovaChoice, access: Access) -> Result<IovaRange, IoasError> {
+        let tables = self.tables.lock();
+        let range = self.map.lock().place(&pieces, choice, access)?;
+        if !tables.is_empty() {
+            let mut filled = Vec::new();
+            if let Err(error) = self.fill(&tables, range, &pieces, access, &mut filled) {
+                let undo = self.undo(&tables, range, filled);
+                drop(tables);
+                drop(undo);
+                return Err(error);
+            }
+        }
+        self.map.lock().insert(range.start(), pieces, access);
+        Ok(range)
+    }
+
+    /// Holds the memory of `pieces` and writes it into all tables. What was filled is in `filled`, on failure too.
+    fn fill(
+        &self,
+        tables: &Tables,
+        range: IovaRange,
+        pieces: &[Piece],
+        access: Access,
+        filled: &mut Vec<Release>,
+    ) -> Result<(), IoasError> {
+        let mut runs = Vec::with_capacity(1);
+        let mut at = range.start();
+        for piece in pieces {
+            let slice = piece.pages.slice(piece.at, piece.length);
+            runs.clear();
+            piece.pages.fill(&self.store, slice, &mut runs)?;
+            filled.push(Release { pages: Arc::clone(&piece.pages), slice });
+            let part = IovaRange::new(at, piece.length)
+                .map_err(|_| IoasError::Overflow { start: at.0, length: piece.length })?;
+            let offset = piece.pages.address(piece.at) & (PAGE_SIZE - 1);
+            for entry in tables {
+                entry.table.map(part, &runs, offset, access)?;
+            }
+            at = Iova(part.last().0.wrapping_add(1));
+        }
+        Ok(())
+    }
+
+    /// Takes `range` out of all tables; what was filled is released when the answer is dropped, without a lock.
+    fn undo(&self, tables: &Tables, range: IovaRange, filled: Vec<Release>) -> Leaving {
+        if !filled.is_empty() {
+            tables.iter().for_each(|entry| entry.table.unmap(range));
+        }
+        self.leaving(Vec::new(), filled, 0, None)
+    }
+
+    fn leaving(
+        &self,
+        ranges: Vec<IovaRange>,
+        releases: Vec<Release>,
+        bytes: u64,
+        stopped: Option<IoasError>,
+    ) -> Leaving {
+        Leaving::new(self.this.upgrade(), ranges, releases, bytes, stopped)
     }
 
     /// Unmaps the areas in `range`, waits for the readers of before, releases the memory, and returns the bytes.
     /// [`IovaRange::everything`] unmaps all and answers 0 bytes when there was nothing.
     ///
     /// # Errors
-    /// [`IoasError::NotMapped`], or [`IoasError::Bisects`] at the first area that is not wholly inside: the areas
-    /// before it are unmapped (as Linux).
+    /// [`IoasError::NotMapped`]; [`IoasError::Bisects`] at the first area that is not wholly inside: the areas before
+    /// it are unmapped (as Linux); [`IoasError::Busy`] while another call unmaps there.
+    #[doc(alias = "iopt_unmap_iova")]
     pub fn unmap(&self, range: IovaRange) -> Result<u64, IoasError> {
-        self.start_unmap(range)?.finish()
+        self.start_unmap(range).finish()
     }
 
-    /// The first half of [`Self::unmap`]: on return no new DMA reaches the areas.
-    ///
-    /// # Errors
-    /// As [`Self::unmap`].
-    pub fn start_unmap(&self, _range: IovaRange) -> Result<Leaving, IoasError> {
-        Err(LATER)
+    /// The first half of [`Self::unmap`]: on return no new DMA reaches the areas. [`Leaving::bytes`] is what was
+    /// taken, [`Leaving::finish`] does the rest and gives the errors.
+    pub fn start_unmap(&self, range: IovaRange) -> Leaving {
+        let mut leaving = self.start_taking(range, Taking::UntilCut);
+        if leaving.bytes() == 0 && range != IovaRange::everything() {
+            leaving.stop(IoasError::NotMapped(range));
+        }
+        leaving
     }
 
     /// Unmaps exactly the areas that lie wholly inside `range`, and returns their bytes; 0 when there is none.
     /// Areas that stick out are left alone.
-    pub fn unmap_areas(&self, _range: IovaRange) -> u64 {
-        0
+    pub fn unmap_areas(&self, range: IovaRange) -> u64 {
+        let leaving = self.start_unmap_areas(range);
+        let bytes = leaving.bytes();
+        drop(leaving);
+        bytes
     }
 
-    /// As [`Self::unmap_areas`], in two halves.
-    ///
-    /// # Errors
-    /// None but a fail point's.
-    pub fn start_unmap_areas(&self, _range: IovaRange) -> Result<Leaving, IoasError> {
-        Err(LATER)
+    /// The first half of [`Self::unmap_areas`].
+    pub fn start_unmap_areas(&self, range: IovaRange) -> Leaving {
+        self.start_taking(range, Taking::Inside)
+    }
+
+    fn start_taking(&self, range: IovaRange, taking: Taking) -> Leaving {
+        let tables = self.tables.lock();
+        let mut map = self.map.lock();
+        let (taken, stopped) = map.take(range, taking);
+        let ranges = joined(&taken);
+        map.leave(&ranges);
+        drop(map);
+        for entry in tables.iter() {
+            ranges.iter().for_each(|range| entry.table.unmap(*range));
+        }
+        let bytes = ranges.iter().filter_map(|range| range.length()).sum();
+        let filled = !tables.is_empty();
+        drop(tables);
+        let release = |(start, area): (u64, Area)| Release { slice: area.slice(start), pages: area.pages };
+        let releases = if filled { taken.into_iter().map(release).collect() } else { Vec::new() };
+        self.leaving(ranges, releases, bytes, stopped)
     }
 
     /// Maps the memory that `source` has at `range` here too, sharing its pages.
     ///
     /// # Errors
     /// ENOENT when the range is not all mapped, EPERM for WRITE of read-only pages, then as [`Self::map`].
+    #[doc(alias = "iopt_get_pages")]
     pub fn copy_from(
         &self,
-        _source: &Self,
-        _range: IovaRange,
-        _to: IovaChoice,
-        _access: Access,
+        source: &Self,
+        range: IovaRange,
+        to: IovaChoice,
+        access: Access,
     ) -> Result<IovaRange, IoasError> {
-        Err(LATER)
+        let pieces = source.map.lock().pieces(range)?;
+        self.map_pieces(pieces, to, access)
     }
 
     /// The area that covers `iova`.
     #[must_use]
-    pub fn area_at(&self, _iova: Iova) -> Option<AreaView> {
-        None
+    pub fn area_at(&self, iova: Iova) -> Option<AreaView> {
+        let range = IovaRange::from_bounds(iova, iova).ok()?;
+        self.map.lock().views(range).next()
     }
 
     /// The areas that share an IOVA with `range`, ascending.
     #[must_use]
-    pub fn areas_in(&self, _range: IovaRange) -> Vec<AreaView> {
-        Vec::new()
+    pub fn areas_in(&self, range: IovaRange) -> Vec<AreaView> {
+        self.map.lock().views(range).collect()
     }
 
     /// How many areas there are.
     #[must_use]
     pub fn area_count(&self) -> usize {
-        0
+        self.map.lock().area_count()
     }
 
     /// Makes an area boundary at `at`. Nothing when there is one, or no area.
     ///
     /// # Errors
     /// EINVAL for a misaligned boundary, ENOMEM from a table; nothing has changed.
-    pub fn split(&self, _at: Iova) -> Result<(), IoasError> {
-        Err(LATER)
+    #[doc(alias = "iopt_area_split")]
+    pub fn split(&self, at: Iova) -> Result<(), IoasError> {
+        let tables = self.tables.lock();
+        let alignment = self.alignment();
+        let Some(area) = self.area_at(at).filter(|area| area.range.start() != at) else { return Ok(()) };
+        let (AreaMemory::User(UserAddr(start)) | AreaMemory::File { offset: start, .. }) = area.memory;
+        let address = start.wrapping_add(at.0 - area.range.start().0);
+        if (at.0 | (address & (PAGE_SIZE - 1))) & (alignment - 1) != 0 {
+            return Err(IoasError::Misaligned { address: at.0, alignment });
+        }
+        if at.0 & (PAGE_SIZE - 1) != 0 || address & (PAGE_SIZE - 1) != 0 {
+            // Both halves would fill the page in the middle; no caller of Linux's cut does that.
+            return Err(IoasError::Misaligned { address: at.0, alignment: PAGE_SIZE });
+        }
+        for entry in tables.iter() {
+            entry.table.split(at)?;
+        }
+        self.map.lock().split(at);
+        Ok(())
     }
 
     /// The IOVAs that nothing reserves, ascending.
     #[must_use]
     pub fn iova_ranges(&self) -> Vec<IovaRange> {
-        vec![IovaRange::everything()]
+        self.map.lock().unreserved()
     }
 
     /// The alignment in bytes of IOVAs, lengths and user addresses.
     #[must_use]
     pub fn alignment(&self) -> u64 {
-        1
+        self.map.lock().alignment()
     }
 
     /// Replaces the list of IOVAs from which automatic ones come; an empty list allows all.
     ///
     /// # Errors
     /// EINVAL for ranges of one byte or that overlap, EADDRINUSE when one is reserved; nothing has changed.
-    pub fn allow_iovas(&self, _ranges: &[IovaRange]) -> Result<(), IoasError> {
-        Err(LATER)
+    #[doc(alias = "iopt_set_allow_iova")]
+    pub fn allow_iovas(&self, ranges: &[IovaRange]) -> Result<(), IoasError> {
+        self.map.lock().allow(ranges)
     }
 
     /// Keeps `ranges` free of areas until [`Self::unreserve`].
     ///
     /// # Errors
     /// EADDRINUSE when an area or an allowed range is there; nothing has changed.
-    pub fn reserve(&self, _owner: ReservationOwner, _ranges: &[IovaRange]) -> Result<(), IoasError> {
-        Err(LATER)
+    #[doc(alias = "iopt_reserve_iova")]
+    pub fn reserve(&self, owner: ReservationOwner, ranges: &[IovaRange]) -> Result<(), IoasError> {
+        let _tables = self.tables.lock();
+        self.reserve_locked(owner, ranges)
+    }
+
+    fn reserve_locked(&self, owner: ReservationOwner, ranges: &[IovaRange]) -> Result<(), IoasError> {
+        if failpoint::reached("ioas.reserve") {
+            return Err(IoasError::Injected("ioas.reserve"));
+        }
+        self.map.lock().reserve(owner, ranges)
     }
 
     /// Ends all reservations of `owner`.
-    pub fn unreserve(&self, _owner: ReservationOwner) {}
+    pub fn unreserve(&self, owner: ReservationOwner) {
+        self.map.lock().unreserve(owner);
+    }
 
     /// Whether huge pages may be used (IOMMU_OPTION_HUGE_PAGES).
     #[must_use]
     pub fn huge_pages(&self) -> bool {
-        true
+        self.map.lock().huge_pages()
     }
 
     /// Sets whether huge pages may be used.
     ///
     /// # Errors
     /// EINVAL to switch them off while mappings are in a table, EADDRINUSE when an area is not page aligned.
-    pub fn set_huge_pages(&self, _enabled: bool) -> Result<(), IoasError> {
-        Err(LATER)
+    #[doc(alias = "iopt_disable_large_pages")]
+    pub fn set_huge_pages(&self, enabled: bool) -> Result<(), IoasError> {
+        let tables = self.tables.lock();
+        let mut map = self.map.lock();
+        if map.huge_pages() == enabled {
+            return Ok(());
+        }
+        if !enabled && !tables.is_empty() && map.area_count() != 0 {
+            return Err(IoasError::AlreadyMapped);
+        }
+        map.set_alignment(alignment_of(&tables, enabled))?;
+        map.set_huge_pages(enabled);
+        Ok(())
     }
 
     /// Fills a new table with all areas; all later ones reach it too.
@@ -169,68 +368,257 @@ impl Ioas {
     /// # Errors
     /// EINVAL for pages that are too large, EADDRINUSE when an area lies outside the apertures or is misaligned,
     /// EFAULT and ENOMEM from holding and charging; nothing has changed.
-    pub fn add_table(&self, _table: Arc<dyn PageTable>) -> Result<(), IoasError> {
-        Err(LATER)
+    #[doc(alias = "iopt_table_add_domain")]
+    pub fn add_table(&self, table: Arc<dyn PageTable>) -> Result<(), IoasError> {
+        let mut tables = self.tables.lock();
+        let before = self.alignment();
+        let page = table.min_page_size();
+        if page > PAGE_SIZE {
+            return Err(IoasError::PageTooLarge(page));
+        }
+        self.map.lock().set_alignment(before.max(page))?;
+        let outside = ReservationOwner::unique();
+        let mut filled = Vec::new();
+        let first = tables.is_empty();
+        let entry = [TableEntry { table, outside }];
+        let result = self
+            .reserve_locked(outside, &complement(&entry[0].table.apertures()))
+            .and_then(|()| self.replay(&entry[0].table, first.then_some(&mut filled)));
+        match result {
+            Ok(()) => tables.extend(entry),
+            Err(_) => {
+                entry[0].table.unmap(IovaRange::everything());
+                self.unreserve(outside);
+                let _ = self.map.lock().set_alignment(before);
+            }
+        }
+        drop(tables);
+        if result.is_err() {
+            drop(self.leaving(Vec::new(), filled, 0, None));
+        }
+        result
     }
 
-    /// Clears a table and forgets it; with the last, all memory is released.
-    pub fn remove_table(&self, _table: &Arc<dyn PageTable>) {}
+    /// Writes all areas into `table`; with `filled`, it is the first and they must be filled for it.
+    fn replay(&self, table: &Arc<dyn PageTable>, mut filled: Option<&mut Vec<Release>>) -> Result<(), IoasError> {
+        let mut runs = Vec::new();
+        self.for_each_area(|start, area| {
+            let slice = area.slice(start);
+            runs.clear();
+            match filled.as_deref_mut() {
+                Some(filled) => {
+                    area.pages.fill(&self.store, slice, &mut runs)?;
+                    filled.push(Release { pages: Arc::clone(&area.pages), slice });
+                }
+                None => area.pages.runs(slice, &mut runs),
+            }
+            Ok(table.map(area.range(start), &runs, area.page_offset(), area.access)?)
+        })
+    }
+
+    /// Calls `each` for every area, ascending, without the map's lock. The areas cannot change: the caller holds
+    /// `tables`.
+    fn for_each_area(&self, mut each: impl FnMut(u64, &Area) -> Result<(), IoasError>) -> Result<(), IoasError> {
+        const BATCH: usize = 256;
+        let mut rest = Some(IovaRange::everything());
+        while let Some(range) = rest {
+            let batch: Vec<(u64, Area)> =
+                self.map.lock().overlapping(range).take(BATCH).map(|(start, area)| (start, area.clone())).collect();
+            let next = batch.last().and_then(|(_, area)| area.last.checked_add(1));
+            rest = next.and_then(|next| IovaRange::from_bounds(Iova(next), Iova(u64::MAX)).ok());
+            for (start, area) in &batch {
+                each(*start, area)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Clears a table and forgets it, waits for the readers of before; with the last, all memory is released.
+    #[doc(alias = "iopt_table_remove_domain")]
+    pub fn remove_table(&self, table: &Arc<dyn PageTable>) {
+        drop(self.start_remove_table(table));
+    }
+
+    /// The first half of [`Self::remove_table`]: on return no new DMA reaches anything through the table.
+    pub fn start_remove_table(&self, table: &Arc<dyn PageTable>) -> Leaving {
+        let mut tables = self.tables.lock();
+        let mut releases = Vec::new();
+        if let Some(at) = tables.iter().position(|entry| Arc::ptr_eq(&entry.table, table)) {
+            let entry = tables.remove(at);
+            entry.table.unmap(IovaRange::everything());
+            self.unreserve(entry.outside);
+            let mut map = self.map.lock();
+            let huge_pages = map.huge_pages();
+            // A smaller alignment suits every area.
+            let _ = map.set_alignment(alignment_of(&tables, huge_pages));
+            drop(map);
+            if tables.is_empty() {
+                releases = self.all_filled();
+            }
+        }
+        drop(tables);
+        self.leaving(Vec::new(), releases, 0, None)
+    }
+
+    fn all_filled(&self) -> Vec<Release> {
+        let map = self.map.lock();
+        let areas = map.overlapping(IovaRange::everything());
+        areas.map(|(start, area)| Release { pages: Arc::clone(&area.pages), slice: area.slice(start) }).collect()
+    }
 
     /// How many tables it fills.
     #[must_use]
     pub fn table_count(&self) -> usize {
-        0
+        self.tables.lock().len()
     }
 
     /// Marks the areas wholly inside `range` as having no valid user address (VFIO_DMA_UNMAP_FLAG_VADDR), and returns
-    /// their bytes. DMA goes on.
-    pub fn invalidate_vaddr(&self, _range: IovaRange) -> u64 {
-        0
+    /// their bytes. DMA goes on: what is held stays.
+    pub fn invalidate_vaddr(&self, range: IovaRange) -> u64 {
+        let _tables = self.tables.lock();
+        let mut map = self.map.lock();
+        let invalidate = |(start, area): (u64, &mut Area)| {
+            area.vaddr_valid = false;
+            area.last - start + 1
+        };
+        map.inside_mut(range).map(invalidate).sum()
     }
 
-    /// Gives the area that is exactly `range` a new user address in the caller's memory map, and moves its charge to
-    /// the caller (VFIO_DMA_MAP_FLAG_VADDR).
+    /// Gives the area that is exactly `range` the memory at `address` of the caller, which is to be the same memory,
+    /// and moves its charge to the caller (VFIO_DMA_MAP_FLAG_VADDR). Private memory is reached at the new address from
+    /// now on.
     ///
     /// # Errors
-    /// EINVAL when the area is not exactly this or has a valid address; ENOMEM.
-    pub fn update_vaddr(&self, _caller: &dyn Caller, _range: IovaRange, _address: UserAddr) -> Result<(), IoasError> {
-        Err(LATER)
+    /// ENOENT when there is no such area, EEXIST when its address is valid, EFAULT, ENOMEM; nothing has changed.
+    pub fn update_vaddr(&self, caller: &dyn Caller, range: IovaRange, address: UserAddr) -> Result<(), IoasError> {
+        let client = self.store.client(caller).map_err(|error| fault_at(address, error))?;
+        let tables = self.tables.lock();
+        let area = self.map.lock().overlapping(range).next().map(|(start, area)| (start, area.clone()));
+        let Some((start, area)) = area.filter(|(start, area)| area.range(*start) == range) else {
+            return Err(IoasError::NotMapped(range));
+        };
+        if area.vaddr_valid {
+            return Err(IoasError::Overlap { range, area: range });
+        }
+        let length = area.last - start + 1;
+        let pages = Pages::of_user(client, address, length, area.pages.terms());
+        let new = Area { pages, at: 0, vaddr_valid: true, ..area.clone() };
+        let mut releases = Vec::new();
+        if !tables.is_empty() {
+            self.move_area(&tables, start, &area, &new)?;
+            releases.push(Release { pages: Arc::clone(&area.pages), slice: area.slice(start) });
+        }
+        self.map.lock().replace(start, new);
+        drop(tables);
+        drop(self.leaving(Vec::new(), releases, 0, None));
+        Ok(())
+    }
+
+    /// Fills `new` and writes it in the place of `old`, if its frames are others.
+    fn move_area(&self, tables: &Tables, start: u64, old: &Area, new: &Area) -> Result<(), IoasError> {
+        let (mut runs, mut old_runs): (Vec<FrameRun>, Vec<FrameRun>) = (Vec::new(), Vec::new());
+        new.pages.fill(&self.store, new.slice(start), &mut runs)?;
+        old.pages.runs(old.slice(start), &mut old_runs);
+        if runs == old_runs {
+            return Ok(());
+        }
+        let range = old.range(start);
+        for (done, entry) in tables.iter().enumerate() {
+            entry.table.unmap(range);
+            let Err(full) = entry.table.map(range, &runs, new.page_offset(), new.access) else { continue };
+            for entry in &tables[..=done] {
+                entry.table.unmap(range);
+                // The nodes that the old leaves had are there still.
+                let _ = entry.table.map(range, &old_runs, old.page_offset(), old.access);
+            }
+            new.pages.release(&self.store, new.slice(start));
+            return Err(full.into());
+        }
+        Ok(())
     }
 
     /// The address space as `uiommufd status` shows it.
     #[must_use]
     pub fn snapshot(&self) -> IoasSnapshot {
-        IoasSnapshot { areas: 0, mapped_bytes: 0, ranges: Vec::new(), area_list: Vec::new() }
+        let map = self.map.lock();
+        let hex = |range: IovaRange| (range.start().to_string(), range.last().to_string());
+        let views = map.views(IovaRange::everything()).take(IoasSnapshot::AREAS_SHOWN);
+        IoasSnapshot {
+            areas: map.area_count(),
+            mapped_bytes: map.mapped_bytes(),
+            ranges: map.unreserved().into_iter().map(hex).collect(),
+            area_list: views.map(AreaSnapshot::from).collect(),
+        }
+    }
+
+    /// Frees the IOVAs of areas whose readers have gone.
+    pub(crate) fn left(&self, ranges: &[IovaRange]) {
+        self.map.lock().left(ranges);
+    }
+
+    fn take_everything(&mut self) -> (MutexGuard<'_, Tables>, Vec<Release>) {
+        let tables = self.tables.lock();
+        let releases = if tables.is_empty() { Vec::new() } else { self.all_filled() };
+        (tables, releases)
     }
 }
 
-/// Areas that have left an IOAS but whose memory readers may still touch. Their IOVAs are not free yet. Dropping it
-/// waits for the readers and releases the memory.
-#[must_use]
-pub struct Leaving {
-    bytes: u64,
+impl Drop for Ioas {
+    fn drop(&mut self) {
+        let (mut tables, releases) = self.take_everything();
+        let entries = std::mem::take(&mut *tables);
+        drop(tables);
+        entries.iter().for_each(|entry| entry.table.unmap(IovaRange::everything()));
+        if !releases.is_empty() {
+            self.readers.wait();
+            releases.iter().for_each(|release| release.pages.release(&self.store, release.slice));
+        }
+    }
 }
 
-impl Leaving {
-    /// Bytes of the areas.
-    #[must_use]
-    pub const fn bytes(&self) -> u64 {
-        self.bytes
+impl fmt::Debug for Ioas {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ioas").field("areas", &self.area_count()).finish_non_exhaustive()
     }
+}
 
-    /// Waits for the readers, releases the memory, and returns the bytes.
-    ///
-    /// # Errors
-    /// What [`Ioas::start_unmap`] met behind the areas that it did take.
-    pub fn finish(self) -> Result<u64, IoasError> {
-        Ok(self.bytes)
-    }
+const fn fault_at(address: UserAddr, error: MemoryError) -> IoasError {
+    IoasError::Fault { address, reason: FaultReason::Memory(error) }
+}
 
-    /// As [`Self::finish`], unless interrupted: then the work is finished by a thread behind the caller.
-    ///
-    /// # Errors
-    /// [`IoasError::Interrupted`], and as [`Self::finish`].
-    pub fn finish_unless(self, _interrupt: &dyn Interrupt) -> Result<u64, IoasError> {
-        Ok(self.bytes)
+fn alignment_of(tables: &Tables, huge_pages: bool) -> u64 {
+    let base = if huge_pages { 1 } else { PAGE_SIZE };
+    tables.iter().map(|entry| entry.table.min_page_size()).fold(base, u64::max)
+}
+
+/// The ranges of areas, those that touch joined.
+fn joined(areas: &[(u64, Area)]) -> Vec<IovaRange> {
+    let mut ranges: Vec<IovaRange> = Vec::new();
+    for (start, area) in areas {
+        let next = area.range(*start);
+        match ranges.last_mut() {
+            Some(last) if last.last().0 + 1 == *start => {
+                *last = IovaRange::from_bounds(last.start(), next.last()).unwrap_or(next);
+            }
+            _ => ranges.push(next),
+        }
     }
+    ranges
+}
+
+/// What `apertures`, sorted, leave out.
+fn complement(apertures: &[IovaRange]) -> Vec<IovaRange> {
+    let mut outside = Vec::new();
+    let mut at = Some(0);
+    for aperture in apertures {
+        let Some(from) = at else { break };
+        if let Some(before) = aperture.start().0.checked_sub(1) {
+            outside.extend(IovaRange::from_bounds(Iova(from), Iova(before)));
+        }
+        at = aperture.last().0.checked_add(1);
+    }
+    if let Some(from) = at {
+        outside.extend(IovaRange::from_bounds(Iova(from), Iova(u64::MAX)));
+    }
+    outside
 }

@@ -5,25 +5,36 @@
 #![deny(unsafe_code)]
 
 mod addr;
+mod backing;
 pub mod caller;
-#[allow(dead_code)]
+mod client;
 mod counts;
 mod error;
+mod extents;
 pub mod failpoint;
 mod failures;
+mod frames;
 mod ioas;
+mod iova_map;
+mod leaving;
 mod objects;
-#[allow(dead_code)]
+mod pages;
 mod payer;
 mod readers;
 mod request;
+mod resolve;
 mod store;
+#[allow(unsafe_code)]
+mod sys;
 pub mod table;
 
-pub use addr::{Access, Frame, FrameRun, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, RangeError, UserAddr, UserRange};
+pub use addr::{
+    Access, FRAME_BITS, Frame, FrameRun, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, RangeError, UserAddr, UserRange,
+};
 pub use error::{FaultReason, IoasError, errno};
 pub use failures::{Failure, Failures};
-pub use ioas::{Ioas, Leaving};
+pub use ioas::Ioas;
+pub use leaving::Leaving;
 pub use objects::{ObjectError, ObjectRef, ObjectTable, ObjectUser, RemovedObject, Reservation};
 pub use payer::{Accounting, PayerName, PayerSnapshot};
 pub use readers::{Interrupt, Interrupted, ReadGuard, Reader, ReaderSet, Uninterruptible};

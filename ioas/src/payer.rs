@@ -77,20 +77,27 @@ impl Account {
         Self { accounting, pages: 0, holders: CountMap::default(), limit: u64::MAX }
     }
 
-    /// Charges all of `runs`, which do not overlap, or nothing. `limit` is in bytes; `enforce` is false for a payer
-    /// that is counted without limit.
-    pub(crate) fn charge(&mut self, runs: &[FrameRun], limit: u64, enforce: bool) -> Result<(), OverLimit> {
-        let fresh: u64 = match self.accounting {
-            Accounting::Once => runs.iter().map(|run| self.holders.uncounted(*run)).sum(),
-            Accounting::Linux => runs.iter().map(|run| run.pages).sum(),
-        };
+    /// Charges all of `runs`, or nothing. `limit` is in bytes; `enforce` is false for a payer that is counted without
+    /// limit.
+    pub(crate) fn charge(
+        &mut self,
+        runs: impl Iterator<Item = FrameRun> + Clone,
+        limit: u64,
+        enforce: bool,
+    ) -> Result<(), OverLimit> {
         self.limit = limit;
-        if enforce && fresh > 0 && self.pages + fresh > limit / PAGE_SIZE {
-            return Err(OverLimit { would: (self.pages + fresh) * PAGE_SIZE });
+        let before = self.pages;
+        for run in runs.clone() {
+            let pages = &mut self.pages;
+            match self.accounting {
+                Accounting::Once => self.holders.add(run, |fresh| *pages += fresh.pages),
+                Accounting::Linux => *pages += run.pages,
+            }
         }
-        self.pages += fresh;
-        if self.accounting == Accounting::Once {
-            runs.iter().for_each(|run| self.holders.add(*run));
+        if enforce && self.pages > before && self.pages > limit / PAGE_SIZE {
+            let would = self.pages * PAGE_SIZE;
+            runs.for_each(|run| self.refund(run));
+            return Err(OverLimit { would });
         }
         Ok(())
     }
@@ -126,8 +133,8 @@ mod tests {
     #[test]
     fn charge_twice_once_counts_once() {
         let mut account = Account::new(Accounting::Once);
-        account.charge(&[RUN], 4 * PAGE_SIZE, true).expect("fits");
-        account.charge(&[RUN], 4 * PAGE_SIZE, true).expect("already charged");
+        account.charge([RUN].into_iter(), 4 * PAGE_SIZE, true).expect("fits");
+        account.charge([RUN].into_iter(), 4 * PAGE_SIZE, true).expect("already charged");
         account.refund(RUN);
         assert_eq!(account.pages, 4);
         account.refund(RUN);
@@ -137,9 +144,9 @@ mod tests {
     #[test]
     fn charge_twice_as_linux_is_over_the_limit() {
         let mut account = Account::new(Accounting::Linux);
-        account.charge(&[RUN], 4 * PAGE_SIZE, true).expect("fits");
-        assert_eq!(account.charge(&[RUN], 4 * PAGE_SIZE, true), Err(OverLimit { would: 8 * PAGE_SIZE }));
-        account.charge(&[RUN], 4 * PAGE_SIZE, false).expect("not enforced");
+        account.charge([RUN].into_iter(), 4 * PAGE_SIZE, true).expect("fits");
+        assert_eq!(account.charge([RUN].into_iter(), 4 * PAGE_SIZE, true), Err(OverLimit { would: 8 * PAGE_SIZE }));
+        account.charge([RUN].into_iter(), 4 * PAGE_SIZE, false).expect("not enforced");
         assert_eq!(account.pages, 8);
     }
 }

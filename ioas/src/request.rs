@@ -135,3 +135,19 @@ impl IoasSnapshot {
     /// How many areas are listed.
     pub const AREAS_SHOWN: usize = 64;
 }
+
+impl From<AreaView> for AreaSnapshot {
+    fn from(area: AreaView) -> Self {
+        let user = match area.memory {
+            AreaMemory::User(address) => address.to_string(),
+            AreaMemory::File { file, offset } => format!("{}:{}+{offset:#x}", file.device, file.inode),
+        };
+        let letter = |access: Access, letter| if area.access.contains(access) { letter } else { "" };
+        Self {
+            iova: area.range.start().to_string(),
+            last: area.range.last().to_string(),
+            user,
+            access: format!("{}{}", letter(Access::READ, "r"), letter(Access::WRITE, "w")),
+        }
+    }
+}

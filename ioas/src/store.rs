@@ -1,11 +1,35 @@
-//! The page store.
+//! The page store: the one place where memory is held, identified, counted and charged, for all IOASes, containers
+//! and accesses of the server.
+//!
+//! The model: held memory is pages of backings ([`crate::backing`]). While a page is held it has one frame
+//! ([`crate::extents`]), and a count of its holders. Each payer has an account that counts by frame. All of it is kept
+//! in runs. To hold and to charge is one step here: both, or neither.
+//!
+//! A DMA gives a frame and gets bytes. Frames of mapped files are host addresses, so the way of a byte is one guarded
+//! copy and no lock. The first touch of an extent maps it; that and what fails go the slow way. Private memory is
+//! copied by the handle of its memory map, which can block for ever: no lock is held then.
+//!
+//! Lock order: the store's lock, then those of frames and descriptors. Nothing of a client is called under it. What a
+//! client may do to the memory (permission) is not known here: `resolve` has asked before.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Weak};
 
+use parking_lot::Mutex;
 use serde::Serialize;
 
-use crate::addr::{Frame, UserAddr};
-use crate::payer::{Accounting, PayerSnapshot};
+use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr};
+use crate::backing::{Backing, FileBacking};
+use crate::caller::{Caller, ClientFile, FileId, MemoryError, MemoryMap};
+use crate::client::{Client, Clients};
+use crate::counts::CountMap;
+use crate::error::IoasError;
+use crate::extents::{Extent, Extents};
+use crate::failpoint;
+use crate::frames::{FrameSpace, PRIVATE_START};
+use crate::payer::{Account, Accounting, PayerName, PayerSnapshot};
+use crate::sys::CopyFault;
 
 /// Why bytes of a held page could not be reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -31,7 +55,7 @@ pub enum StoreError {
 #[derive(Debug, Clone, Serialize)]
 pub struct BackingSnapshot {
     /// `shmem`, `hugetlb`, `device`, `file` or `private`.
-    pub kind: String,
+    pub kind: &'static str,
     /// Device and inode, or memory map.
     pub id: String,
     /// Bytes held of it.
@@ -49,38 +73,334 @@ pub struct StoreSnapshot {
     pub payers: Vec<PayerSnapshot>,
 }
 
+/// Pages of one backing that are to be held.
+pub(crate) struct Wanted {
+    pub(crate) backing: Backing,
+    /// The first page of the backing.
+    pub(crate) index: u64,
+    pub(crate) pages: u64,
+    /// Device regions are held but not charged.
+    pub(crate) charged: bool,
+}
+
+/// Pages that are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Held {
+    pub(crate) run: FrameRun,
+    pub(crate) charged: bool,
+}
+
+/// Who is charged, and up to where.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bill {
+    pub(crate) payer: PayerName,
+    /// Bytes.
+    pub(crate) limit: u64,
+    /// False for a payer that is counted without limit.
+    pub(crate) enforced: bool,
+}
+
+#[derive(Default)]
+struct Inner {
+    extents: Extents,
+    /// Holders by frame.
+    holds: CountMap,
+    held_pages: u64,
+    accounts: HashMap<PayerName, Account>,
+    files: HashMap<FileId, Weak<FileBacking>>,
+    clients: Clients,
+}
+
 /// The one place where memory is held, identified, counted and charged.
-#[derive(Debug)]
 pub struct PageStore {
-    _accounting: Accounting,
+    accounting: Accounting,
+    space: &'static FrameSpace,
+    inner: Mutex<Inner>,
 }
 
 impl PageStore {
     /// An empty store.
     #[must_use]
     pub fn new(accounting: Accounting) -> Arc<Self> {
-        Arc::new(Self { _accounting: accounting })
+        Arc::new(Self { accounting, space: FrameSpace::get(), inner: Mutex::default() })
     }
 
     /// Copies bytes out of held memory, from `offset` bytes into `at` on; the bytes lie in one run of held frames.
+    /// Up to 16 bytes of shared memory are read in one piece where they are naturally aligned.
     ///
     /// # Errors
     /// [`StoreError`]; `data` may have been written in part.
-    pub fn read(&self, at: Frame, _offset: u64, _data: &mut [u8]) -> Result<(), StoreError> {
-        Err(StoreError::Gone(at))
+    #[inline]
+    pub fn read(&self, at: Frame, offset: u64, data: &mut [u8]) -> Result<(), StoreError> {
+        match self.space.arena.and_then(|arena| arena.copy_out(byte_of(at, offset), data)) {
+            Some(Ok(())) => Ok(()),
+            Some(Err(_)) => self.with_extents_mapped(at, offset, data.len() as u64, |arena_byte, arena| {
+                arena.copy_out(arena_byte, data)
+            }),
+            None => self.private(at, offset, data.len(), |memory, address, part| memory.read(address, &mut data[part])),
+        }
     }
 
     /// Copies bytes into held memory, from `offset` bytes into `at` on; the bytes lie in one run of held frames.
+    /// Up to 16 bytes of shared memory are written in one piece where they are naturally aligned.
     ///
     /// # Errors
     /// [`StoreError`]; the memory may have been written in part.
-    pub fn write(&self, at: Frame, _offset: u64, _data: &[u8]) -> Result<(), StoreError> {
-        Err(StoreError::Gone(at))
+    #[inline]
+    pub fn write(&self, at: Frame, offset: u64, data: &[u8]) -> Result<(), StoreError> {
+        match self.space.arena.and_then(|arena| arena.copy_in(byte_of(at, offset), data)) {
+            Some(Ok(())) => Ok(()),
+            Some(Err(_)) => self.with_extents_mapped(at, offset, data.len() as u64, |arena_byte, arena| {
+                arena.copy_in(arena_byte, data)
+            }),
+            None => self.private(at, offset, data.len(), |memory, address, part| memory.write(address, &data[part])),
+        }
+    }
+
+    /// Maps what the bytes need, copies again, and names the cause if that fails too.
+    #[cold]
+    fn with_extents_mapped(
+        &self,
+        at: Frame,
+        offset: u64,
+        length: u64,
+        mut copy: impl FnMut(u64, &crate::sys::Arena) -> Option<Result<(), CopyFault>>,
+    ) -> Result<(), StoreError> {
+        let byte = byte_of(at, offset);
+        let arena = self.space.arena.ok_or(StoreError::Gone(at))?;
+        let (first, last) = (byte >> PAGE_SHIFT, (byte + length.max(1) - 1) >> PAGE_SHIFT);
+        self.inner.lock().extents.map(arena, first, last).map_err(|_| StoreError::NoPage(at))?;
+        match copy(byte, arena) {
+            Some(Ok(())) => Ok(()),
+            Some(Err(fault)) => Err(self.cause(first, last, fault)),
+            None => Err(StoreError::Gone(at)),
+        }
+    }
+
+    fn cause(&self, first: u64, last: u64, fault: CopyFault) -> StoreError {
+        let inner = self.inner.lock();
+        let gone = StoreError::Gone(Frame(first));
+        let Some(extent) = inner.extents.find(first) else { return gone };
+        let Backing::File(file) = extent.backing.clone() else { return gone };
+        let end_page = extent.index + (last - extent.first) + 1;
+        drop(inner);
+        if end_page > file.size().div_ceil(PAGE_SIZE) {
+            StoreError::Truncated(Frame(last))
+        } else if fault == CopyFault::NotMapped && !file.writable() {
+            StoreError::ReadOnly(Frame(first))
+        } else {
+            StoreError::NoPage(Frame(first))
+        }
+    }
+
+    /// Copies private memory, extent by extent.
+    fn private(
+        &self,
+        at: Frame,
+        offset: u64,
+        length: usize,
+        mut copy: impl FnMut(&dyn MemoryMap, UserAddr, std::ops::Range<usize>) -> Result<(), MemoryError>,
+    ) -> Result<(), StoreError> {
+        let mut done = 0;
+        while done < length {
+            let byte = offset + done as u64;
+            let frame = Frame(at.0 + (byte >> PAGE_SHIFT));
+            let (memory, address, room) = self.private_place(frame).ok_or(StoreError::Gone(frame))?;
+            let within = byte & (PAGE_SIZE - 1);
+            let stop = length.min(done.saturating_add(usize::try_from(room - within).unwrap_or(usize::MAX)));
+            let address = UserAddr(address.0 + within);
+            copy(&*memory, address, done..stop).map_err(|error| match error {
+                MemoryError::Fault(address) => StoreError::Fault(address),
+                MemoryError::Gone | MemoryError::Denied => StoreError::Gone(frame),
+            })?;
+            done = stop;
+        }
+        Ok(())
+    }
+
+    /// Where a private frame is in its memory map, and how many bytes from there on its extent has.
+    fn private_place(&self, frame: Frame) -> Option<(Arc<dyn MemoryMap>, UserAddr, u64)> {
+        if frame.0 < PRIVATE_START {
+            return None;
+        }
+        let inner = self.inner.lock();
+        let extent = inner.extents.find(frame.0)?;
+        let Backing::Private(memory) = &extent.backing else { return None };
+        let within = frame.0 - extent.first;
+        Some((
+            Arc::clone(memory),
+            UserAddr((extent.index + within) << PAGE_SHIFT),
+            (extent.pages - within) << PAGE_SHIFT,
+        ))
     }
 
     /// What is held and charged now.
     #[must_use]
     pub fn snapshot(&self) -> StoreSnapshot {
-        StoreSnapshot { held_bytes: 0, backings: Vec::new(), payers: Vec::new() }
+        let inner = self.inner.lock();
+        let mut backings = HashMap::new();
+        for extent in inner.extents.iter() {
+            let entry = backings.entry(extent.backing.key()).or_insert((extent.backing.kind(), 0));
+            entry.1 += extent.held * PAGE_SIZE;
+        }
+        let mut backings: Vec<_> = backings.into_iter().collect();
+        backings.sort_by_key(|(key, _)| *key);
+        let backings = backings.into_iter().map(|(key, (kind, held_bytes))| BackingSnapshot {
+            kind,
+            id: key.to_string(),
+            held_bytes,
+        });
+        let mut payers: Vec<_> = inner.accounts.iter().collect();
+        payers.sort_by_key(|(name, _)| **name);
+        StoreSnapshot {
+            held_bytes: inner.held_pages * PAGE_SIZE,
+            backings: backings.collect(),
+            payers: payers.into_iter().map(|(name, account)| account.snapshot(*name)).collect(),
+        }
     }
+
+    /// The backing of a client's file; one for all who name the same file.
+    pub(crate) fn adopt_file(&self, file: ClientFile) -> Arc<FileBacking> {
+        let mut inner = self.inner.lock();
+        if let Some(known) = inner.files.get(&file.id).and_then(Weak::upgrade) {
+            // Closing a descriptor can block.
+            drop(inner);
+            known.improve(file);
+            return known;
+        }
+        let id = file.id;
+        let backing = Arc::new(FileBacking::new(file));
+        if inner.files.len() == inner.files.capacity() {
+            inner.files.retain(|_, known| known.strong_count() > 0);
+        }
+        inner.files.insert(id, Arc::downgrade(&backing));
+        backing
+    }
+
+    /// The backing of a file that some client has shown already, if it was shown with the rights that are needed.
+    pub(crate) fn known_file(&self, id: FileId, writable: bool) -> Option<Arc<FileBacking>> {
+        let known = self.inner.lock().files.get(&id)?.upgrade()?;
+        (!writable || known.writable()).then_some(known)
+    }
+
+    /// The record of a caller, one for all its mappings.
+    pub(crate) fn client(&self, caller: &dyn Caller) -> Result<Arc<Client>, MemoryError> {
+        let memory = caller.memory_map()?;
+        let (uid, limit) = (caller.uid(), caller.memlock_limit());
+        Ok(self.inner.lock().clients.get(memory, uid, limit))
+    }
+
+    /// Holds all of `wanted` and charges it, or changes nothing. The answer has the frames, in order.
+    pub(crate) fn hold(&self, wanted: &[Wanted], bill: Option<Bill>) -> Result<Vec<Held>, IoasError> {
+        let mut ended = Vec::new();
+        let result = self.inner.lock().hold(self.space, self.accounting, wanted, bill, &mut ended);
+        ended.into_iter().for_each(|extent| extent.end(self.space));
+        result
+    }
+
+    /// Releases pages that [`Self::hold`] has given, and takes the charge back.
+    pub(crate) fn release(&self, held: &[Held], payer: Option<PayerName>) {
+        let mut ended = Vec::new();
+        {
+            let mut inner = self.inner.lock();
+            for held in held {
+                inner.release(held.run, &mut ended);
+            }
+            if let Some(payer) = payer {
+                inner.refund(payer, held);
+            }
+        }
+        ended.into_iter().for_each(|extent| extent.end(self.space));
+    }
+}
+
+impl fmt::Debug for PageStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PageStore").field("accounting", &self.accounting).finish_non_exhaustive()
+    }
+}
+
+impl Inner {
+    fn hold(
+        &mut self,
+        space: &FrameSpace,
+        accounting: Accounting,
+        wanted: &[Wanted],
+        bill: Option<Bill>,
+        ended: &mut Vec<Extent>,
+    ) -> Result<Vec<Held>, IoasError> {
+        let mut all = Vec::with_capacity(wanted.len());
+        let mut runs = Vec::with_capacity(1);
+        let mut failure = None;
+        for want in wanted {
+            let located = if failpoint::reached("store.hold") {
+                None
+            } else {
+                self.extents.locate(space, &want.backing, want.index, want.pages, &mut runs)
+            };
+            runs.iter().for_each(|run| self.hold_run(*run));
+            all.extend(runs.drain(..).map(|run| Held { run, charged: want.charged }));
+            if located.is_none() {
+                failure = Some(IoasError::NoFrames { pages: want.pages });
+                break;
+            }
+        }
+        if let (None, Some(bill)) = (failure, bill) {
+            failure = self.charge(accounting, all.iter().copied(), bill).err();
+        }
+        let Some(failure) = failure else { return Ok(all) };
+        all.iter().for_each(|held| self.release(held.run, ended));
+        Err(failure)
+    }
+
+    fn hold_run(&mut self, run: FrameRun) {
+        let Self { extents, holds, held_pages, .. } = self;
+        holds.add(run, |fresh| {
+            *held_pages += fresh.pages;
+            extents.count(fresh, true);
+        });
+    }
+
+    fn release(&mut self, run: FrameRun, ended: &mut Vec<Extent>) {
+        let Self { extents, holds, held_pages, .. } = self;
+        holds.remove(run, |gone| {
+            *held_pages -= gone.pages;
+            extents.count(gone, false);
+        });
+        extents.end_unused(run, ended);
+    }
+
+    fn charge(
+        &mut self,
+        accounting: Accounting,
+        held: impl Iterator<Item = Held> + Clone,
+        bill: Bill,
+    ) -> Result<(), IoasError> {
+        let runs = held.filter(|held| held.charged).map(|held| held.run);
+        if runs.clone().next().is_none() {
+            return Ok(());
+        }
+        let account = self.accounts.entry(bill.payer).or_insert_with(|| Account::new(accounting));
+        let limit = if failpoint::reached("store.charge") { 0 } else { bill.limit };
+        let charged = account.charge(runs, limit, bill.enforced || limit != bill.limit);
+        let idle = account.is_idle();
+        if idle {
+            self.accounts.remove(&bill.payer);
+        }
+        charged.map_err(|over| IoasError::Limit { payer: bill.payer, would: over.would, limit: bill.limit })
+    }
+
+    fn refund(&mut self, payer: PayerName, held: &[Held]) {
+        let Some(account) = self.accounts.get_mut(&payer) else { return };
+        for held in held.iter().filter(|held| held.charged) {
+            account.refund(held.run);
+        }
+        if account.is_idle() {
+            self.accounts.remove(&payer);
+        }
+    }
+}
+
+const fn byte_of(at: Frame, offset: u64) -> u64 {
+    (at.0 << PAGE_SHIFT).saturating_add(offset)
 }

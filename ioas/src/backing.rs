@@ -1,0 +1,121 @@
+//! What held memory is memory of: a shared file, or a client's private memory.
+//!
+//! A backing has an identity under which two routes to one page meet: a file is its device and inode, private memory
+//! its memory map. Pages are counted from its start, in [`PAGE_SIZE`](crate::PAGE_SIZE). A file backing owns the
+//! server's descriptor; it lives while an area or an extent refers to it, so its inode number names it alone.
+
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::sys::stat::fstat;
+use parking_lot::Mutex;
+
+use crate::addr::PAGE_SHIFT;
+use crate::caller::{ClientFile, FileId, FileKind, MemoryMap, MmId};
+use crate::frames::UNIT_PAGES;
+
+/// A shared file whose pages are held, or may be.
+#[derive(Debug)]
+pub(crate) struct FileBacking {
+    /// Immutable.
+    pub(crate) id: FileId,
+    /// Immutable.
+    pub(crate) kind: FileKind,
+    /// The best descriptor seen so far. Guarded by itself; a leaf lock.
+    descriptor: Mutex<Descriptor>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Descriptor {
+    pub(crate) fd: Arc<OwnedFd>,
+    /// `fd` can be mapped for writing.
+    pub(crate) writable: bool,
+}
+
+impl FileBacking {
+    pub(crate) fn new(file: ClientFile) -> Self {
+        let descriptor = Descriptor { fd: Arc::new(file.fd), writable: file.writable };
+        Self { id: file.id, kind: file.kind, descriptor: Mutex::new(descriptor) }
+    }
+
+    /// Takes over the descriptor of `file`, which is the same file, if it can do more.
+    pub(crate) fn improve(&self, file: ClientFile) {
+        if file.writable && !self.writable() {
+            let better = Descriptor { fd: Arc::new(file.fd), writable: true };
+            let worse = std::mem::replace(&mut *self.descriptor.lock(), better);
+            drop(worse);
+        }
+    }
+
+    pub(crate) fn descriptor(&self) -> Descriptor {
+        self.descriptor.lock().clone()
+    }
+
+    /// Whether a client has shown a descriptor with which the file can be written.
+    pub(crate) fn writable(&self) -> bool {
+        self.descriptor.lock().writable
+    }
+
+    /// Its size in bytes now; 0 when it cannot be told.
+    pub(crate) fn size(&self) -> u64 {
+        fstat(self.descriptor().fd.as_fd()).map_or(0, |stat| stat.st_size.cast_unsigned())
+    }
+
+    /// The pages by which the file can be mapped at the least: its huge page, or 2 MiB.
+    pub(crate) fn unit_pages(&self) -> u64 {
+        match self.kind {
+            FileKind::Hugetlb(bytes) => (bytes >> PAGE_SHIFT).next_power_of_two().max(UNIT_PAGES),
+            _ => UNIT_PAGES,
+        }
+    }
+}
+
+/// What held memory is memory of.
+#[derive(Clone)]
+pub(crate) enum Backing {
+    /// A shared file: mapped into the server.
+    File(Arc<FileBacking>),
+    /// Private memory: copied by the front end's handle.
+    Private(Arc<dyn MemoryMap>),
+}
+
+impl Backing {
+    pub(crate) fn key(&self) -> BackingKey {
+        match self {
+            Self::File(file) => BackingKey::File(file.id.device, file.id.inode),
+            Self::Private(memory) => BackingKey::Private(memory.id()),
+        }
+    }
+
+    /// The word for its kind in snapshots.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Private(_) => "private",
+            Self::File(file) => match file.kind {
+                FileKind::Shmem => "shmem",
+                FileKind::Hugetlb(_) => "hugetlb",
+                FileKind::DeviceRegion => "device",
+                FileKind::Writeback | FileKind::Unpinnable => "file",
+            },
+        }
+    }
+}
+
+/// The identity of a backing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum BackingKey {
+    /// Device and inode.
+    File(u64, u64),
+    /// A memory map.
+    Private(MmId),
+}
+
+impl fmt::Display for BackingKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(device, inode) => write!(f, "{}:{}:{inode}", device >> 32, device & 0xffff_ffff),
+            Self::Private(id) => write!(f, "mm {}", id.0),
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! Clients as the store remembers them: a memory map together with the user it acts for, and the RLIMIT_MEMLOCK that
+//! was seen last. One record for all mappings of a client, so a mapping refers to it by one word.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use crate::caller::{MemoryMap, MmId, Uid};
+
+/// Who mapped something.
+pub(crate) struct Client {
+    /// Immutable.
+    pub(crate) memory: Arc<dyn MemoryMap>,
+    /// Immutable.
+    pub(crate) uid: Uid,
+    /// Bytes. What a process that has gone is still held to.
+    limit: AtomicU64,
+}
+
+impl Client {
+    /// RLIMIT_MEMLOCK in bytes, as it is now, or was when the process ended.
+    pub(crate) fn memlock_limit(&self) -> u64 {
+        match self.memory.memlock_limit() {
+            Some(limit) => {
+                self.limit.store(limit, Ordering::Relaxed);
+                limit
+            }
+            None => self.limit.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("mm", &self.memory.id()).field("uid", &self.uid).finish_non_exhaustive()
+    }
+}
+
+/// The records of all clients. Guarded by the store's lock.
+#[derive(Default)]
+pub(crate) struct Clients(HashMap<(MmId, Uid), Weak<Client>>);
+
+impl Clients {
+    /// The record of this client, made if there is none.
+    pub(crate) fn get(&mut self, memory: Arc<dyn MemoryMap>, uid: Uid, limit: u64) -> Arc<Client> {
+        let key = (memory.id(), uid);
+        if let Some(known) = self.0.get(&key).and_then(Weak::upgrade) {
+            known.limit.store(limit, Ordering::Relaxed);
+            return known;
+        }
+        if self.0.len() == self.0.capacity() {
+            self.0.retain(|_, client| client.strong_count() > 0);
+        }
+        let client = Arc::new(Client { memory, uid, limit: AtomicU64::new(limit) });
+        self.0.insert(key, Arc::downgrade(&client));
+        client
+    }
+}

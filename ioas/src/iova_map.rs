@@ -1,0 +1,463 @@
+//! The IOVA map: which IOVAs are areas, which are reserved, which are allowed for automatic choice.
+//!
+//! Pure bookkeeping with Linux's rules and order of checks (drivers/iommu/iommufd/io_pagetable.c). It asks no client,
+//! fills no table and takes no lock; its owner's lock guards it. Areas never overlap each other or a reservation. An
+//! area that is being unmapped leaves the map at once but keeps its IOVAs (`leaving`) until its readers have gone.
+//!
+//! Allowed ranges bind automatic IOVAs only, as on Linux: a fixed one may lie outside.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::addr::{Access, Iova, IovaRange, PAGE_SIZE};
+use crate::error::IoasError;
+use crate::pages::{Pages, Slice};
+use crate::request::{AreaView, IovaChoice, ReservationOwner};
+
+/// Linux's HPAGE_SIZE: automatic IOVAs keep alignment up to it.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// One area, stored by its first IOVA.
+#[derive(Debug, Clone)]
+pub(crate) struct Area {
+    pub(crate) last: u64,
+    pub(crate) pages: Arc<Pages>,
+    /// Bytes from the start of the mapping that made the pages.
+    pub(crate) at: u64,
+    pub(crate) access: Access,
+    pub(crate) vaddr_valid: bool,
+}
+
+impl Area {
+    pub(crate) fn range(&self, start: u64) -> IovaRange {
+        range(start, self.last)
+    }
+
+    /// The pages it covers.
+    pub(crate) fn slice(&self, start: u64) -> Slice {
+        self.pages.slice(self.at, self.last - start + 1)
+    }
+
+    /// Byte offset of its start in its first page.
+    pub(crate) fn page_offset(&self) -> u64 {
+        self.pages.address(self.at) & (PAGE_SIZE - 1)
+    }
+
+    fn view(&self, start: u64) -> AreaView {
+        AreaView {
+            range: self.range(start),
+            memory: self.pages.memory(self.at),
+            access: self.access,
+            vaddr_valid: self.vaddr_valid,
+        }
+    }
+}
+
+/// Memory that a new area is to take: bytes of pages.
+#[derive(Debug, Clone)]
+pub(crate) struct Piece {
+    pub(crate) pages: Arc<Pages>,
+    pub(crate) at: u64,
+    pub(crate) length: u64,
+}
+
+/// Which areas an unmap takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Taking {
+    /// All that share an IOVA with the range; one that sticks out ends it (iommufd).
+    UntilCut,
+    /// Those wholly inside.
+    Inside,
+}
+
+/// The IOVA map of one IOAS.
+#[derive(Debug)]
+pub(crate) struct IovaMap {
+    areas: BTreeMap<u64, Area>,
+    mapped_bytes: u64,
+    /// Few; in no order.
+    reserved: Vec<(IovaRange, ReservationOwner)>,
+    /// Sorted, not overlapping; empty allows all.
+    allowed: Vec<IovaRange>,
+    /// First IOVA to last; neighbours of one unmap joined.
+    leaving: BTreeMap<u64, u64>,
+    /// In bytes, a power of two.
+    alignment: u64,
+    huge_pages: bool,
+    /// No IOVA from [`PAGE_SIZE`] to here (exclusive) is free: where a search for one starts.
+    full_below: u64,
+}
+
+impl IovaMap {
+    pub(crate) const fn new() -> Self {
+        Self {
+            areas: BTreeMap::new(),
+            mapped_bytes: 0,
+            reserved: Vec::new(),
+            allowed: Vec::new(),
+            leaving: BTreeMap::new(),
+            alignment: 1,
+            huge_pages: true,
+            full_below: PAGE_SIZE,
+        }
+    }
+
+    pub(crate) const fn alignment(&self) -> u64 {
+        self.alignment
+    }
+
+    pub(crate) const fn huge_pages(&self) -> bool {
+        self.huge_pages
+    }
+
+    pub(crate) fn area_count(&self) -> usize {
+        self.areas.len()
+    }
+
+    pub(crate) const fn mapped_bytes(&self) -> u64 {
+        self.mapped_bytes
+    }
+
+    /// Where `pieces` would be mapped, after all of Linux's checks. Nothing changes.
+    pub(crate) fn place(&self, pieces: &[Piece], choice: IovaChoice, access: Access) -> Result<IovaRange, IoasError> {
+        let length: u64 = pieces.iter().map(|piece| piece.length).sum();
+        if length == 0 || length & (self.alignment - 1) != 0 {
+            return Err(IoasError::BadLength { length, alignment: self.alignment });
+        }
+        let start = match choice {
+            IovaChoice::Fixed(iova) => self.check_fixed(iova, length)?,
+            IovaChoice::Auto => {
+                let first = pieces.first().map_or(0, |piece| piece.pages.address(piece.at));
+                self.find_free(first, length)?
+            }
+        };
+        for piece in pieces {
+            if access.contains(Access::WRITE) && !piece.pages.terms().rights.writable {
+                return Err(IoasError::ReadOnly);
+            }
+            let address = piece.pages.address(piece.at);
+            if address & (PAGE_SIZE - 1) & (self.alignment - 1) != 0 {
+                return Err(IoasError::Misaligned { address, alignment: self.alignment });
+            }
+        }
+        Ok(range(start, start + (length - 1)))
+    }
+
+    fn check_fixed(&self, iova: Iova, length: u64) -> Result<u64, IoasError> {
+        if !iova.is_aligned(self.alignment) {
+            return Err(IoasError::Misaligned { address: iova.0, alignment: self.alignment });
+        }
+        let wanted = IovaRange::new(iova, length).map_err(|_| IoasError::Overflow { start: iova.0, length })?;
+        if let Some(reserved) = self.first_reserved(wanted) {
+            return Err(IoasError::Reserved { range: wanted, reserved });
+        }
+        if let Some(area) = self.first_used(wanted) {
+            return Err(IoasError::Overlap { range: wanted, area });
+        }
+        Ok(iova.0)
+    }
+
+    /// The automatic IOVA: iopt_alloc_iova's arithmetic, which callers print. `address` is the user address or file
+    /// offset whose alignment is worth keeping. IOVA 0 is never chosen.
+    fn find_free(&self, address: u64, length: u64) -> Result<u64, IoasError> {
+        if length == 0 || length >= u64::MAX / 2 {
+            return Err(IoasError::Overflow { start: address, length });
+        }
+        let natural = length.next_power_of_two();
+        let kept = if address == 0 { natural } else { natural.min(1 << address.trailing_zeros()) };
+        let alignment = kept.min(HUGE_PAGE);
+        if alignment < self.alignment {
+            return Err(IoasError::Misaligned { address, alignment: self.alignment });
+        }
+        let fit = Fit { length, alignment, page_offset: address & (PAGE_SIZE - 1) };
+        let limits = range(PAGE_SIZE, u64::MAX - PAGE_SIZE);
+        for allowed in self.allowed_spans().filter_map(|span| span.intersection(limits)) {
+            if let Some(start) = fit.start_in(allowed)
+                && let Some(found) = self.first_fit(range(start, allowed.last().0), fit)
+            {
+                return Ok(found);
+            }
+        }
+        Err(IoasError::NoSpace { length })
+    }
+
+    /// The first hole between used IOVAs in `span` that fits.
+    fn first_fit(&self, span: IovaRange, fit: Fit) -> Option<u64> {
+        let mut at = span.start().0;
+        if at < self.full_below {
+            at = self.full_below;
+        }
+        while at <= span.last().0 {
+            let rest = range(at, span.last().0);
+            let used = self.first_used_or_reserved(rest);
+            let hole_last = match used {
+                Some(used) if used.start().0 <= at => None,
+                Some(used) => Some(used.start().0 - 1),
+                None => Some(span.last().0),
+            };
+            if let Some(start) = hole_last.and_then(|last| fit.start_in(range(at, last))) {
+                return Some(start);
+            }
+            at = used?.last().0.checked_add(1)?;
+        }
+        None
+    }
+
+    /// Moves `full_below` up over what is used from there on. Called after something was inserted at `start`.
+    fn note_used(&mut self, start: u64, last: u64) {
+        if start <= self.full_below && self.full_below <= last {
+            self.full_below = last.saturating_add(1);
+        }
+    }
+
+    fn note_free(&mut self, start: u64) {
+        self.full_below = self.full_below.min(start.max(PAGE_SIZE));
+    }
+
+    /// The allowed ranges, those that touch joined, as Linux's span iterator does.
+    fn allowed_spans(&self) -> impl Iterator<Item = IovaRange> {
+        let mut spans: Vec<IovaRange> = Vec::with_capacity(self.allowed.len().max(1));
+        if self.allowed.is_empty() {
+            spans.push(IovaRange::everything());
+        }
+        for next in &self.allowed {
+            match spans.last_mut() {
+                Some(last) if last.last().0 + 1 == next.start().0 => *last = range(last.start().0, next.last().0),
+                _ => spans.push(*next),
+            }
+        }
+        spans.into_iter()
+    }
+
+    /// Inserts areas for `pieces`, one after the other from `start` on, at a place that [`Self::place`] gave.
+    pub(crate) fn insert(&mut self, start: Iova, pieces: Vec<Piece>, access: Access) {
+        let mut at = start.0;
+        for piece in pieces {
+            let last = at + (piece.length - 1);
+            let area = Area { last, pages: piece.pages, at: piece.at, access, vaddr_valid: true };
+            self.areas.insert(at, area);
+            self.mapped_bytes += piece.length;
+            self.note_used(at, last);
+            at = last.wrapping_add(1);
+        }
+    }
+
+    /// The pieces of memory behind `wanted`, all of which must be mapped.
+    pub(crate) fn pieces(&self, wanted: IovaRange) -> Result<Vec<Piece>, IoasError> {
+        let mut pieces = Vec::new();
+        let mut next = wanted.start().0;
+        for (start, area) in self.overlapping(wanted) {
+            if start > next {
+                break;
+            }
+            let last = area.last.min(wanted.last().0);
+            pieces.push(Piece {
+                pages: Arc::clone(&area.pages),
+                at: area.at + (next - start),
+                length: last - next + 1,
+            });
+            if last == wanted.last().0 {
+                return Ok(pieces);
+            }
+            next = last + 1;
+        }
+        Err(IoasError::NotMapped(wanted))
+    }
+
+    /// Takes areas out of the map; their IOVAs stay taken until [`Self::left`]. The areas come back ascending, with
+    /// what ended the taking early.
+    pub(crate) fn take(&mut self, wanted: IovaRange, taking: Taking) -> (Vec<(u64, Area)>, Option<IoasError>) {
+        if taking == Taking::UntilCut
+            && let Some(busy) = self.first_leaving(wanted)
+        {
+            return (Vec::new(), Some(IoasError::Busy(busy)));
+        }
+        let first = self.overlapping(wanted).next().map(|(start, area)| (start, area.range(start)));
+        let Some((mut first_start, first)) = first else { return (Vec::new(), None) };
+        if !wanted.covers(first) {
+            if taking == Taking::UntilCut {
+                return (Vec::new(), Some(IoasError::Bisects { range: wanted, area: first }));
+            }
+            first_start = wanted.start().0;
+        }
+        let inside = |last: u64| last <= wanted.last().0;
+        let taken: Vec<(u64, Area)> = if wanted == IovaRange::everything() {
+            std::mem::take(&mut self.areas).into_iter().collect()
+        } else {
+            self.areas.extract_if(first_start..=wanted.last().0, |_, area| inside(area.last)).collect()
+        };
+        let cut = match taking {
+            Taking::Inside => None,
+            Taking::UntilCut => self.overlapping(wanted).next().map(|(start, area)| area.range(start)),
+        };
+        self.mapped_bytes -= taken.iter().map(|(start, area)| area.last - start + 1).sum::<u64>();
+        (taken, cut.map(|area| IoasError::Bisects { range: wanted, area }))
+    }
+
+    /// Keeps the IOVAs of areas that have been taken from being used again.
+    pub(crate) fn leave(&mut self, ranges: &[IovaRange]) {
+        self.leaving.extend(ranges.iter().map(|range| (range.start().0, range.last().0)));
+    }
+
+    /// Frees the IOVAs that [`Self::leave`] kept.
+    pub(crate) fn left(&mut self, ranges: &[IovaRange]) {
+        for range in ranges {
+            self.leaving.remove(&range.start().0);
+            self.note_free(range.start().0);
+        }
+    }
+
+    /// Divides the area across `at`, if there is one, so that a new one starts there.
+    pub(crate) fn split(&mut self, at: Iova) {
+        let Some((&start, area)) = self.areas.range_mut(..at.0).next_back() else { return };
+        if area.last < at.0 {
+            return;
+        }
+        let right = Area { at: area.at + (at.0 - start), ..area.clone() };
+        area.last = at.0 - 1;
+        self.areas.insert(at.0, right);
+    }
+
+    /// The areas that share an IOVA with `wanted`, ascending, by first IOVA.
+    pub(crate) fn overlapping(&self, wanted: IovaRange) -> impl Iterator<Item = (u64, &Area)> {
+        let before = self.areas.range(..wanted.start().0).next_back();
+        let from = match before {
+            Some((&start, area)) if area.last >= wanted.start().0 => start,
+            _ => wanted.start().0,
+        };
+        self.areas.range(from..=wanted.last().0).map(|(start, area)| (*start, area))
+    }
+
+    /// As [`Self::overlapping`], to be changed.
+    pub(crate) fn inside_mut(&mut self, wanted: IovaRange) -> impl Iterator<Item = (u64, &mut Area)> {
+        let areas = self.areas.range_mut(wanted.start().0..=wanted.last().0);
+        areas.map(|(start, area)| (*start, area)).filter(move |(_, area)| area.last <= wanted.last().0)
+    }
+
+    /// Puts another area in the place of the one at `start`, with the same IOVAs.
+    pub(crate) fn replace(&mut self, start: u64, area: Area) {
+        self.areas.insert(start, area);
+    }
+
+    pub(crate) fn views(&self, wanted: IovaRange) -> impl Iterator<Item = AreaView> {
+        self.overlapping(wanted).map(|(start, area)| area.view(start))
+    }
+
+    fn first_reserved(&self, wanted: IovaRange) -> Option<IovaRange> {
+        let reserved = self.reserved.iter().map(|(reserved, _)| *reserved);
+        reserved.filter(|reserved| reserved.overlaps(wanted)).min_by_key(|reserved| reserved.start())
+    }
+
+    fn first_used(&self, wanted: IovaRange) -> Option<IovaRange> {
+        let area = self.overlapping(wanted).next().map(|(start, area)| area.range(start));
+        area.into_iter().chain(self.first_leaving(wanted)).min_by_key(|used| used.start())
+    }
+
+    fn first_leaving(&self, wanted: IovaRange) -> Option<IovaRange> {
+        let before = self.leaving.range(..wanted.start().0).next_back();
+        let from = before.filter(|(_, last)| **last >= wanted.start().0).map_or(wanted.start().0, |(start, _)| *start);
+        self.leaving.range(from..=wanted.last().0).next().map(|(start, last)| range(*start, *last))
+    }
+
+    fn first_used_or_reserved(&self, wanted: IovaRange) -> Option<IovaRange> {
+        let both = [self.first_used(wanted), self.first_reserved(wanted)];
+        both.into_iter().flatten().min_by_key(|used| used.start())
+    }
+
+    /// The IOVAs that nothing reserves, ascending.
+    pub(crate) fn unreserved(&self) -> Vec<IovaRange> {
+        let mut free = Vec::new();
+        let mut at = 0;
+        loop {
+            let reserved = self.first_reserved(range(at, u64::MAX));
+            match reserved {
+                None => free.push(range(at, u64::MAX)),
+                Some(reserved) if reserved.start().0 > at => free.push(range(at, reserved.start().0 - 1)),
+                Some(_) => {}
+            }
+            match reserved.and_then(|reserved| reserved.last().0.checked_add(1)) {
+                Some(next) => at = next,
+                None => return free,
+            }
+        }
+    }
+
+    /// Replaces the allowed ranges.
+    pub(crate) fn allow(&mut self, ranges: &[IovaRange]) -> Result<(), IoasError> {
+        let mut sorted = ranges.to_vec();
+        sorted.sort_by_key(|range| range.start());
+        if let Some(single) = sorted.iter().find(|range| range.start() == range.last()) {
+            return Err(IoasError::BadAllowed(*single));
+        }
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0].overlaps(pair[1])) {
+            return Err(IoasError::BadAllowed(pair[1]));
+        }
+        for range in &sorted {
+            if let Some(reserved) = self.first_reserved(*range) {
+                return Err(IoasError::InUse { range: *range, user: reserved });
+            }
+        }
+        self.allowed = sorted;
+        Ok(())
+    }
+
+    /// Reserves all of `ranges`, or none.
+    pub(crate) fn reserve(&mut self, owner: ReservationOwner, ranges: &[IovaRange]) -> Result<(), IoasError> {
+        for range in ranges {
+            let allowed = self.allowed.iter().copied().find(|allowed| allowed.overlaps(*range));
+            if let Some(user) = self.first_used(*range).or(allowed) {
+                return Err(IoasError::InUse { range: *range, user });
+            }
+        }
+        self.reserved.extend(ranges.iter().map(|range| (*range, owner)));
+        Ok(())
+    }
+
+    pub(crate) fn unreserve(&mut self, owner: ReservationOwner) {
+        for (range, _) in self.reserved.extract_if(.., |(_, by)| *by == owner) {
+            self.full_below = self.full_below.min(range.start().0.max(PAGE_SIZE));
+        }
+    }
+
+    /// Sets the alignment; all areas must have it when it grows.
+    pub(crate) fn set_alignment(&mut self, alignment: u64) -> Result<(), IoasError> {
+        if alignment > self.alignment {
+            let mask = alignment - 1;
+            let misaligned =
+                |start: u64, area: &Area| (start | (area.last - start + 1) | area.page_offset()) & mask != 0;
+            if let Some((&start, area)) = self.areas.iter().find(|(start, area)| misaligned(**start, area)) {
+                let user = area.range(start);
+                return Err(IoasError::InUse { range: user, user });
+            }
+        }
+        self.alignment = alignment;
+        Ok(())
+    }
+
+    pub(crate) const fn set_huge_pages(&mut self, enabled: bool) {
+        self.huge_pages = enabled;
+    }
+}
+
+/// What a hole must take.
+#[derive(Debug, Clone, Copy)]
+struct Fit {
+    length: u64,
+    alignment: u64,
+    page_offset: u64,
+}
+
+impl Fit {
+    /// Where in `hole` it goes: __alloc_iova_check_range.
+    fn start_in(self, hole: IovaRange) -> Option<u64> {
+        let up = hole.start().0.checked_add(self.alignment - 1)?;
+        let start = (up & !(self.alignment - 1)) | self.page_offset;
+        (start < hole.last().0 && hole.last().0 - start >= self.length - 1).then_some(start)
+    }
+}
+
+/// A range whose bounds are known to be in order.
+fn range(start: u64, last: u64) -> IovaRange {
+    debug_assert!(start <= last);
+    IovaRange::from_bounds(Iova(start), Iova(last.max(start))).unwrap_or(IovaRange::everything())
+}

@@ -1,0 +1,370 @@
+//! Pages: the memory of one user mapping, shared by all areas that were made of it.
+//!
+//! A mapping makes one `Pages`; copies and splits share it, so its memory is held and charged once for all of them. It
+//! knows where the memory is (an address of a client, or a file), what it was mapped for and who pays. It holds
+//! nothing by itself: each area that is in a table fills the slice it covers, and the slices are counted here, page by
+//! page but kept in segments. A page that is filled already is not looked up again: what is held stays what it was,
+//! whatever the client has mapped there since.
+//!
+//! The fill is guarded by its own lock, which is held while the client is asked: it belongs to one iommufd or
+//! container. It comes after the IOAS's locks and before the store's.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr};
+use crate::backing::FileBacking;
+use crate::client::Client;
+use crate::error::IoasError;
+use crate::payer::PayerName;
+use crate::request::{AreaMemory, PayerMode};
+use crate::resolve::{self, Rights};
+use crate::store::{Bill, Held, PageStore};
+
+/// Whether held pages are charged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ChargeRule {
+    /// Not at all.
+    Free,
+    /// Counted without limit.
+    Unlimited,
+    /// Counted up to RLIMIT_MEMLOCK.
+    Limited,
+}
+
+/// What a mapping's memory was mapped for, and on whose account. Immutable.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Terms {
+    pub(crate) rights: Rights,
+    pub(crate) payer: PayerMode,
+    pub(crate) charge: ChargeRule,
+}
+
+/// Some pages of a [`Pages`]: the first, counted from its start, and how many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Slice {
+    pub(crate) first: u64,
+    pub(crate) pages: u64,
+}
+
+/// The memory of one user mapping.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    /// Immutable.
+    client: Arc<Client>,
+    /// The file of a mapping by descriptor. Immutable.
+    file: Option<Arc<FileBacking>>,
+    /// Byte offset in the file, or user address; where the mapping starts, within its first page. Immutable.
+    start: u64,
+    /// Bytes. Immutable.
+    length: u64,
+    /// Immutable.
+    terms: Terms,
+    /// Guarded by itself, see above.
+    fill: Mutex<Fill>,
+}
+
+/// What is filled: nothing, everything in one run, or anything.
+#[derive(Debug)]
+#[expect(clippy::box_collection, reason = "there are a million of these, and few have parts")]
+enum Fill {
+    Empty,
+    Whole { first: Frame, areas: u32, charged: bool },
+    Parts(Box<BTreeMap<u64, Segment>>),
+}
+
+/// Neighbouring pages that are filled by equally many areas and lie in one run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Segment {
+    pages: u64,
+    first: Frame,
+    areas: u32,
+    charged: bool,
+}
+
+impl Pages {
+    pub(crate) fn of_user(client: Arc<Client>, address: UserAddr, length: u64, terms: Terms) -> Arc<Self> {
+        Arc::new(Self { client, file: None, start: address.0, length, terms, fill: Mutex::new(Fill::Empty) })
+    }
+
+    pub(crate) fn of_file(
+        client: Arc<Client>,
+        file: Arc<FileBacking>,
+        offset: u64,
+        length: u64,
+        terms: Terms,
+    ) -> Arc<Self> {
+        Arc::new(Self { client, file: Some(file), start: offset, length, terms, fill: Mutex::new(Fill::Empty) })
+    }
+
+    pub(crate) const fn terms(&self) -> Terms {
+        self.terms
+    }
+
+    /// User address or file offset of the byte `at` bytes after the mapping's start.
+    pub(crate) const fn address(&self, at: u64) -> u64 {
+        self.start.wrapping_add(at)
+    }
+
+    /// What is seen of the byte `at` bytes after the mapping's start.
+    pub(crate) fn memory(&self, at: u64) -> AreaMemory {
+        match &self.file {
+            Some(file) => AreaMemory::File { file: file.id, offset: self.address(at) },
+            None => AreaMemory::User(UserAddr(self.address(at))),
+        }
+    }
+
+    /// The pages that `length` bytes from `at` bytes after the mapping's start touch.
+    pub(crate) const fn slice(&self, at: u64, length: u64) -> Slice {
+        let offset = self.start & (PAGE_SIZE - 1);
+        let first = (offset + at) >> PAGE_SHIFT;
+        let last = (offset + at + (length - 1)) >> PAGE_SHIFT;
+        Slice { first, pages: last - first + 1 }
+    }
+
+    const fn all(&self) -> Slice {
+        self.slice(0, self.length)
+    }
+
+    /// The payer of what is charged.
+    pub(crate) fn payer(&self) -> Option<PayerName> {
+        match (self.terms.charge, self.terms.payer) {
+            (ChargeRule::Free, _) => None,
+            (_, PayerMode::User) => Some(PayerName::User(self.client.uid)),
+            (_, PayerMode::MemoryMap) => Some(PayerName::MemoryMap(self.client.memory.id())),
+        }
+    }
+
+    fn bill(&self) -> Option<Bill> {
+        let payer = self.payer()?;
+        let enforced = self.terms.charge == ChargeRule::Limited;
+        Some(Bill { payer, limit: self.client.memlock_limit(), enforced })
+    }
+
+    /// Holds and charges what is not filled yet of `slice`, counts one more area on all of it, and appends its frames
+    /// to `runs`.
+    ///
+    /// # Errors
+    /// EFAULT, EINVAL of a file, ENOMEM; nothing has changed.
+    pub(crate) fn fill(&self, store: &PageStore, slice: Slice, runs: &mut Vec<FrameRun>) -> Result<(), IoasError> {
+        let mut fill = self.fill.lock();
+        match &mut *fill {
+            Fill::Empty if slice == self.all() => {
+                let held = self.hold(store, slice)?;
+                runs.extend(held.iter().map(|held| held.run));
+                *fill = match held[..] {
+                    [Held { run, charged }] => Fill::Whole { first: run.first, areas: 1, charged },
+                    _ => Fill::Parts(Box::new(segments_of(slice.first, &held))),
+                };
+                return Ok(());
+            }
+            Fill::Whole { first, areas, .. } if slice == self.all() => {
+                runs.push(FrameRun { first: *first, pages: slice.pages });
+                *areas += 1;
+                return Ok(());
+            }
+            _ => {}
+        }
+        let parts = fill.make_parts(self.all().pages);
+        let result = self.fill_gaps(store, parts, slice);
+        if result.is_ok() {
+            change(parts, slice, |segment| {
+                segment.areas += 1;
+                append(runs, FrameRun { first: segment.first, pages: segment.pages });
+            });
+        }
+        fill.tidy(slice, self.all().pages);
+        result
+    }
+
+    /// Holds what no area has filled yet.
+    fn fill_gaps(&self, store: &PageStore, parts: &mut BTreeMap<u64, Segment>, slice: Slice) -> Result<(), IoasError> {
+        let mut held: Vec<(u64, Vec<Held>)> = Vec::new();
+        for gap in gaps(parts, slice) {
+            match self.hold(store, gap) {
+                Ok(runs) => held.push((gap.first, runs)),
+                Err(error) => {
+                    held.iter().for_each(|(_, held)| store.release(held, self.payer()));
+                    return Err(error);
+                }
+            }
+        }
+        for (first, held) in held {
+            parts.extend(
+                segments_of(first, &held).into_iter().map(|(at, segment)| (at, Segment { areas: 0, ..segment })),
+            );
+        }
+        Ok(())
+    }
+
+    fn hold(&self, store: &PageStore, slice: Slice) -> Result<Vec<Held>, IoasError> {
+        let mut wanted = Vec::with_capacity(1);
+        let start = (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT);
+        match &self.file {
+            Some(file) => wanted.push(resolve::file_memory(file, start, slice.pages, self.terms.rights)?),
+            None => resolve::user_memory(
+                store,
+                &self.client.memory,
+                UserAddr(start),
+                slice.pages,
+                self.terms.rights,
+                &mut wanted,
+            )?,
+        }
+        store.hold(&wanted, self.bill())
+    }
+
+    /// Appends the frames of `slice`, which is filled, to `runs`.
+    pub(crate) fn runs(&self, slice: Slice, runs: &mut Vec<FrameRun>) {
+        match &*self.fill.lock() {
+            Fill::Empty => {}
+            Fill::Whole { first, .. } => {
+                append(runs, FrameRun { first: Frame(first.0 + slice.first), pages: slice.pages });
+            }
+            Fill::Parts(parts) => {
+                let end = slice.first + slice.pages;
+                let before = parts.range(..slice.first).next_back().map_or(slice.first, |(at, _)| *at);
+                for (&at, segment) in parts.range(before..end) {
+                    let (from, to) = (at.max(slice.first), (at + segment.pages).min(end));
+                    if from < to {
+                        append(runs, FrameRun { first: Frame(segment.first.0 + (from - at)), pages: to - from });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes one area off the count of `slice`, which is filled, and releases and refunds what no area fills any more.
+    pub(crate) fn release(&self, store: &PageStore, slice: Slice) {
+        let mut fill = self.fill.lock();
+        if let Fill::Whole { first, areas, charged } = &mut *fill
+            && slice == self.all()
+        {
+            *areas -= 1;
+            if *areas == 0 {
+                let held = Held { run: FrameRun { first: *first, pages: slice.pages }, charged: *charged };
+                *fill = Fill::Empty;
+                store.release(&[held], self.payer());
+            }
+            return;
+        }
+        let mut gone = Vec::new();
+        let parts = fill.make_parts(self.all().pages);
+        change(parts, slice, |segment| {
+            segment.areas -= 1;
+            if segment.areas == 0 {
+                let run = FrameRun { first: segment.first, pages: segment.pages };
+                gone.push(Held { run, charged: segment.charged });
+            }
+        });
+        parts.extract_if(slice.first..slice.first + slice.pages, |_, segment| segment.areas == 0).for_each(drop);
+        fill.tidy(slice, self.all().pages);
+        store.release(&gone, self.payer());
+    }
+}
+
+impl Fill {
+    /// The general form, to be changed and then tidied.
+    fn make_parts(&mut self, pages: u64) -> &mut BTreeMap<u64, Segment> {
+        if !matches!(self, Self::Parts(_)) {
+            let parts = match *self {
+                Self::Whole { first, areas, charged } => {
+                    BTreeMap::from([(0, Segment { pages, first, areas, charged })])
+                }
+                _ => BTreeMap::new(),
+            };
+            *self = Self::Parts(Box::new(parts));
+        }
+        match self {
+            Self::Parts(parts) => parts,
+            Self::Empty | Self::Whole { .. } => unreachable!("made above"),
+        }
+    }
+
+    /// Joins neighbours in and beside `slice` that continue each other, and goes back to a small form if it can.
+    fn tidy(&mut self, slice: Slice, pages: u64) {
+        let Self::Parts(parts) = self else { return };
+        let end = slice.first + slice.pages;
+        let before = parts.range(..slice.first).next_back();
+        let mut current = before.or_else(|| parts.range(slice.first..).next()).map(|(at, segment)| (*at, *segment));
+        while let Some((at, segment)) = current {
+            let next = parts.range(at + 1..).next().map(|(at, segment)| (*at, *segment));
+            let Some((next_at, next)) = next.filter(|(next_at, _)| *next_at <= end) else { break };
+            current = if segment.continues(at, next_at, &next) {
+                parts.remove(&next_at);
+                let joined = Segment { pages: segment.pages + next.pages, ..segment };
+                parts.insert(at, joined);
+                Some((at, joined))
+            } else {
+                Some((next_at, next))
+            };
+        }
+        match parts.first_key_value() {
+            None => *self = Self::Empty,
+            Some((_, &Segment { pages: all, first, areas, charged })) if all == pages => {
+                *self = Self::Whole { first, areas, charged };
+            }
+            Some(_) => {}
+        }
+    }
+}
+
+impl Segment {
+    fn continues(&self, at: u64, next_at: u64, next: &Self) -> bool {
+        at + self.pages == next_at
+            && self.first.0 + self.pages == next.first.0
+            && self.areas == next.areas
+            && self.charged == next.charged
+    }
+}
+
+fn segments_of(mut at: u64, held: &[Held]) -> BTreeMap<u64, Segment> {
+    let mut segments = BTreeMap::new();
+    for Held { run, charged } in held {
+        segments.insert(at, Segment { pages: run.pages, first: run.first, areas: 1, charged: *charged });
+        at += run.pages;
+    }
+    segments
+}
+
+/// The pages of `slice` that are in no segment, ascending.
+fn gaps(parts: &BTreeMap<u64, Segment>, slice: Slice) -> Vec<Slice> {
+    let end = slice.first + slice.pages;
+    let mut found = Vec::new();
+    let before = parts.range(..=slice.first).next_back();
+    let mut at = before.map_or(slice.first, |(at, segment)| (at + segment.pages).max(slice.first));
+    for (&next, segment) in parts.range(slice.first..end) {
+        if next > at {
+            found.push(Slice { first: at, pages: next - at });
+        }
+        at = at.max(next + segment.pages);
+    }
+    if at < end {
+        found.push(Slice { first: at, pages: end - at });
+    }
+    found
+}
+
+/// Calls `each` for the segments of `slice`, cut so that they lie in it.
+fn change(parts: &mut BTreeMap<u64, Segment>, slice: Slice, each: impl FnMut(&mut Segment)) {
+    let end = slice.first + slice.pages;
+    for at in [slice.first, end] {
+        let Some((&first, segment)) = parts.range_mut(..at).next_back() else { continue };
+        if first + segment.pages > at {
+            let left = at - first;
+            let right = Segment { pages: segment.pages - left, first: Frame(segment.first.0 + left), ..*segment };
+            segment.pages = left;
+            parts.insert(at, right);
+        }
+    }
+    parts.range_mut(slice.first..end).map(|(_, segment)| segment).for_each(each);
+}
+
+fn append(runs: &mut Vec<FrameRun>, run: FrameRun) {
+    match runs.last_mut() {
+        Some(last) if last.first.0 + last.pages == run.first.0 => last.pages += run.pages,
+        _ => runs.push(run),
+    }
+}

@@ -1,0 +1,119 @@
+//! What memory may be held: asks the client what is at an address, and applies Linux's rules of pinning.
+//!
+//! Shared mappings become pages of their file, everything else becomes private memory of the memory map. A private
+//! mapping of a file is copy-on-write: it is reached as private memory, never through the file. Where the front end
+//! may not open a shared mapping's file, its memory is reached as private memory too.
+//!
+//! Called with no lock that another client waits for. Source: mm/gup.c (check_vma_flags, writable_file_mapping_allowed),
+//! mm/memfd.c (memfd_pin_folios).
+
+use std::sync::Arc;
+
+use crate::addr::{PAGE_SHIFT, PAGE_SIZE, UserAddr};
+use crate::backing::{Backing, FileBacking};
+use crate::caller::{FileKind, MemoryError, MemoryMap, Vma};
+use crate::error::{FaultReason, IoasError};
+use crate::failpoint;
+use crate::store::{PageStore, Wanted};
+
+/// What the pages were mapped for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rights {
+    pub(crate) writable: bool,
+    /// Regions of devices may be held.
+    pub(crate) device_regions: bool,
+}
+
+/// What `pages` pages of a memory map from the page at `address` on are, if they may be held.
+pub(crate) fn user_memory(
+    store: &PageStore,
+    memory: &Arc<dyn MemoryMap>,
+    address: UserAddr,
+    pages: u64,
+    rights: Rights,
+    wanted: &mut Vec<Wanted>,
+) -> Result<(), IoasError> {
+    let (mut at, end) = (address.0 >> PAGE_SHIFT, (address.0 >> PAGE_SHIFT) + pages);
+    while at < end {
+        let address = UserAddr(at << PAGE_SHIFT);
+        let fault = |reason| IoasError::Fault { address, reason };
+        if failpoint::reached("resolve.vma") {
+            return Err(fault(FaultReason::Injected));
+        }
+        let vma = memory.vma(address).map_err(|error| fault(error.into()))?;
+        if rights.writable && !vma.writable {
+            return Err(fault(FaultReason::NotWritable));
+        }
+        if !rights.writable && !vma.readable {
+            return Err(fault(FaultReason::NotReadable));
+        }
+        let stop = end.min((vma.range.last().0 >> PAGE_SHIFT) + 1);
+        let want = match shared_file(store, &**memory, &vma, rights.writable).map_err(|error| fault(error.into()))? {
+            Some((file, offset)) => {
+                check_kind(&file, rights).map_err(fault)?;
+                let index = (offset + (address.0 - vma.range.start().0)) >> PAGE_SHIFT;
+                let charged = file.kind != FileKind::DeviceRegion;
+                Wanted { backing: Backing::File(file), index, pages: stop - at, charged }
+            }
+            None => {
+                Wanted { backing: Backing::Private(Arc::clone(memory)), index: at, pages: stop - at, charged: true }
+            }
+        };
+        wanted.push(want);
+        at = stop;
+    }
+    Ok(())
+}
+
+/// The file behind a shared mapping and the offset of the mapping's start in it.
+fn shared_file(
+    store: &PageStore,
+    memory: &dyn MemoryMap,
+    vma: &Vma,
+    writable: bool,
+) -> Result<Option<(Arc<FileBacking>, u64)>, MemoryError> {
+    let Some((id, offset)) = vma.file.filter(|_| vma.shared) else { return Ok(None) };
+    if let Some(known) = store.known_file(id, writable) {
+        return Ok(Some((known, offset)));
+    }
+    match memory.open_file(vma) {
+        Ok(file) => Ok(Some((store.adopt_file(file), offset))),
+        Err(MemoryError::Denied) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn check_kind(file: &FileBacking, rights: Rights) -> Result<(), FaultReason> {
+    match file.kind {
+        FileKind::Shmem | FileKind::Hugetlb(_) => Ok(()),
+        FileKind::DeviceRegion if rights.device_regions => Ok(()),
+        FileKind::Writeback if rights.writable => Err(FaultReason::Writeback(file.id)),
+        FileKind::Writeback => Ok(()),
+        FileKind::DeviceRegion | FileKind::Unpinnable => Err(FaultReason::Unpinnable(file.kind)),
+    }
+}
+
+/// `pages` pages of a file that was named by descriptor, from byte `offset` on, if they may be held.
+pub(crate) fn file_memory(
+    file: &Arc<FileBacking>,
+    offset: u64,
+    pages: u64,
+    rights: Rights,
+) -> Result<Wanted, IoasError> {
+    let address = UserAddr(offset);
+    if failpoint::reached("resolve.file") {
+        return Err(IoasError::Fault { address, reason: FaultReason::Injected });
+    }
+    if rights.writable && !file.writable() {
+        return Err(IoasError::Fault { address, reason: FaultReason::NotWritable });
+    }
+    let size = file.size();
+    let end = pages.checked_mul(PAGE_SIZE).and_then(|bytes| offset.checked_add(bytes));
+    let kind_fits = matches!(file.kind, FileKind::Shmem | FileKind::Hugetlb(_) | FileKind::DeviceRegion);
+    if !kind_fits || end.is_none_or(|end| end > size) {
+        let offset = if kind_fits { size & !(PAGE_SIZE - 1) } else { offset };
+        return Err(IoasError::BadFile { file: file.id, kind: file.kind, size, offset });
+    }
+    let charged = file.kind != FileKind::DeviceRegion;
+    Ok(Wanted { backing: Backing::File(Arc::clone(file)), index: offset >> PAGE_SHIFT, pages, charged })
+}

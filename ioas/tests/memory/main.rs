@@ -1,0 +1,11 @@
+//! IOASes over real memory: this process plays the client, and a table made of a map plays the device's.
+#![deny(unsafe_code)]
+
+mod kinds;
+mod lifetimes;
+
+mod process;
+#[allow(unsafe_code)]
+mod sys;
+
+mod table;
