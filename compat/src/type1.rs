@@ -345,7 +345,7 @@ impl Type1 {
                 Err(VfioError::Bisects { wanted: range, present })
             }
             (Version::V2, ..) => {
-                self.ioas.start_unmap(range)?.finish_unless(interrupt)?;
+                self.ioas.start_unmap(range).finish_unless(interrupt)?;
                 Ok(None)
             }
         }
@@ -354,7 +354,7 @@ impl Type1 {
     /// Unmaps all mappings in `range`, which cuts none, and returns their bytes.
     fn unmap_whole(&self, state: &mut State, interrupt: &dyn Interrupt, range: IovaRange) -> Result<u64, VfioError> {
         let invalid = if state.vaddr_invalid == 0 { 0 } else { self.count_invalid(range) };
-        let leaving = self.ioas.start_unmap_areas(range)?;
+        let leaving = self.ioas.start_unmap_areas(range);
         state.vaddr_invalid -= invalid;
         let bytes = leaving.finish_unless(interrupt)?;
         if state.tracking {

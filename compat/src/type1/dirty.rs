@@ -317,7 +317,7 @@ impl Type1 {
     ) -> Result<u64, VfioError> {
         let mut state = self.lock(interrupt)?;
         let invalid = self.count_invalid(mapping);
-        let leaving = self.ioas.start_unmap_areas(mapping)?;
+        let leaving = self.ioas.start_unmap_areas(mapping);
         state.vaddr_invalid -= invalid;
         let bytes = leaving.finish_unless(interrupt)?;
         let rest: Result<Vec<_>, _> = target
