@@ -191,7 +191,7 @@ impl Controller {
         if id == log::page::SMART && !matches!(command.namespace.get(), 0 | ALL_NAMESPACES) {
             return Err(blame(Status::INVALID_FIELD, 1, 0));
         }
-        let page = self.shared.health.lock().page(id, self.features.hot(), self.shared.namespace.read_only());
+        let page = self.shared.health.lock().page(id, self.features.hot());
         let page = page.ok_or(blame(Status::INVALID_LOG_PAGE, 10, 0))?;
         if !offset.is_multiple_of(4) || offset > page.len() as u64 {
             return Err(blame(Status::INVALID_FIELD, 12, 0));

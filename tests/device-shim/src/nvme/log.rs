@@ -130,10 +130,10 @@ impl Health {
         page
     }
 
-    fn smart_page(&self, hot: bool, read_only: bool) -> Vec<u8> {
+    fn smart_page(&self, hot: bool) -> Vec<u8> {
         let count = |value: u64| U128::new(u128::from(value));
         let page = SmartPage {
-            critical_warning: u8::from(hot) << 1 | u8::from(read_only) << 3,
+            critical_warning: u8::from(hot) << 1,
             temperature: TEMPERATURE.to_le_bytes(),
             spare: 100,
             spare_threshold: 10,
@@ -151,10 +151,10 @@ impl Health {
     }
 
     /// The whole log page, or `None` when there is no such page. `hot` says that a temperature threshold is crossed.
-    pub(crate) fn page(&self, id: u8, hot: bool, read_only: bool) -> Option<Vec<u8>> {
+    pub(crate) fn page(&self, id: u8, hot: bool) -> Option<Vec<u8>> {
         match id {
             page::ERROR => Some(self.error_page()),
-            page::SMART => Some(self.smart_page(hot, read_only)),
+            page::SMART => Some(self.smart_page(hot)),
             page::FIRMWARE => Some(firmware_page()),
             page::CHANGED_NAMESPACES => Some(vec![0; 4096]),
             page::COMMANDS => Some(commands_page()),
@@ -198,7 +198,7 @@ mod tests {
         for command in 0..100 {
             health.record(record(command));
         }
-        let page = health.page(page::ERROR, false, false).expect("exists");
+        let page = health.page(page::ERROR, false).expect("exists");
         assert_eq!(page.len(), 64 * ERROR_ENTRIES);
         assert_eq!(page[..8], 100_u64.to_le_bytes());
         assert_eq!(page[10..12], 99_u16.to_le_bytes());
@@ -208,7 +208,7 @@ mod tests {
     #[test]
     fn smart_page_has_temperature_and_counts_in_their_places() {
         let health = Health { bytes_read: DATA_UNIT + 1, unsafe_shutdowns: 4, ..Health::default() };
-        let page = health.page(page::SMART, true, false).expect("exists");
+        let page = health.page(page::SMART, true).expect("exists");
         assert_eq!((page[0], page[1..3].to_vec()), (2, 310_u16.to_le_bytes().to_vec()));
         assert_eq!(page[32], 2);
         assert_eq!(page[144], 4);
@@ -216,7 +216,7 @@ mod tests {
 
     #[test]
     fn commands_page_marks_reads_and_writes() {
-        let page = Health::default().page(page::COMMANDS, false, false).expect("exists");
+        let page = Health::default().page(page::COMMANDS, false).expect("exists");
         assert_eq!((page[4 * 6], page[4 * 0x18]), (1, 0), "identify, keep alive");
         assert_eq!((page[1024 + 4], page[1024 + 8]), (3, 1), "write, read");
     }

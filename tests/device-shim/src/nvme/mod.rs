@@ -9,7 +9,7 @@
 //! error       statuses                                       here       the PCI function, and what CC sets off
 //! ```
 //!
-//! Register accesses come from any thread, change values and never wait for DMA. CC.EN = 1 starts a [`Session`] and
+//! Register accesses come from any thread, change values and never wait for DMA. CC.EN = 1 starts a session and
 //! its thread; CC.EN = 0, a function level reset, and the close of the device end it: its lease on the bus is
 //! revoked and it is forgotten. After CC.EN = 0 CSTS.RDY stays 1 until nothing of the old session is inside its
 //! lease, or [`DRAIN_LIMIT`] has passed; [`DeviceModel::reset`] and [`DeviceModel::close`] wait for the same.

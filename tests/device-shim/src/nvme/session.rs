@@ -3,7 +3,8 @@
 //! A session begins with CC.EN = 1 and ends with CC.EN = 0, a reset, or the close of the device. Ending it revokes
 //! the lease and wakes the thread; the thread may be stuck in client memory and is not waited for here. Whatever it
 //! does afterwards meets the revoked lease, or, for the registers, [`super::Shared::update_status`], which asks
-//! whether the session is still the present one.
+//! whether the session is still the present one. The interrupt pin is set under `doors` and only before `stop`, so
+//! that a late access to an old session does not raise it again.
 //!
 //! Lock order: `doors`, then the function's state. No DMA and no call of the bus under either.
 
@@ -65,6 +66,9 @@ impl Session {
     pub(crate) fn ring(&self, index: usize, value: u32) -> Option<Event> {
         let invalid = {
             let mut doors = self.doors.lock();
+            if doors.stop {
+                return None;
+            }
             let invalid = doors.ring(index, value).err();
             if let Some(event) = invalid {
                 doors.add_event(event);
@@ -81,6 +85,9 @@ impl Session {
     pub(crate) fn set_interrupt_mask(&self, change: impl FnOnce(u32) -> u32) {
         {
             let mut doors = self.doors.lock();
+            if doors.stop {
+                return;
+            }
             doors.interrupt_mask = change(doors.interrupt_mask);
             self.function.set_pin(doors.pin());
         }
@@ -144,6 +151,9 @@ impl Session {
         let _passage = self.lease.enter()?;
         let (wrapped, vector) = {
             let mut doors = self.doors.lock();
+            if doors.stop {
+                return Err(LeaseError::Revoked);
+            }
             let wrapped = doors.produced(id);
             self.function.set_pin(doors.pin());
             let door = doors.completion(id).filter(|door| door.interrupts);

@@ -3,4 +3,5 @@
 mod bringup;
 mod commands;
 mod faults;
+mod fuzz;
 mod guest;
