@@ -299,3 +299,125 @@ pub(crate) fn bits_of(range: IovaRange, page_size: u64, first: u64, last: u64) -
     let clip = |iova: u64| Iova(iova.clamp(start, range.last().0)).0 - start;
     (clip(first) / page_size, clip(last) / page_size)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn range(start: u64, last: u64) -> IovaRange {
+        IovaRange::from_bounds(Iova(start), Iova(last)).expect("sorted")
+    }
+
+    fn tracking() -> DirtySet {
+        let set = DirtySet::new(&Format::x86(64).expect("valid"));
+        set.track(true).expect("memory");
+        set
+    }
+
+    fn runs(set: &DirtySet, range: IovaRange, clear: bool) -> Vec<(u64, u64)> {
+        let mut runs = Vec::new();
+        set.collect(range, clear, &mut |first, last| runs.push((first, last)));
+        runs
+    }
+
+    #[test]
+    fn mark_before_tracking_is_not_seen() {
+        let set = DirtySet::new(&Format::x86(48).expect("valid"));
+        set.mark(0, 0xfff);
+        set.track(true).expect("memory");
+        assert_eq!(runs(&set, IovaRange::everything(), true), []);
+    }
+
+    #[test]
+    fn marks_that_touch_are_one_run_across_nodes() {
+        let set = tracking();
+        let node = 64 << 20;
+        set.mark(node - 1, node);
+        assert_eq!(runs(&set, IovaRange::everything(), false), [(node - 0x1000, node + 0xfff)]);
+    }
+
+    #[test]
+    fn collect_with_clear_takes_only_the_range() {
+        let set = tracking();
+        set.mark(0x1000, 0x4fff);
+        assert_eq!(runs(&set, range(0x2000, 0x3fff), true), [(0x2000, 0x3fff)]);
+        assert_eq!(runs(&set, IovaRange::everything(), false), [(0x1000, 0x1fff), (0x4000, 0x4fff)]);
+    }
+
+    #[test]
+    fn collect_with_clear_makes_entries_mark_again() {
+        let set = tracking();
+        let epoch = set.epoch();
+        runs(&set, IovaRange::everything(), false);
+        assert_eq!(set.epoch(), epoch);
+        runs(&set, IovaRange::everything(), true);
+        assert_ne!(set.epoch(), epoch);
+    }
+
+    #[test]
+    fn forget_of_everything_drops_whole_subtrees() {
+        let set = tracking();
+        set.mark(0, 0);
+        set.mark(u64::MAX, u64::MAX);
+        set.forget(range(0x1000, u64::MAX));
+        assert_eq!(runs(&set, IovaRange::everything(), true), [(0, 0xfff)]);
+    }
+
+    #[test]
+    fn mark_without_memory_makes_everything_dirty() {
+        let set = tracking();
+        {
+            let _armed = failpoint::arm(1);
+            set.mark(0x5000, 0x5fff);
+        }
+        assert_eq!(runs(&set, range(0, 0xffff), true), [(0, 0xffff)]);
+        set.track(false).expect("never fails");
+        set.track(true).expect("memory");
+        assert_eq!(runs(&set, range(0, 0xffff), true), []);
+    }
+
+    #[test]
+    fn bits_of_larger_and_smaller_pages_follow_the_range() {
+        assert_eq!(bits_of(range(0x1_0000, 0x1_ffff), 0x4000, 0x1_3000, 0x1_4fff), (0, 1));
+        assert_eq!(bits_of(range(0x1_0000, 0x1_ffff), 0x800, 0x1_1000, 0x1_1fff), (2, 3));
+        assert_eq!(bits_of(range(0x1_0800, 0x1_ffff), 0x800, 0x1_0000, 0x1_0fff), (0, 0));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 64 }))]
+
+        #[test]
+        fn set_after_any_steps_agrees_with_a_set_of_pages(
+            steps in prop::collection::vec((0..4_u8, 0..70_000_u64, 1..40_000_u64), 1..20)
+        ) {
+            let (set, mut model) = (tracking(), BTreeSet::new());
+            let pages = |(first, last): (u64, u64)| first >> 12..=last >> 12;
+            for (kind, page, length) in steps {
+                let (page, length) = if kind == 0 { (page, 1 + length % 70) } else { (page, length) };
+                let within = range(page << 12, ((page + length) << 12) - 1);
+                match kind {
+                    0 => {
+                        set.mark(within.start().0, within.last().0);
+                        model.extend(page..page + length);
+                    }
+                    1 => {
+                        set.forget(within);
+                        model.retain(|at| !(page..page + length).contains(at));
+                    }
+                    _ => {
+                        let seen: Vec<u64> = runs(&set, within, kind == 3).into_iter().flat_map(pages).collect();
+                        let known: Vec<u64> = model.range(page..page + length).copied().collect();
+                        prop_assert_eq!(seen, known);
+                        if kind == 3 {
+                            model.retain(|at| !(page..page + length).contains(at));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

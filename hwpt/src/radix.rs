@@ -385,3 +385,98 @@ fn translation(leaf: u64, iova: u64, shift: u32) -> Translation {
         access,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nodes below the root.
+    fn nodes(table: &RadixTable) -> usize {
+        fn below(node: &Node, pin: &Pin) -> usize {
+            let child = |index| match node.entry(index, pin) {
+                Entry::Child(child) => 1 + below(child, pin),
+                Entry::Empty | Entry::Leaf(_) => 0,
+            };
+            (0..FANOUT).map(child).sum()
+        }
+        below(&table.root, &sys::pin())
+    }
+
+    fn page(number: u64) -> IovaRange {
+        IovaRange::new(Iova(number << PAGE_SHIFT), ioas::PAGE_SIZE).expect("a page")
+    }
+
+    fn fill(table: &RadixTable, number: u64) {
+        let run = FrameRun { first: Frame(number ^ 1), pages: 1 };
+        table.map(page(number), &[run], 0, Access::READ).expect("memory");
+    }
+
+    fn table() -> RadixTable {
+        RadixTable::new(Format::x86(48).expect("valid")).expect("memory")
+    }
+
+    #[test]
+    fn leaves_of_one_page_cost_less_than_nine_bytes() {
+        let (table, pages) = (table(), if cfg!(miri) { 512 } else { 1 << 17 });
+        (0..pages).for_each(|number| fill(&table, number));
+        assert_eq!(table.leaves(), pages);
+        let bytes = nodes(&table) as u64 * size_of::<Node>() as u64;
+        assert!(cfg!(miri) || bytes <= 9 * pages, "{bytes} bytes for {pages} leaves");
+    }
+
+    #[test]
+    fn map_and_unmap_of_one_page_keeps_its_nodes() {
+        let table = table();
+        fill(&table, 5);
+        let before = nodes(&table);
+        table.unmap(page(5));
+        assert_eq!(nodes(&table), before);
+    }
+
+    #[test]
+    fn unmap_page_by_page_leaves_few_nodes() {
+        let table = table();
+        let scattered: Vec<u64> = (0..200).map(|number| number * 0x12_3457 % (1 << 36)).collect();
+        scattered.iter().for_each(|&number| fill(&table, number));
+        scattered.iter().rev().for_each(|&number| table.unmap(page(number)));
+        assert_eq!(table.leaves(), 0);
+        assert!(nodes(&table) <= LINGER * 3, "{}", nodes(&table));
+    }
+
+    #[test]
+    fn unmap_of_everything_drops_every_node() {
+        let table = table();
+        (0..200).for_each(|number| fill(&table, number * 0x12_3457));
+        table.unmap(IovaRange::everything());
+        assert_eq!((table.leaves(), nodes(&table)), (0, 0));
+    }
+
+    #[test]
+    fn walks_beside_changes_see_before_or_after() {
+        let table = table();
+        let rounds = if cfg!(miri) { 20 } else { 5_000 };
+        let run = FrameRun { first: Frame(512), pages: 512 };
+        let whole = IovaRange::new(Iova(1 << 21), 1 << 21).expect("2 MiB");
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    if let Some(found) = table.translate(Iova((1 << 21) + 0x5678)) {
+                        assert_eq!((found.frame, found.offset), (Frame(512 + 5), 0x678));
+                    }
+                }
+            });
+            for round in 0..rounds {
+                table.map(whole, &[run], 0, Access::READ).expect("memory");
+                table.split(Iova((1 << 21) + 0x5000)).expect("memory");
+                if round % 2 == 0 {
+                    table.unmap(IovaRange::everything());
+                } else {
+                    table.unmap(whole);
+                }
+            }
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            reader.join().expect("no assertion failed");
+        });
+    }
+}
