@@ -37,8 +37,28 @@ struct DeviceLane {
 }
 
 impl DeviceLane {
-    fn new(device: u64) -> Self {
-        Self { device, lane: Lane::new(), tlb: Iotlb::new() }
+    #[cold]
+    fn new(device: u64) -> Box<Self> {
+        Box::new(Self { device, lane: Lane::new(), tlb: Iotlb::new() })
+    }
+
+    /// Runs `work` with what the device is attached to now; false when that is nothing.
+    #[inline]
+    fn run(&mut self, device: &Device, work: &mut impl FnMut(&Attachment, &mut Iotlb)) -> bool {
+        let current = device.current();
+        loop {
+            if self.lane.is_stale(current) {
+                self.tlb.clear();
+                self.lane.refresh(current);
+            }
+            if let Some(attachment) = self.lane.enter(current) {
+                work(&attachment, &mut self.tlb);
+                return true;
+            }
+            if !self.lane.is_stale(current) {
+                return false;
+            }
+        }
     }
 }
 
@@ -94,7 +114,17 @@ impl Dma {
     /// [`DmaFault`], already recorded, when the first byte cannot be reached.
     #[inline]
     pub fn translate(&self, iova: Iova, length: u64, access: Access) -> Result<Translation, DmaFault> {
-        self.with_lane(iova, access, |attachment, tlb| stretch(attachment, tlb, iova.0, length.max(1), access))
+        let (mut address, mut reached, mut allowed, mut failed) = (0, 0, Access::empty(), None);
+        let inside =
+            self.inside(&mut |attachment, tlb| match stretch(attachment, tlb, iova.0, length.max(1), access) {
+                Ok(found) => (address, reached, allowed) = (found.address(), found.length, found.access),
+                Err(reason) => failed = Some(reason),
+            });
+        if inside && failed.is_none() {
+            let (frame, offset) = (Frame(address >> PAGE_SHIFT), address & (PAGE_SIZE - 1));
+            return Ok(Translation { frame, offset, length: reached, access: allowed });
+        }
+        Err(self.fault(inside, failed.unwrap_or((iova, DmaCause::NotAttached)), access))
     }
 
     fn transfer(
@@ -107,9 +137,9 @@ impl Dma {
         let range = match IovaRange::new(iova, length as u64) {
             Ok(range) => range,
             Err(RangeError::Zero) => return Ok(()),
-            Err(RangeError::Overflow) => return Err(self.fault((iova, DmaCause::Miss), access)),
+            Err(RangeError::Overflow) => return Err(self.fault(true, (iova, DmaCause::Miss), access)),
         };
-        self.with_lane(iova, access, |attachment, tlb| {
+        let mut copy_all = |attachment: &Attachment, tlb: &mut Iotlb| {
             let mut done = 0;
             while done < length {
                 let at = range.start().0 + done as u64;
@@ -119,63 +149,36 @@ impl Dma {
                 copy(&attachment.store, found.frame, found.offset, part).map_err(|error| (Iova(at), error.into()))?;
             }
             Ok(())
-        })
+        };
+        let mut outcome = Err((iova, DmaCause::NotAttached));
+        let inside = self.inside(&mut |attachment, tlb| outcome = copy_all(attachment, tlb));
+        outcome.map_err(|failed| self.fault(inside, failed, access))
     }
 
-    /// Runs `work` inside the reader count of what the device is attached to, with this thread's IOTLB.
+    /// Runs `work` inside the reader count of what the device is attached to, with this thread's IOTLB; false when it
+    /// is attached to nothing. (What `work` finds it stores for itself, in words: a larger result that is handed up
+    /// through these closures costs more than all the rest of a hit.)
     #[inline]
-    fn with_lane<R>(
-        &self,
-        iova: Iova,
-        access: Access,
-        work: impl FnOnce(&Attachment, &mut Iotlb) -> Result<R, Failed>,
-    ) -> Result<R, DmaFault> {
-        let mut work = Some(work);
-        let mut run = |lane: &mut DeviceLane| {
-            let work = work.take().expect("runs once");
-            self.run_in(lane, iova, work)
-        };
-        let outcome = OF_THREAD.try_with(|lanes| {
+    fn inside(&self, work: &mut impl FnMut(&Attachment, &mut Iotlb)) -> bool {
+        let device = &*self.device;
+        let ran = OF_THREAD.try_with(|lanes| {
             let mut lanes = lanes.try_borrow_mut().ok()?;
-            let id = self.device.id();
-            let slot = &mut lanes[id as usize % LANES];
+            let slot = &mut lanes[device.id() as usize % LANES];
             match slot {
-                Some(lane) if lane.device == id => Some(run(lane)),
-                _ => Some(run(slot.insert(Box::new(DeviceLane::new(id))))),
+                Some(lane) if lane.device == device.id() => Some(lane.run(device, work)),
+                _ => Some(slot.insert(DeviceLane::new(device.id())).run(device, work)),
             }
         });
-        // A DMA from within a DMA of this thread, or from a thread that is ending, has a lane for itself.
-        let outcome = match outcome {
-            Ok(Some(outcome)) => outcome,
-            Ok(None) | Err(_) => run(&mut DeviceLane::new(self.device.id())),
-        };
-        outcome.map_err(|failed| self.fault(failed, access))
-    }
-
-    #[inline]
-    fn run_in<R>(
-        &self,
-        DeviceLane { lane, tlb, .. }: &mut DeviceLane,
-        iova: Iova,
-        work: impl FnOnce(&Attachment, &mut Iotlb) -> Result<R, Failed>,
-    ) -> Result<R, Failed> {
-        let current = self.device.current();
-        loop {
-            if lane.is_stale(current) {
-                tlb.clear();
-                lane.refresh(current);
-            }
-            if let Some(attachment) = lane.enter(current) {
-                return work(&attachment, tlb);
-            }
-            if !lane.is_stale(current) {
-                return Err((iova, self.device.detached_cause()));
-            }
+        match ran {
+            Ok(Some(ran)) => ran,
+            // A DMA from within a DMA of this thread, or from a thread that is ending, has a lane for itself.
+            Ok(None) | Err(_) => DeviceLane::new(device.id()).run(device, work),
         }
     }
 
     #[cold]
-    fn fault(&self, (iova, cause): Failed, access: Access) -> DmaFault {
+    fn fault(&self, inside: bool, (iova, cause): Failed, access: Access) -> DmaFault {
+        let cause = if inside { cause } else { self.device.detached_cause() };
         let fault = DmaFault { iova, access, device: Arc::clone(self.device.name()), cause };
         tracing::debug!(%fault, "DMA aborted");
         self.device.faults().fault(&fault);

@@ -210,6 +210,7 @@ impl RadixTable {
     fn clear(&self, lingering: &mut Lingering, start: u64, last: u64, pin: &Pin) {
         if start <= last && self.clear_node(&self.root, self.top_level, start, last, pin) {
             self.linger(lingering, start, pin);
+            self.linger(lingering, last, pin);
         }
     }
 
@@ -237,6 +238,10 @@ impl RadixTable {
 
     /// Remembers that nodes around `iova` are empty, and frees the empty nodes that were remembered longest ago.
     fn linger(&self, lingering: &mut Lingering, iova: u64, pin: &Pin) {
+        let iova = iova >> self.shift(1) << self.shift(1);
+        if lingering.nodes.contains(&Some(iova)) {
+            return;
+        }
         let oldest = lingering.oldest;
         lingering.oldest = (oldest + 1) % LINGER;
         if let Some(old) = lingering.nodes[oldest].replace(iova) {
