@@ -13,9 +13,14 @@ use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use compat::{Container, DeviceFile, GroupFile};
 use ioas::caller::{Caller, FdError};
 
+use crate::error::OpError;
+use crate::iommufd::Context;
+use crate::ops;
 use crate::server::Server;
+use crate::uapi::is_ours;
 
 /// A Linux errno, positive.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -85,15 +90,46 @@ pub trait ClientCall: Caller {
     fn interrupted(&self) -> bool;
 }
 
+/// What an open file is, by kind.
+pub(crate) enum File {
+    /// `/dev/iommu`.
+    Iommufd(Context),
+    /// `/dev/vfio/vfio`.
+    Container(Arc<Container>),
+    /// `/dev/vfio/N`.
+    Group(Arc<GroupFile>),
+    /// A device that a group gave out.
+    Device(Arc<DeviceFile>),
+    /// `/dev/vfio/devices/vfioN` before an iommufd is bound to it: nothing works but the binding.
+    UnboundDevice,
+}
+
 /// One open of a node, or a descriptor that an ioctl returned.
 pub struct OpenFile {
     server: Arc<Server>,
     kind: NodeKind,
+    /// Which of the server's opens it was, from 1 on.
+    serial: u64,
+    /// The process that opened it, which need not be the one that uses it.
+    opener: u32,
+    file: File,
 }
 
 impl OpenFile {
-    pub(crate) fn new(server: Arc<Server>, kind: NodeKind) -> Self {
-        Self { server, kind }
+    pub(crate) fn new(server: Arc<Server>, kind: NodeKind, serial: u64, opener: u32, file: File) -> Self {
+        Self { server, kind, serial, opener, file }
+    }
+
+    pub(crate) fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    pub(crate) fn opener(&self) -> u32 {
+        self.opener
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     /// The server that the file belongs to.
@@ -113,8 +149,22 @@ impl OpenFile {
     /// # Errors
     /// The errno that Linux gives; the reason is in the log and in the server's list of recent failures.
     pub fn ioctl(&self, caller: &dyn ClientCall, cmd: u32, arg: u64) -> Result<IoctlReply, Errno> {
-        let _ = (caller, cmd, arg);
-        Err(Errno(libc::ENOTTY))
+        let server = &self.server;
+        let (name, answer) = match &self.file {
+            File::Iommufd(context) => ops::iommufd::TABLE.answer(server, context, caller, cmd, arg),
+            File::Container(container) => ops::container::TABLE.answer(server, container, caller, cmd, arg),
+            File::Group(group) => ops::group::TABLE.answer(server, group, caller, cmd, arg),
+            File::Device(device) => ops::device::TABLE.answer(server, device, caller, cmd, arg),
+            File::UnboundDevice => ("ioctl", Err(OpError::NotBound)),
+        };
+        // Programs ask every file whether it is a terminal; that is no failure of theirs.
+        answer.map_err(|error| if is_ours(cmd) { self.refused(caller, name, &error) } else { Errno(error.errno()) })
+    }
+
+    fn refused(&self, caller: &dyn ClientCall, name: &'static str, error: &OpError) -> Errno {
+        let errno = Errno(error.errno());
+        self.server.record_failure(caller.pid(), name, errno, error);
+        errno
     }
 
     /// Reads at a byte offset: registers of a device. Returns how many bytes were read.
@@ -122,8 +172,12 @@ impl OpenFile {
     /// # Errors
     /// The errno that Linux gives: EINVAL for a file that is not read, and outside a region.
     pub fn read(&self, caller: &dyn ClientCall, offset: u64, data: &mut [u8]) -> Result<usize, Errno> {
-        let _ = (caller, offset, data);
-        Err(Errno(libc::EINVAL))
+        let answer = match &self.file {
+            File::Device(device) => device.read(offset, data).map_err(OpError::from),
+            File::UnboundDevice => Err(OpError::NotBound),
+            File::Iommufd(_) | File::Container(_) | File::Group(_) => Err(OpError::NoData),
+        };
+        answer.map_err(|error| self.refused(caller, "read", &error))
     }
 
     /// Writes at a byte offset: registers of a device. Returns how many bytes were taken.
@@ -131,8 +185,12 @@ impl OpenFile {
     /// # Errors
     /// As [`Self::read`].
     pub fn write(&self, caller: &dyn ClientCall, offset: u64, data: &[u8]) -> Result<usize, Errno> {
-        let _ = (caller, offset, data);
-        Err(Errno(libc::EINVAL))
+        let answer = match &self.file {
+            File::Device(device) => device.write(offset, data).map_err(OpError::from),
+            File::UnboundDevice => Err(OpError::NotBound),
+            File::Iommufd(_) | File::Container(_) | File::Group(_) => Err(OpError::NoData),
+        };
+        answer.map_err(|error| self.refused(caller, "write", &error))
     }
 
     /// The poll(2) events that hold now. What has no events of its own is always readable and writable.
@@ -145,6 +203,9 @@ impl OpenFile {
     /// shifted left by 40). `None` when nothing of it can be mapped.
     #[must_use]
     pub fn mapping(&self) -> Option<BorrowedFd<'_>> {
-        None
+        match &self.file {
+            File::Device(device) => device.backing(),
+            _ => None,
+        }
     }
 }

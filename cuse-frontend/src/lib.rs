@@ -6,8 +6,13 @@
 
 #![deny(unsafe_code)]
 
+pub mod client;
+mod error;
 pub mod files;
+mod iommufd;
+mod ops;
 mod server;
+mod status;
 #[allow(unsafe_code)]
 mod sys;
 pub mod uapi;

@@ -3,28 +3,44 @@
 //! One per process. It owns the page store, the devices and groups, the list of recent failures, and it opens nodes.
 //! It knows neither mounts nor sockets: a transport asks it which nodes there are, and the status socket asks it for
 //! [`Server::status`].
+//!
+//! A device has a number for its own node (`vfioN`), the lowest that is free when it is added. The list of open files
+//! holds weak references for the status only: an open file lives as long as its transport keeps it.
+//!
+//! Lock order: `devices` and `opens` are leaves; nothing of a client is looked at under them.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use compat::device::{Bdf, DeviceModel};
-use ioas::caller::Caller;
+use compat::{Container, DeviceFile, DirtyMode, Flavour, Vfio, VfioOptions};
+use hwpt::{DmaFault, FaultSink};
+use ioas::{Accounting, Failures, PageStore};
+use parking_lot::{Mutex, RwLock};
 
-use crate::files::{Errno, NodeKind, OpenFile};
+pub use compat::DeviceSpec;
+
+use crate::error::OpError;
+use crate::files::{ClientCall, Errno, File, NodeKind, OpenFile};
+use crate::iommufd::Context;
+use crate::status;
 
 /// What the operator chose for a whole server.
-#[derive(Debug, Clone, Default)]
-pub struct ServerOptions {}
+#[derive(Debug, Clone)]
+pub struct ServerOptions {
+    /// Whether a page that one payer maps twice is charged once or, as Linux does, twice.
+    pub accounting: Accounting,
+    /// What dirty bitmaps of containers say.
+    pub dirty: DirtyMode,
+    /// How many mappings a container may have.
+    pub dma_entry_limit: u32,
+}
 
-/// A device that the operator asked for.
-pub struct DeviceSpec {
-    /// Its PCI address.
-    pub bdf: Bdf,
-    /// The number of its group; devices of one group move as one.
-    pub group: u32,
-    /// The group has no IOMMU: its node is `noiommu-N`.
-    pub noiommu: bool,
-    /// The device itself.
-    pub model: Arc<dyn DeviceModel>,
+impl Default for ServerOptions {
+    fn default() -> Self {
+        let (accounting, dirty) = (Accounting::Once, DirtyMode::Exact);
+        Self { accounting, dirty, dma_entry_limit: compat::DMA_ENTRY_LIMIT }
+    }
 }
 
 /// A device that the server has.
@@ -53,27 +69,62 @@ pub struct Node {
 
 /// Everything that outlives an open file.
 pub struct Server {
-    devices: parking_lot::RwLock<Vec<DeviceEntry>>,
+    store: Arc<PageStore>,
+    vfio: Arc<Vfio>,
+    failures: Arc<FailureLog>,
+    devices: RwLock<Vec<DeviceEntry>>,
+    opens: Mutex<Vec<Weak<OpenFile>>>,
+    /// How many files have been opened; names them in the status.
+    serial: AtomicU64,
+}
+
+/// The list of recent failures, of calls and of DMA.
+#[derive(Default)]
+struct FailureLog(Failures);
+
+impl FaultSink for FailureLog {
+    fn fault(&self, fault: &DmaFault) {
+        tracing::info!(%fault, "DMA aborted");
+        self.0.push(0, "DMA", 0, fault.to_string());
+    }
 }
 
 impl Server {
     /// A server without devices.
     #[must_use]
-    pub fn new(_options: ServerOptions) -> Arc<Self> {
-        Arc::new(Self { devices: parking_lot::RwLock::default() })
+    pub fn new(options: ServerOptions) -> Arc<Self> {
+        let ServerOptions { accounting, dirty, dma_entry_limit } = options;
+        let store = PageStore::new(accounting);
+        let failures = Arc::new(FailureLog::default());
+        let faults = Arc::clone(&failures) as Arc<dyn FaultSink>;
+        let vfio = Vfio::new(VfioOptions { store: Arc::clone(&store), dma_entry_limit, dirty, faults });
+        let (devices, opens) = (RwLock::default(), Mutex::default());
+        Arc::new(Self { store, vfio, failures, devices, opens, serial: AtomicU64::new(0) })
+    }
+
+    /// The devices and groups.
+    #[must_use]
+    pub fn vfio(&self) -> &Arc<Vfio> {
+        &self.vfio
+    }
+
+    /// The store that holds all memory.
+    #[must_use]
+    pub fn store(&self) -> &Arc<PageStore> {
+        &self.store
     }
 
     /// Adds a device and, when it is the first of it, its group. Returns the N of `vfioN`.
     ///
     /// # Errors
-    /// EEXIST when the PCI address is taken.
+    /// EEXIST when the PCI address is taken, EINVAL when its group is of the other kind, and what attaching it to
+    /// the address space of a group in use meets. Nothing has changed.
     pub fn add_device(&self, spec: DeviceSpec) -> Result<u32, Errno> {
         let mut devices = self.devices.write();
-        if devices.iter().any(|entry| entry.bdf == spec.bdf) {
-            return Err(Errno(libc::EEXIST));
-        }
+        let (bdf, group, noiommu, model) = (spec.bdf, spec.group, spec.noiommu, Arc::clone(&spec.model));
+        self.vfio.add_device(spec).map_err(|error| Errno(error.errno()))?;
+        devices.retain(|entry| self.vfio.device(entry.bdf).is_some() && entry.bdf != bdf);
         let index = (0..).find(|index| devices.iter().all(|entry| entry.index != *index)).unwrap_or(u32::MAX);
-        let DeviceSpec { bdf, group, noiommu, model } = spec;
         devices.push(DeviceEntry { index, bdf, group, noiommu, model });
         Ok(index)
     }
@@ -81,7 +132,7 @@ impl Server {
     /// The devices, for a facade that shows them.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceEntry> {
-        self.devices.read().clone()
+        self.devices.read().iter().filter(|entry| self.vfio.device(entry.bdf).is_some()).cloned().collect()
     }
 
     /// The nodes there are now.
@@ -91,7 +142,7 @@ impl Server {
             Node { kind: NodeKind::Iommufd, path: "iommu".into() },
             Node { kind: NodeKind::Container, path: "vfio/vfio".into() },
         ];
-        for device in self.devices.read().iter() {
+        for device in self.devices() {
             let group = NodeKind::Group(device.group);
             if nodes.iter().all(|node| node.kind != group) {
                 let prefix = if device.noiommu { "noiommu-" } else { "" };
@@ -108,25 +159,64 @@ impl Server {
     /// # Errors
     /// The errno that Linux's open gives: ENODEV without such a node, EBUSY for a group that is open, EPERM for a
     /// noiommu group without CAP_SYS_RAWIO.
-    pub fn open(self: &Arc<Self>, kind: NodeKind, caller: &dyn Caller) -> Result<Arc<OpenFile>, Errno> {
-        let _ = caller;
-        if self.nodes().iter().all(|node| node.kind != kind) {
-            return Err(Errno(libc::ENODEV));
+    pub fn open(self: &Arc<Self>, kind: NodeKind, caller: &dyn ClientCall) -> Result<Arc<OpenFile>, Errno> {
+        match self.open_kind(kind, caller) {
+            Ok(file) => Ok(self.opened(kind, caller.pid(), file)),
+            Err(error) => {
+                let errno = Errno(error.errno());
+                self.record_failure(caller.pid(), "open", errno, &error);
+                Err(errno)
+            }
         }
-        Ok(Arc::new(OpenFile::new(Arc::clone(self), kind)))
+    }
+
+    fn open_kind(&self, kind: NodeKind, caller: &dyn ClientCall) -> Result<File, OpError> {
+        Ok(match kind {
+            NodeKind::Iommufd => File::Iommufd(Context::new(Arc::clone(&self.store))),
+            NodeKind::Container => File::Container(Container::new(&self.vfio, Flavour::Native)),
+            NodeKind::Group(id) => File::Group(self.vfio.open_group(caller, id)?),
+            NodeKind::Device(index) if self.devices().iter().any(|entry| entry.index == index) => File::UnboundDevice,
+            NodeKind::Device(index) => return Err(OpError::NoDevice(index)),
+        })
+    }
+
+    /// The open file of a device that a group has given out.
+    pub(crate) fn device_file(self: &Arc<Self>, pid: u32, device: Arc<DeviceFile>) -> Arc<OpenFile> {
+        let bdf = device.device().bdf();
+        let index = self.devices.read().iter().find(|entry| entry.bdf == bdf).map_or(u32::MAX, |entry| entry.index);
+        self.opened(NodeKind::Device(index), pid, File::Device(device))
+    }
+
+    fn opened(self: &Arc<Self>, kind: NodeKind, pid: u32, file: File) -> Arc<OpenFile> {
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed) + 1;
+        let file = Arc::new(OpenFile::new(Arc::clone(self), kind, serial, pid, file));
+        let mut opens = self.opens.lock();
+        opens.retain(|open| open.strong_count() > 0);
+        opens.push(Arc::downgrade(&file));
+        file
+    }
+
+    /// The files that are open now, in the order in which they were opened.
+    pub(crate) fn open_files(&self) -> Vec<Arc<OpenFile>> {
+        self.opens.lock().iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// The list of recent failures.
+    #[must_use]
+    pub fn failures(&self) -> &Failures {
+        &self.failures.0
+    }
+
+    /// Puts a refused call into the log and into the list that the status shows.
+    pub(crate) fn record_failure(&self, pid: u32, op: &'static str, errno: Errno, reason: &dyn std::error::Error) {
+        let reason = reason.to_string();
+        tracing::info!(pid, op, %errno, reason, "refused");
+        self.failures.0.push(pid, op, errno.0, reason);
     }
 
     /// What `uiommufd status --json` shows of this server, but for what only the transport knows.
     #[must_use]
     pub fn status(&self) -> serde_json::Value {
-        let devices: Vec<_> = self
-            .devices
-            .read()
-            .iter()
-            .map(|entry| {
-                serde_json::json!({ "bdf": entry.bdf.to_string(), "kind": entry.model.kind(), "group": entry.group })
-            })
-            .collect();
-        serde_json::json!({ "pid": std::process::id(), "devices": devices })
+        status::of(self)
     }
 }

@@ -1,1 +1,3 @@
 //! The unsafe system calls of this crate, one file for each user. Nothing outside this module is unsafe.
+
+pub(crate) mod client;

@@ -17,6 +17,12 @@ pub const fn command(nr: u8) -> u32 {
     (b';' as u32) << 8 | nr as u32
 }
 
+/// True for an ioctl command of iommufd or VFIO, known or not.
+#[must_use]
+pub const fn is_ours(cmd: u32) -> bool {
+    cmd >> 8 == b';' as u32
+}
+
 /// Declares wire structs: name, size in bytes, and each field behind its byte offset.
 macro_rules! wire {
     ($($(#[$doc:meta])* $name:ident: $size:literal {

@@ -19,7 +19,6 @@ pub mod nr {
     pub const DEVICE_RESET: u8 = 111;
     pub const DEVICE_GET_PCI_HOT_RESET_INFO: u8 = 112;
     pub const DEVICE_PCI_HOT_RESET: u8 = 113;
-    pub const DEVICE_IOEVENTFD: u8 = 116;
     pub const DEVICE_FEATURE: u8 = 117;
     pub const IOMMU_GET_INFO: u8 = 112;
     pub const IOMMU_MAP_DMA: u8 = 113;
@@ -280,15 +279,6 @@ wire! {
         4 flags: u32,
         8 count: u32,
     }
-    /// VFIO_DEVICE_IOEVENTFD.
-    IoEventFd: 32 {
-        0 argsz: u32,
-        4 flags: u32,
-        8 offset: u64,
-        16 data: u64,
-        24 fd: i32,
-        28 reserved: u32,
-    }
     /// VFIO_DEVICE_FEATURE, before its data.
     Feature: 8 {
         0 argsz: u32,
@@ -340,7 +330,6 @@ mod tests {
             HotResetInfo = linux::vfio_pci_hot_reset_info { argsz, flags, count }
             DependentDevice = linux::vfio_pci_dependent_device { segment, bus, devfn }
             HotReset = linux::vfio_pci_hot_reset { argsz, flags, count }
-            IoEventFd = linux::vfio_device_ioeventfd { argsz, flags, offset, data, fd, reserved }
             Feature = linux::vfio_device_feature { argsz, flags }
             LoggingControl = linux::vfio_device_feature_dma_logging_control {
                 page_size, num_ranges, ranges; reserved = __reserved

@@ -1,0 +1,159 @@
+//! Who makes one call: a thread of a client that waits for the answer.
+//!
+//! The thread's number is good for as long as it waits, so its memory, limits and capabilities are asked by number,
+//! at the price of one system call each. What needs a kept handle finds the process first, once in a call.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
+
+use ioas::UserAddr;
+use ioas::caller::{Caller, Capability, ClientFile, FdError, MemoryError, MemoryMap, Uid};
+
+use super::{Clients, Process, file, thread_group};
+use crate::files::{ClientCall, OpenFile};
+use crate::sys::client as sys;
+
+/// What the transport knows about one call.
+pub trait TransportCall: Send + Sync {
+    /// The open file of this server that the caller's descriptor stands for, found without a request to our own
+    /// mount; `None` when it stands for something else.
+    ///
+    /// # Errors
+    /// [`FdError::Bad`] when it is not open, [`FdError::Denied`] when that cannot be told.
+    fn own_file(&self, fd: i32) -> Result<Option<Arc<OpenFile>>, FdError>;
+
+    /// True once the caller has been killed.
+    fn killed(&self) -> bool;
+}
+
+/// A client's thread that waits for the answer to one call.
+pub struct ProcessCaller<'a> {
+    clients: &'a Clients,
+    tid: i32,
+    uid: Uid,
+    transport: &'a dyn TransportCall,
+    process: OnceLock<Result<Arc<Process>, MemoryError>>,
+}
+
+impl<'a> ProcessCaller<'a> {
+    pub(super) fn new(clients: &'a Clients, tid: u32, uid: Uid, transport: &'a dyn TransportCall) -> Self {
+        // A thread number is positive; 0 is nobody we can see, and every look at it fails.
+        let tid = i32::try_from(tid).unwrap_or(0);
+        Self { clients, tid, uid, transport, process: OnceLock::new() }
+    }
+
+    fn process(&self) -> Result<&Arc<Process>, MemoryError> {
+        let find = || if self.tid == 0 { Err(MemoryError::Denied) } else { self.clients.process(self.tid) };
+        self.process.get_or_init(find).as_ref().map_err(|error| *error)
+    }
+
+    /// Our copy of the caller's descriptor. Threads may have descriptor tables of their own, so the thread is asked
+    /// where the kernel can (Linux 6.9), else its process.
+    fn descriptor(&self, fd: i32) -> Result<OwnedFd, FdError> {
+        let process = self.process().map_err(|_| FdError::Denied)?;
+        let copy = if self.tid == process.tgid {
+            sys::pidfd_getfd(&process.pidfd, fd)
+        } else {
+            match sys::pidfd_open_thread(self.tid) {
+                Ok(thread) => sys::pidfd_getfd(thread, fd),
+                Err(_) => sys::pidfd_getfd(&process.pidfd, fd),
+            }
+        };
+        copy.map_err(|error| match error.raw_os_error() {
+            Some(libc::EBADF) => FdError::Bad(fd),
+            _ => FdError::Denied,
+        })
+    }
+}
+
+/// All of `length` bytes were copied, or the first that were not are at fault.
+fn whole(answer: io::Result<usize>, address: UserAddr, length: usize) -> Result<(), MemoryError> {
+    match answer {
+        Ok(copied) if copied == length => Ok(()),
+        Ok(copied) => Err(MemoryError::Fault(UserAddr(address.0.wrapping_add(copied as u64)))),
+        Err(error) => Err(match error.raw_os_error() {
+            Some(libc::ESRCH) => MemoryError::Gone,
+            Some(libc::EPERM) => MemoryError::Denied,
+            _ => MemoryError::Fault(address),
+        }),
+    }
+}
+
+/// A single copy moves less than 2 GiB; nobody has a struct or an array piece of that size.
+const AT_ONCE: usize = 1 << 30;
+
+impl Caller for ProcessCaller<'_> {
+    fn uid(&self) -> Uid {
+        self.uid
+    }
+
+    fn memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError> {
+        let process = self.process()?;
+        Ok(Arc::clone(&process.memory) as Arc<dyn MemoryMap>)
+    }
+
+    fn memlock_limit(&self) -> u64 {
+        sys::memlock_limit(self.tid).unwrap_or(0)
+    }
+
+    fn capable(&self, capability: Capability) -> bool {
+        let number = match capability {
+            Capability::IpcLock => 14,
+            Capability::SysRawio => 17,
+            Capability::SysResource => 24,
+        };
+        let has = sys::effective_capabilities(self.tid).is_ok_and(|set| set >> number & 1 != 0);
+        has && self.process().is_ok_and(|process| process.namespace.is_ours())
+    }
+
+    fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
+        if let Some(open_file) = self.transport.own_file(fd)? {
+            let region = file::device_region(&open_file, true).map_err(|_| FdError::Denied)?;
+            return region.ok_or(FdError::Denied);
+        }
+        let copy = self.descriptor(fd)?;
+        let stat = sys::stat(&copy).map_err(|_| FdError::Denied)?;
+        file::describe(copy, stat).map_err(|_| FdError::Denied)
+    }
+
+    fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
+        let mut at = address;
+        for piece in data.chunks_mut(AT_ONCE) {
+            let length = piece.len();
+            whole(sys::read_memory(self.tid, at.0, piece), at, length)?;
+            at = UserAddr(at.0.wrapping_add(length as u64));
+        }
+        Ok(())
+    }
+
+    fn write(&self, address: UserAddr, data: &[u8]) -> Result<(), MemoryError> {
+        let mut at = address;
+        for piece in data.chunks(AT_ONCE) {
+            whole(sys::write_memory(self.tid, at.0, piece), at, piece.len())?;
+            at = UserAddr(at.0.wrapping_add(piece.len() as u64));
+        }
+        Ok(())
+    }
+}
+
+impl ClientCall for ProcessCaller<'_> {
+    fn pid(&self) -> u32 {
+        let process = self.process.get().and_then(|process| process.as_ref().ok()).map(|process| process.tgid);
+        process.or_else(|| thread_group(self.tid).ok()).map_or(0, i32::cast_unsigned)
+    }
+
+    fn own_file(&self, fd: i32) -> Result<Option<Arc<OpenFile>>, FdError> {
+        self.transport.own_file(fd)
+    }
+
+    fn eventfd(&self, fd: i32) -> Result<Option<OwnedFd>, FdError> {
+        let copy = self.descriptor(fd)?;
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", copy.as_raw_fd())).map_err(|_| FdError::Denied)?;
+        Ok((link.as_os_str() == "anon_inode:[eventfd]").then_some(copy))
+    }
+
+    fn interrupted(&self) -> bool {
+        self.transport.killed()
+    }
+}

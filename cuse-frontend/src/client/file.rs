@@ -1,0 +1,51 @@
+//! What a file of a client is: its identity, its kind, and what may be done with it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use ioas::caller::{ClientFile, FileId, FileKind};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
+
+use crate::files::OpenFile;
+use crate::sys::client as sys;
+
+/// `f_type` of memfd_secret's file system (include/uapi/linux/magic.h).
+const SECRETMEM_MAGIC: FsType = FsType(0x5345_434d);
+
+/// A file that is not one of ours, from a descriptor of it.
+pub(super) fn describe(fd: OwnedFd, stat: sys::FileStat) -> io::Result<ClientFile> {
+    let kind = kind(&fd, stat.mode)?;
+    let writable = may_write(&fd)?;
+    let id = FileId { device: stat.device, inode: stat.inode };
+    Ok(ClientFile { id, kind, fd, writable, size: stat.size })
+}
+
+fn kind(fd: impl AsFd, mode: u32) -> io::Result<FileKind> {
+    if mode & libc::S_IFMT != libc::S_IFREG {
+        return Ok(FileKind::Unpinnable);
+    }
+    let system = fstatfs(fd)?;
+    Ok(match system.filesystem_type() {
+        TMPFS_MAGIC => FileKind::Shmem,
+        HUGETLBFS_MAGIC => FileKind::Hugetlb(u64::try_from(system.block_size()).unwrap_or(0)),
+        SECRETMEM_MAGIC => FileKind::Unpinnable,
+        _ => FileKind::Writeback,
+    })
+}
+
+/// Open for writing, and not sealed against new writable mappings.
+fn may_write(fd: impl AsFd) -> io::Result<bool> {
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    let sealed = sys::seals(&fd) & (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) != 0;
+    Ok(flags & OFlag::O_ACCMODE == OFlag::O_RDWR && !sealed)
+}
+
+/// The memory behind the mappable regions of one of our own devices.
+pub(super) fn device_region(file: &OpenFile, writable: bool) -> io::Result<Option<ClientFile>> {
+    let Some(memory) = file.mapping() else { return Ok(None) };
+    let stat = sys::stat(memory)?;
+    let id = FileId { device: stat.device, inode: stat.inode };
+    let fd = memory.try_clone_to_owned()?;
+    Ok(Some(ClientFile { id, kind: FileKind::DeviceRegion, fd, writable, size: stat.size }))
+}

@@ -1,0 +1,222 @@
+//! A kept handle to one memory map of the operating system.
+//!
+//! `/proc/PID/maps` and `/proc/PID/mem`, once open, belong to the memory map that the process had then: they follow
+//! neither a reused process id nor an exec, and answer ESRCH and end of file for ever once the map has gone. They do
+//! not keep it alive. Both are opened while a thread of the process waits for an answer of ours, so no exec can come
+//! between.
+//!
+//! `/proc/PID/mem` disregards protection, as a device does that was given the pages; whoever fills an area has checked
+//! the protection before. The layout is asked with PROCMAP_QUERY (0.5 us whatever the number of mappings), and by
+//! reading the text where the kernel has no such ioctl (before Linux 6.11).
+//!
+//! A shared mapping's file is opened through `/proc/PID/map_files`. A private mapping's file opens there just as
+//! well, but holds other data than the client sees, and a store would modify the file: only a mapping with the shared
+//! flag is ever opened. What is opened must be a regular file, found out before a real open, because opening a device
+//! node has effects; and never one of our own mount, whose memory is found through the open file instead.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Seek};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use ioas::caller::{ClientFile, FileId, MemoryError, MemoryMap, MmId, Vma};
+use ioas::{UserAddr, UserRange};
+use parking_lot::Mutex;
+
+use super::{OwnFiles, file, memory_error};
+use crate::sys::client as sys;
+
+/// A kept handle to one memory map.
+pub(crate) struct ProcessMemory {
+    id: MmId,
+    tgid: i32,
+    maps: File,
+    mem: File,
+    pidfd: OwnedFd,
+    /// Set once the kernel has said that it knows no PROCMAP_QUERY.
+    parse: AtomicBool,
+    /// The text of `maps` is read by one thread at a time: they share its position.
+    reading: Mutex<()>,
+    own: Arc<dyn OwnFiles>,
+}
+
+impl ProcessMemory {
+    /// Opens the memory map of a process that waits for an answer of ours.
+    pub(super) fn open(tgid: i32, own: Arc<dyn OwnFiles>) -> io::Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let maps = File::open(format!("/proc/{tgid}/maps"))?;
+        let mem = File::options().read(true).write(true).open(format!("/proc/{tgid}/mem"))?;
+        let pidfd = sys::pidfd_open(tgid)?;
+        let id = MmId(NEXT.fetch_add(1, Ordering::Relaxed));
+        Ok(Self { id, tgid, maps, mem, pidfd, parse: AtomicBool::new(false), reading: Mutex::new(()), own })
+    }
+
+    /// True until the last process that uses the memory map has exited or exec'ed.
+    pub(super) fn in_use(&self) -> bool {
+        !matches!(self.raw_vma(0), Err(error) if error.raw_os_error() == Some(libc::ESRCH))
+    }
+
+    fn raw_vma(&self, address: u64) -> io::Result<sys::ProcmapQuery> {
+        if !self.parse.load(Ordering::Relaxed) {
+            match sys::procmap_query(&self.maps, address) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.parse.store(true, Ordering::Relaxed),
+                answer => return answer,
+            }
+        }
+        self.parse_vma(address)
+    }
+
+    /// Reads the text of `/proc/PID/maps` up to the mapping that covers `address`. An end without a single line is a
+    /// memory map that has gone: a live one has mappings.
+    fn parse_vma(&self, address: u64) -> io::Result<sys::ProcmapQuery> {
+        let _one_reader = self.reading.lock();
+        (&self.maps).rewind()?;
+        let mut any = false;
+        for line in BufReader::new(&self.maps).lines() {
+            any = true;
+            let vma = parse_line(&line?).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+            if vma.vma_start <= address && address < vma.vma_end {
+                return Ok(vma);
+            }
+        }
+        Err(io::Error::from_raw_os_error(if any { libc::ENOENT } else { libc::ESRCH }))
+    }
+
+    fn vma_of(&self, raw: &sys::ProcmapQuery) -> Option<Vma> {
+        let start = UserAddr(raw.vma_start);
+        let range = UserRange::from_bounds(start, UserAddr(raw.vma_end.checked_sub(1)?)).ok()?;
+        let device = device(raw);
+        let file = (raw.inode != 0).then_some((FileId { device, inode: raw.inode }, raw.vma_offset));
+        let shared = raw.vma_flags & sys::VMA_SHARED != 0;
+        // A mapping of one of our own devices is named after the memory behind it, by whichever open file it came.
+        let file = match file {
+            Some((id, offset)) if shared && Some(device) == self.own.device() => {
+                Some((self.region_of(id.inode, false).map_or(id, |region| region.id), offset))
+            }
+            other => other,
+        };
+        Some(Vma {
+            range,
+            readable: raw.vma_flags & sys::VMA_READABLE != 0,
+            writable: raw.vma_flags & sys::VMA_WRITABLE != 0,
+            shared,
+            file,
+        })
+    }
+
+    fn region_of(&self, inode: u64, writable: bool) -> Option<ClientFile> {
+        let open_file = self.own.open_file(inode)?;
+        file::device_region(&open_file, writable).ok().flatten()
+    }
+
+    /// Opens the file behind a mapping that has just been looked at, with the rights that the mapping has.
+    fn open_mapped(&self, raw: &sys::ProcmapQuery) -> io::Result<ClientFile> {
+        let link = format!("/proc/{}/map_files/{:x}-{:x}", self.tgid, raw.vma_start, raw.vma_end);
+        let seen = File::options().read(true).custom_flags(libc::O_PATH).open(link)?;
+        let stat = sys::stat(&seen)?;
+        if stat.mode & libc::S_IFMT != libc::S_IFREG || stat.inode != raw.inode {
+            return Err(io::Error::from_raw_os_error(libc::EACCES));
+        }
+        let writable = raw.vma_flags & sys::VMA_WRITABLE != 0;
+        let reopened = format!("/proc/self/fd/{}", seen.as_raw_fd());
+        let opened = File::options().read(true).write(writable).open(reopened)?;
+        file::describe(opened.into(), stat)
+    }
+}
+
+fn device(raw: &sys::ProcmapQuery) -> u64 {
+    u64::from(raw.dev_major) << 32 | u64::from(raw.dev_minor)
+}
+
+/// One line of `/proc/PID/maps`: `start-end rwxs offset major:minor inode path`.
+fn parse_line(line: &str) -> Option<sys::ProcmapQuery> {
+    let mut words = line.split_ascii_whitespace();
+    let (start, end) = words.next()?.split_once('-')?;
+    let flags = words.next()?.as_bytes();
+    let offset = words.next()?;
+    let (major, minor) = words.next()?.split_once(':')?;
+    let inode = words.next()?;
+    let mut vma = sys::ProcmapQuery::default();
+    vma.vma_start = u64::from_str_radix(start, 16).ok()?;
+    vma.vma_end = u64::from_str_radix(end, 16).ok()?;
+    for (at, letter, flag) in [(0, b'r', sys::VMA_READABLE), (1, b'w', sys::VMA_WRITABLE), (3, b's', sys::VMA_SHARED)] {
+        if flags.get(at) == Some(&letter) {
+            vma.vma_flags |= flag;
+        }
+    }
+    vma.vma_offset = u64::from_str_radix(offset, 16).ok()?;
+    vma.dev_major = u32::from_str_radix(major, 16).ok()?;
+    vma.dev_minor = u32::from_str_radix(minor, 16).ok()?;
+    vma.inode = inode.parse().ok()?;
+    Some(vma)
+}
+
+impl MemoryMap for ProcessMemory {
+    fn id(&self) -> MmId {
+        self.id
+    }
+
+    fn vma(&self, address: UserAddr) -> Result<Vma, MemoryError> {
+        let raw = self.raw_vma(address.0).map_err(|error| match error.raw_os_error() {
+            Some(libc::ESRCH) => MemoryError::Gone,
+            _ => MemoryError::Fault(address),
+        })?;
+        self.vma_of(&raw).ok_or(MemoryError::Fault(address))
+    }
+
+    fn open_file(&self, vma: &Vma) -> Result<ClientFile, MemoryError> {
+        let start = vma.range.start();
+        let changed = MemoryError::Fault(start);
+        if !vma.shared || vma.file.is_none() {
+            return Err(changed);
+        }
+        let raw = self.raw_vma(start.0).map_err(memory_error)?;
+        if self.vma_of(&raw) != Some(*vma) {
+            return Err(changed);
+        }
+        if Some(device(&raw)) == self.own.device() {
+            return self.region_of(raw.inode, vma.writable).ok_or(MemoryError::Denied);
+        }
+        self.open_mapped(&raw).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOENT) => changed,
+            _ => memory_error(error),
+        })
+    }
+
+    fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
+        let mut done = 0;
+        while done < data.len() {
+            let at = address.checked_add(done as u64).ok_or(MemoryError::Fault(address))?;
+            done += copied(self.mem.read_at(&mut data[done..], at.0), at)?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, address: UserAddr, data: &[u8]) -> Result<(), MemoryError> {
+        let mut done = 0;
+        while done < data.len() {
+            let at = address.checked_add(done as u64).ok_or(MemoryError::Fault(address))?;
+            done += copied(self.mem.write_at(&data[done..], at.0), at)?;
+        }
+        Ok(())
+    }
+
+    fn memlock_limit(&self) -> Option<u64> {
+        if !sys::pidfd_alive(&self.pidfd) {
+            return None;
+        }
+        sys::memlock_limit(self.tgid).ok()
+    }
+}
+
+/// What one read or write of `/proc/PID/mem` at `at` has moved.
+fn copied(answer: io::Result<usize>, at: UserAddr) -> Result<usize, MemoryError> {
+    match answer {
+        Ok(0) => Err(MemoryError::Gone),
+        Ok(bytes) => Ok(bytes),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(0),
+        Err(_) => Err(MemoryError::Fault(at)),
+    }
+}

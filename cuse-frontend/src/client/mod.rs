@@ -1,0 +1,148 @@
+//! Clients as processes of this machine: who makes a call, its memory and its descriptors.
+//!
+//! A transport names a caller by thread id and user id; [`Clients::caller`] makes a [`ProcessCaller`] of it, which is
+//! good for that one call, while the thread waits for the answer and its number therefore cannot be reused. What may
+//! outlive the call, a handle to the memory map ([`memory::ProcessMemory`]), is kept per process, so that a call that
+//! maps memory opens nothing.
+//!
+//! A kept handle is taken up again only after it has proved to be the caller's: the thread belongs to that process
+//! still, that process lives, and the memory map behind the handle is in use still, which an exec or an exit ends.
+//! Two processes that share one memory map (clone with CLONE_VM) get the same handle.
+//!
+//! **Our own files.** A descriptor or a mapping of a client may be one of our own nodes. They are recognised by the
+//! mount's device number and told apart by inode number ([`OwnFiles`]); the transport gives every open file an inode
+//! number of its own. Nothing here sends a request to our own mount: such a request would wait for itself.
+//!
+//! Lock order: `processes` is a leaf and is not held while a client is looked at. Looking at one client's memory map
+//! can wait for that client for ever, so nobody else's is looked at on its behalf: whether others live is asked of
+//! their pidfds.
+
+mod caller;
+mod file;
+mod memory;
+mod namespace;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use ioas::caller::{MemoryError, Uid};
+use parking_lot::Mutex;
+
+pub use caller::{ProcessCaller, TransportCall};
+pub(crate) use memory::ProcessMemory;
+
+use crate::files::OpenFile;
+use crate::sys::client as sys;
+use namespace::UserNamespace;
+
+/// What a transport knows about descriptors of its own mount.
+pub trait OwnFiles: Send + Sync {
+    /// The mount's device number: major in the upper 32 bits, minor in the lower. `None` while nothing is mounted.
+    fn device(&self) -> Option<u64>;
+
+    /// The open file that has this inode number in the mount, where exactly one has it.
+    fn open_file(&self, inode: u64) -> Option<Arc<OpenFile>>;
+}
+
+/// A process that has made a call, as it is kept between calls.
+struct Process {
+    tgid: i32,
+    pidfd: OwnedFd,
+    namespace: UserNamespace,
+    memory: Arc<ProcessMemory>,
+}
+
+/// All processes that have made calls, and what is kept of them.
+pub struct Clients {
+    own: Arc<dyn OwnFiles>,
+    /// By thread id: threads of one process share an entry.
+    processes: Mutex<HashMap<i32, Arc<Process>>>,
+}
+
+impl Clients {
+    /// Nobody yet.
+    #[must_use]
+    pub fn new(own: Arc<dyn OwnFiles>) -> Self {
+        Self { own, processes: Mutex::default() }
+    }
+
+    /// The caller of one call: the thread that waits for the answer (as this process sees its number), its user, and
+    /// what the transport knows about the call.
+    #[must_use]
+    pub fn caller<'a>(&'a self, tid: u32, uid: Uid, transport: &'a dyn TransportCall) -> ProcessCaller<'a> {
+        ProcessCaller::new(self, tid, uid, transport)
+    }
+
+    /// The process of a thread that is waiting for an answer of ours.
+    fn process(&self, tid: i32) -> Result<Arc<Process>, MemoryError> {
+        let kept = self.processes.lock().get(&tid).cloned();
+        match kept {
+            Some(process) if process.has(tid) && process.memory.in_use() => Ok(process),
+            _ => self.look_up(tid),
+        }
+    }
+
+    /// Finds what is kept for another thread of the same process, or opens it, and keeps it for `tid` too.
+    fn look_up(&self, tid: i32) -> Result<Arc<Process>, MemoryError> {
+        let tgid = thread_group(tid).map_err(memory_error)?;
+        let others = self.forget_the_dead();
+        let same = |process: &&Arc<Process>| process.tgid == tgid && process.has(tid) && process.memory.in_use();
+        let process = match others.iter().find(same) {
+            Some(process) => Arc::clone(process),
+            None => Arc::new(self.open(tid, tgid, &others)?),
+        };
+        self.processes.lock().insert(tid, Arc::clone(&process));
+        Ok(process)
+    }
+
+    /// Opens what is kept of a process. Only its own memory map is waited for: another's lock may be held for ever.
+    fn open(&self, tid: i32, tgid: i32, others: &[Arc<Process>]) -> Result<Process, MemoryError> {
+        let shared = others.iter().find(|other| sys::same_memory_map(tid, other.tgid) == Some(true));
+        let memory = match shared.map(|other| &other.memory) {
+            Some(memory) if memory.in_use() => Arc::clone(memory),
+            _ => Arc::new(ProcessMemory::open(tgid, Arc::clone(&self.own)).map_err(memory_error)?),
+        };
+        let pidfd = sys::pidfd_open(tgid).map_err(memory_error)?;
+        let namespace = UserNamespace::open(tgid).map_err(memory_error)?;
+        Ok(Process { tgid, pidfd, namespace, memory })
+    }
+
+    /// Drops what is kept for threads that have ended, and returns the rest. Bounds the table by the living.
+    fn forget_the_dead(&self) -> Vec<Arc<Process>> {
+        let kept: Vec<(i32, Arc<Process>)> =
+            self.processes.lock().iter().map(|(tid, process)| (*tid, Arc::clone(process))).collect();
+        let (living, dead): (Vec<_>, Vec<_>) = kept.into_iter().partition(|(tid, process)| process.has(*tid));
+        let mut processes = self.processes.lock();
+        for (tid, process) in &dead {
+            if processes.get(tid).is_some_and(|now| Arc::ptr_eq(now, process)) {
+                processes.remove(tid);
+            }
+        }
+        drop(processes);
+        living.into_iter().map(|(_, process)| process).collect()
+    }
+}
+
+impl Process {
+    /// True while the process lives and `tid` is one of its threads.
+    fn has(&self, tid: i32) -> bool {
+        sys::is_thread_of(tid, self.tgid) && sys::pidfd_alive(&self.pidfd)
+    }
+}
+
+/// The process that a thread belongs to.
+fn thread_group(tid: i32) -> io::Result<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status"))?;
+    let field = status.lines().find_map(|line| line.strip_prefix("Tgid:"));
+    field.and_then(|text| text.trim().parse().ok()).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+/// A failed look into a client: it has gone, or it is not ours to look into.
+fn memory_error(error: io::Error) -> MemoryError {
+    match error.raw_os_error() {
+        Some(libc::ESRCH | libc::ENOENT) => MemoryError::Gone,
+        _ => MemoryError::Denied,
+    }
+}

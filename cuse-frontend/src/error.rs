@@ -1,0 +1,158 @@
+//! Why an ioctl was refused before or beside the room that does its work, and the errno that Linux gives for it.
+//!
+//! Errors of the rooms below pass through as they are, with their own numbers and their own projection. What is added
+//! here is what only this room can know: the struct could not be copied, its size or a reserved field is wrong, an id
+//! or a descriptor names nothing.
+
+use compat::VfioError;
+use ioas::caller::{Capability, FdError, MemoryError};
+use ioas::{IoasError, ObjectError, RangeError};
+
+/// Why an ioctl was refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpError {
+    /// The argument, or memory that it points to, could not be copied.
+    #[error("argument memory: {0}")]
+    Memory(#[from] MemoryError),
+    /// The struct is shorter than the first version of its ioctl.
+    #[error("a struct of {given} bytes is shorter than {min}")]
+    TooShort {
+        /// What the client says.
+        given: u32,
+        /// What is needed.
+        min: u32,
+    },
+    /// The struct is longer than this server knows, and what follows is not zero.
+    #[error("a struct of {given} bytes has data beyond the {known} that are known")]
+    TooLong {
+        /// What the client says.
+        given: u32,
+        /// What is known.
+        known: u32,
+    },
+    /// No op of this kind of file has the number.
+    #[error("no ioctl {0:#x} on this kind of file")]
+    UnknownOp(u32),
+    /// A device node that no iommufd is bound to answers nothing (EINVAL).
+    #[error("the device is not bound to an iommufd")]
+    NotBound,
+    /// No device has this node (ENODEV).
+    #[error("there is no device vfio{0}")]
+    NoDevice(u32),
+    /// A file of this kind has no such call (EINVAL).
+    #[error("a file of this kind is neither read nor written")]
+    NoData,
+    /// A reserved field is not zero, or a flag or value is not known (EOPNOTSUPP).
+    #[error("{field} {value:#x} is not supported")]
+    Unsupported {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+    },
+    /// A field makes no sense (EINVAL).
+    #[error("{field} {value:#x} is not valid")]
+    Invalid {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+    },
+    /// A field or a sum does not fit (EOVERFLOW).
+    #[error("{field} {value:#x} passes the end of the address space")]
+    Overflow {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+    },
+    /// A start and a length are not a range.
+    #[error("{0}")]
+    Range(#[from] RangeError),
+    /// An id names no object of the kind.
+    #[error("no {kind} has id {id}")]
+    NoObject {
+        /// What was looked for.
+        kind: &'static str,
+        /// The id.
+        id: u32,
+    },
+    /// No IOAS is set for the VFIO ioctls of an iommufd.
+    #[error("no compatibility IOAS is set")]
+    NoCompatIoas,
+    /// The accounting mode cannot change any more.
+    #[error("{objects} objects exist already")]
+    HasObjects {
+        /// How many.
+        objects: usize,
+    },
+    /// The client's array is too small for the answer.
+    #[error("{needed} elements, room for {room}")]
+    TooSmall {
+        /// Elements of the answer.
+        needed: usize,
+        /// Elements of the client's array.
+        room: u32,
+    },
+    /// A list that the server would have to keep is longer than its bound.
+    #[error("a list of {given} elements, at most {most} are kept")]
+    ListTooLong {
+        /// Elements that the client gave.
+        given: u32,
+        /// The bound.
+        most: u32,
+    },
+    /// The caller lacks a capability.
+    #[error("the caller lacks {0:?}")]
+    Incapable(Capability),
+    /// A descriptor of the caller.
+    #[error("{0}")]
+    Fd(#[from] FdError),
+    /// The client's array is too small for the answer, and VFIO says so (ENOSPC).
+    #[error("{needed} devices, room for {room}")]
+    NoRoom {
+        /// Elements of the answer.
+        needed: usize,
+        /// Elements of the client's array.
+        room: usize,
+    },
+    /// From a container, a group or a device.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
+    /// From the IOAS.
+    #[error(transparent)]
+    Ioas(#[from] IoasError),
+    /// From the table of objects.
+    #[error(transparent)]
+    Object(#[from] ObjectError),
+}
+
+impl OpError {
+    /// The errno that Linux gives for this cause.
+    pub(crate) fn errno(&self) -> i32 {
+        match self {
+            Self::Memory(_) => libc::EFAULT,
+            Self::TooShort { .. }
+            | Self::NotBound
+            | Self::NoData
+            | Self::Invalid { .. }
+            | Self::Range(RangeError::Zero) => libc::EINVAL,
+            Self::TooLong { .. } => libc::E2BIG,
+            Self::UnknownOp(_) => libc::ENOTTY,
+            Self::Unsupported { .. } => libc::EOPNOTSUPP,
+            Self::Overflow { .. } | Self::Range(RangeError::Overflow) => libc::EOVERFLOW,
+            Self::NoObject { .. } => libc::ENOENT,
+            Self::NoCompatIoas | Self::NoDevice(_) => libc::ENODEV,
+            Self::HasObjects { .. } => libc::EBUSY,
+            Self::TooSmall { .. } => libc::EMSGSIZE,
+            Self::ListTooLong { .. } => libc::ENOMEM,
+            Self::Incapable(_) => libc::EPERM,
+            Self::Fd(FdError::Bad(_)) => libc::EBADF,
+            Self::Fd(FdError::Denied) => libc::EACCES,
+            Self::NoRoom { .. } => libc::ENOSPC,
+            Self::Vfio(error) => error.errno(),
+            Self::Ioas(error) => error.errno(),
+            Self::Object(error) => error.errno(),
+        }
+    }
+}

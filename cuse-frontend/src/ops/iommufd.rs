@@ -1,0 +1,317 @@
+//! The ops of `/dev/iommu`: decode, one call of the context or of an IOAS, respond.
+//!
+//! The order of checks in each handler is Linux's: reserved bits (EOPNOTSUPP), overflow (EOVERFLOW), meaning
+//! (EINVAL), id (ENOENT), then the work. docs/abi.md has it as a table.
+//! Sources: drivers/iommu/iommufd/main.c, ioas.c, hw_pagetable.c, vfio_compat.c.
+
+use std::collections::BTreeMap;
+
+use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::{Argument, Call, DONE, Op, OpResult, Table, always};
+use crate::error::OpError;
+use crate::files::ClientCall;
+use crate::iommufd::Context;
+use crate::uapi::iommufd::{
+    Destroy, HwptAlloc, IoasAlloc, IoasAllowIovas, IoasCopy, IoasIovaRanges, IoasMap, IoasMapFile, IoasUnmap, Opt,
+    VfioIoas, WireRange, map_flags, nr, option_id, option_op, vfio_ioas_op,
+};
+
+const SLOTS: usize = (nr::LAST - nr::BASE) as usize + 1;
+/// How many allowed ranges a client can make the server keep. Linux's bound is the memory of the client's cgroup.
+const ALLOWED_MOST: u32 = 65_536;
+
+const fn op(
+    nr: u8,
+    name: &'static str,
+    size: usize,
+    min: usize,
+    run: fn(&Call<'_, Context>) -> OpResult,
+) -> Op<Context> {
+    Op { nr, name, argument: Argument::Sized { size: size as u32, min: min as u32 }, ready: always, run }
+}
+
+/// Number, name, size, minimum size (up to the last field of the op's first version), handler.
+pub(crate) static TABLE: Table<Context, SLOTS> = Table::new(
+    nr::BASE,
+    size_is_readable,
+    &[
+        op(nr::DESTROY, "IOMMU_DESTROY", size_of::<Destroy>(), 8, destroy),
+        op(nr::IOAS_ALLOC, "IOMMU_IOAS_ALLOC", size_of::<IoasAlloc>(), 12, ioas_alloc),
+        op(nr::IOAS_ALLOW_IOVAS, "IOMMU_IOAS_ALLOW_IOVAS", size_of::<IoasAllowIovas>(), 24, allow_iovas),
+        op(nr::IOAS_COPY, "IOMMU_IOAS_COPY", size_of::<IoasCopy>(), 40, ioas_copy),
+        op(nr::IOAS_IOVA_RANGES, "IOMMU_IOAS_IOVA_RANGES", size_of::<IoasIovaRanges>(), 32, iova_ranges),
+        op(nr::IOAS_MAP, "IOMMU_IOAS_MAP", size_of::<IoasMap>(), 40, ioas_map),
+        op(nr::IOAS_MAP_FILE, "IOMMU_IOAS_MAP_FILE", size_of::<IoasMapFile>(), 40, ioas_map_file),
+        op(nr::IOAS_UNMAP, "IOMMU_IOAS_UNMAP", size_of::<IoasUnmap>(), 24, ioas_unmap),
+        op(nr::OPTION, "IOMMU_OPTION", size_of::<Opt>(), 24, option),
+        op(nr::VFIO_IOAS, "IOMMU_VFIO_IOAS", size_of::<VfioIoas>(), 12, vfio_ioas),
+        op(nr::HWPT_ALLOC, "IOMMU_HWPT_ALLOC", size_of::<HwptAlloc>(), 24, hwpt_alloc),
+    ],
+);
+
+/// Linux reads the size word of any command whose number lies in its table.
+fn size_is_readable(_: &Context, caller: &dyn ClientCall, cmd: u32, arg: u64) -> Result<(), OpError> {
+    let number = cmd as u8;
+    if (nr::BASE..=nr::LAST).contains(&number) {
+        caller.read(UserAddr(arg), &mut [0; 4])?;
+    }
+    Ok(())
+}
+
+fn none_of(field: &'static str, bits: impl Into<u64>) -> Result<(), OpError> {
+    match bits.into() {
+        0 => Ok(()),
+        value => Err(OpError::Unsupported { field, value }),
+    }
+}
+
+/// Linux keeps ULONG_MAX out of IOVAs and lengths, whatever the other field says.
+fn below_the_last(field: &'static str, value: u64) -> Result<(), OpError> {
+    if value == u64::MAX { Err(OpError::Overflow { field, value }) } else { Ok(()) }
+}
+
+fn access(flags: u32) -> Result<Access, OpError> {
+    let mut access = Access::empty();
+    access.set(Access::READ, flags & map_flags::READABLE != 0);
+    access.set(Access::WRITE, flags & map_flags::WRITEABLE != 0);
+    if access.is_empty() {
+        return Err(OpError::Invalid { field: "flags", value: flags.into() });
+    }
+    Ok(access)
+}
+
+fn choice(flags: u32, iova: u64) -> IovaChoice {
+    if flags & map_flags::FIXED_IOVA != 0 { IovaChoice::Fixed(Iova(iova)) } else { IovaChoice::Auto }
+}
+
+const MAP_FLAGS: u32 = map_flags::FIXED_IOVA | map_flags::WRITEABLE | map_flags::READABLE;
+
+fn destroy(call: &Call<'_, Context>) -> OpResult {
+    call.file.destroy(call.get::<Destroy>().id)?;
+    DONE
+}
+
+fn ioas_alloc(call: &Call<'_, Context>) -> OpResult {
+    let mut cmd: IoasAlloc = call.get();
+    none_of("flags", cmd.flags)?;
+    let ioas = call.file.new_ioas()?;
+    cmd.out_ioas_id = ioas.id();
+    call.respond(&cmd)?;
+    ioas.publish();
+    DONE
+}
+
+fn iova_ranges(call: &Call<'_, Context>) -> OpResult {
+    let mut cmd: IoasIovaRanges = call.get();
+    none_of("reserved", cmd.reserved)?;
+    let ioas = call.file.ioas(cmd.ioas_id)?;
+    let ranges = ioas.iova_ranges();
+    let room = cmd.num_iovas;
+    let wire: Vec<WireRange> = ranges
+        .iter()
+        .take(room as usize)
+        .map(|range| WireRange { start: range.start().0, last: range.last().0 })
+        .collect();
+    if !wire.is_empty() {
+        call.write_at(Some(cmd.allowed_iovas), wire.as_bytes())?;
+    }
+    cmd.num_iovas = u32::try_from(ranges.len()).unwrap_or(u32::MAX);
+    cmd.out_iova_alignment = ioas.alignment();
+    call.respond(&cmd)?;
+    if ranges.len() > room as usize {
+        return Err(OpError::TooSmall { needed: ranges.len(), room });
+    }
+    DONE
+}
+
+fn allow_iovas(call: &Call<'_, Context>) -> OpResult {
+    let cmd: IoasAllowIovas = call.get();
+    none_of("reserved", cmd.reserved)?;
+    let ioas = call.file.ioas(cmd.ioas_id)?;
+    let ranges = load_allowed(call, cmd.allowed_iovas, cmd.num_iovas)?;
+    ioas.allow_iovas(&ranges)?;
+    DONE
+}
+
+/// Reads the list as Linux does, one range after the other: the first bad range, or the first hole in the client's
+/// memory, decides. Nothing is allocated for what has not been read.
+fn load_allowed(call: &Call<'_, Context>, array: u64, count: u32) -> Result<Vec<IovaRange>, OpError> {
+    const BATCH: usize = 256;
+    let mut sorted = BTreeMap::new();
+    let mut batch = [WireRange::new_zeroed(); BATCH];
+    let mut done = 0;
+    while done < count {
+        let address = array.checked_add(u64::from(done) * size_of::<WireRange>() as u64);
+        let wanted = (count - done).min(BATCH as u32) as usize;
+        let bytes = batch[..wanted].as_mut_bytes();
+        let got = match call.read_at(address, bytes) {
+            Ok(()) => wanted,
+            Err(_) => {
+                call.read_at(address, &mut bytes[..size_of::<WireRange>()])?;
+                1
+            }
+        };
+        for range in &batch[..got] {
+            allow_one(&mut sorted, *range)?;
+        }
+        done += got as u32;
+        if done > ALLOWED_MOST {
+            return Err(OpError::ListTooLong { given: count, most: ALLOWED_MOST });
+        }
+    }
+    Ok(sorted.into_values().collect())
+}
+
+fn allow_one(sorted: &mut BTreeMap<u64, IovaRange>, wire: WireRange) -> Result<(), OpError> {
+    let bad = OpError::Invalid { field: "allowed range at", value: wire.start };
+    let range = match IovaRange::from_bounds(Iova(wire.start), Iova(wire.last)) {
+        Ok(range) if wire.start < wire.last => range,
+        _ => return Err(bad),
+    };
+    if sorted.range(..=wire.last).next_back().is_some_and(|(_, before): (_, &IovaRange)| before.overlaps(range)) {
+        return Err(bad);
+    }
+    sorted.insert(wire.start, range);
+    Ok(())
+}
+
+/// What iommufd's two map ops ask of an IOAS.
+fn request(
+    call: &Call<'_, Context>,
+    source: Source,
+    length: u64,
+    flags: u32,
+    iova: u64,
+) -> Result<MapRequest, OpError> {
+    Ok(MapRequest {
+        source,
+        length,
+        iova: choice(flags, iova),
+        access: access(flags)?,
+        payer: call.file.payer(),
+        ipc_lock: IpcLock::DoNotCount,
+        device_regions: false,
+    })
+}
+
+fn ioas_map(call: &Call<'_, Context>) -> OpResult {
+    let mut cmd: IoasMap = call.get();
+    none_of("flags", cmd.flags & !MAP_FLAGS)?;
+    none_of("reserved", cmd.reserved)?;
+    below_the_last("iova", cmd.iova)?;
+    below_the_last("length", cmd.length)?;
+    let source = Source::User(UserAddr(cmd.user_va));
+    let request = request(call, source, cmd.length, cmd.flags, cmd.iova)?;
+    let ioas = call.file.ioas(cmd.ioas_id)?;
+    cmd.iova = ioas.map(call.caller, request)?.start().0;
+    call.respond(&cmd)?;
+    DONE
+}
+
+fn ioas_map_file(call: &Call<'_, Context>) -> OpResult {
+    let mut cmd: IoasMapFile = call.get();
+    none_of("flags", cmd.flags & !MAP_FLAGS)?;
+    below_the_last("iova", cmd.iova)?;
+    below_the_last("length", cmd.length)?;
+    access(cmd.flags)?;
+    let ioas = call.file.ioas(cmd.ioas_id)?;
+    // EINVAL for no bytes, EOVERFLOW when they wrap.
+    ioas::UserRange::new(UserAddr(cmd.start), cmd.length)?;
+    let source = Source::File { file: call.caller.file(cmd.fd)?, offset: cmd.start };
+    let request = request(call, source, cmd.length, cmd.flags, cmd.iova)?;
+    cmd.iova = ioas.map(call.caller, request)?.start().0;
+    call.respond(&cmd)?;
+    DONE
+}
+
+fn ioas_copy(call: &Call<'_, Context>) -> OpResult {
+    let mut cmd: IoasCopy = call.get();
+    none_of("flags", cmd.flags & !MAP_FLAGS)?;
+    below_the_last("length", cmd.length)?;
+    below_the_last("src_iova", cmd.src_iova)?;
+    below_the_last("dst_iova", cmd.dst_iova)?;
+    let access = access(cmd.flags)?;
+    let source = call.file.ioas(cmd.src_ioas_id)?;
+    let range = IovaRange::new(Iova(cmd.src_iova), cmd.length)?;
+    let target = call.file.ioas(cmd.dst_ioas_id)?;
+    cmd.dst_iova = target.copy_from(&source, range, choice(cmd.flags, cmd.dst_iova), access)?.start().0;
+    call.respond(&cmd)?;
+    DONE
+}
+
+fn ioas_unmap(call: &Call<'_, Context>) -> OpResult {
+    let mut cmd: IoasUnmap = call.get();
+    let ioas = call.file.ioas(cmd.ioas_id)?;
+    let range = if cmd.iova == 0 && cmd.length == u64::MAX {
+        IovaRange::everything()
+    } else {
+        below_the_last("iova", cmd.iova)?;
+        below_the_last("length", cmd.length)?;
+        IovaRange::new(Iova(cmd.iova), cmd.length)?
+    };
+    cmd.length = ioas.start_unmap(range).finish_unless(&call.interrupt())?;
+    call.respond(&cmd)?;
+    DONE
+}
+
+fn option(call: &Call<'_, Context>) -> OpResult {
+    let cmd: Opt = call.get();
+    none_of("reserved", cmd.reserved)?;
+    let value = match cmd.option_id {
+        option_id::RLIMIT_MODE => option_rlimit_mode(call, &cmd)?,
+        option_id::HUGE_PAGES => option_huge_pages(call, &cmd)?,
+        id => return Err(OpError::Unsupported { field: "option_id", value: id.into() }),
+    };
+    call.write(std::mem::offset_of!(Opt, val64) as u64, value.as_bytes())?;
+    DONE
+}
+
+fn option_rlimit_mode(call: &Call<'_, Context>, cmd: &Opt) -> Result<u64, OpError> {
+    none_of("object_id", cmd.object_id)?;
+    match cmd.op {
+        option_op::GET => Ok((call.file.payer() == PayerMode::MemoryMap).into()),
+        option_op::SET => call.file.set_payer(call.caller, cmd.val64).map(|()| cmd.val64),
+        op => Err(OpError::Unsupported { field: "op", value: op.into() }),
+    }
+}
+
+fn option_huge_pages(call: &Call<'_, Context>, cmd: &Opt) -> Result<u64, OpError> {
+    let ioas = call.file.ioas(cmd.object_id)?;
+    match (cmd.op, cmd.val64) {
+        (option_op::GET, _) => Ok(ioas.huge_pages().into()),
+        (option_op::SET, enabled @ (0 | 1)) => {
+            ioas.set_huge_pages(enabled == 1)?;
+            Ok(enabled)
+        }
+        (option_op::SET, value) => Err(OpError::Invalid { field: "val64", value }),
+        (op, _) => Err(OpError::Unsupported { field: "op", value: op.into() }),
+    }
+}
+
+fn vfio_ioas(call: &Call<'_, Context>) -> OpResult {
+    let mut cmd: VfioIoas = call.get();
+    none_of("reserved", cmd.reserved)?;
+    match cmd.op {
+        vfio_ioas_op::GET => {
+            cmd.ioas_id = call.file.compat_ioas().ok_or(OpError::NoCompatIoas)?;
+            call.respond(&cmd)?;
+        }
+        vfio_ioas_op::SET => call.file.set_compat_ioas(Some(cmd.ioas_id))?,
+        vfio_ioas_op::CLEAR => call.file.set_compat_ioas(None)?,
+        op => return Err(OpError::Unsupported { field: "op", value: op.into() }),
+    }
+    DONE
+}
+
+/// A page table of one's own for a bound device. A device gets an id of an iommufd by VFIO_DEVICE_BIND_IOMMUFD; as
+/// long as nothing answers that, no id names one.
+fn hwpt_alloc(call: &Call<'_, Context>) -> OpResult {
+    let cmd: HwptAlloc = call.get();
+    none_of("reserved", cmd.reserved)?;
+    if (cmd.data_type == 0) != (cmd.data_len == 0) {
+        return Err(OpError::Invalid { field: "data_len", value: cmd.data_len.into() });
+    }
+    Err(OpError::NoObject { kind: "device", id: cmd.dev_id })
+}
