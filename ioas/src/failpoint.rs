@@ -71,6 +71,29 @@ pub fn sweep(mut scenario: impl FnMut(u64)) -> Vec<&'static str> {
     names
 }
 
+/// As [`sweep`], with steps failing in `change` only: `prepare` sets up before it, `check` looks at what it left and
+/// is told the step that failed, or `None` in the last run.
+pub fn sweep_change<S, R>(
+    mut prepare: impl FnMut() -> S,
+    mut change: impl FnMut(&S) -> R,
+    mut check: impl FnMut(S, R, Option<&'static str>),
+) -> Vec<&'static str> {
+    let mut names = Vec::new();
+    for nth in 1.. {
+        let state = prepare();
+        let armed = arm(nth);
+        let result = change(&state);
+        let fired = armed.fired();
+        drop(armed);
+        check(state, result, fired);
+        match fired {
+            Some(name) => names.push(name),
+            None => break,
+        }
+    }
+    names
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

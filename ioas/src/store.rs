@@ -380,9 +380,11 @@ impl Inner {
         if runs.clone().next().is_none() {
             return Ok(());
         }
+        if failpoint::reached("store.charge") {
+            return Err(IoasError::Injected("store.charge"));
+        }
         let account = self.accounts.entry(bill.payer).or_insert_with(|| Account::new(accounting));
-        let limit = if failpoint::reached("store.charge") { 0 } else { bill.limit };
-        let charged = account.charge(runs, limit, bill.enforced || limit != bill.limit);
+        let charged = account.charge(runs, bill.limit, bill.enforced);
         let idle = account.is_idle();
         if idle {
             self.accounts.remove(&bill.payer);

@@ -3,9 +3,11 @@
 
 mod kinds;
 mod lifetimes;
+mod model;
 
 mod process;
 #[allow(unsafe_code)]
 mod sys;
 
+mod steps;
 mod table;

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, FromRawFd};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ioas::PAGE_SIZE;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
@@ -33,8 +34,16 @@ impl Mapping {
         Self { start, length }
     }
 
+    /// Private memory at addresses that the kernel gives to nobody by itself, so that a hole in it stays one.
     pub(crate) fn private(pages: u64) -> Self {
-        Self::anonymous(pages, PROT_RW, MapFlags::MAP_PRIVATE)
+        static NEXT: AtomicUsize = AtomicUsize::new(1 << 40);
+        let address = NonZeroUsize::new(NEXT.fetch_add(1 << 30, Ordering::Relaxed));
+        let length = (pages * PAGE_SIZE) as usize;
+        let size = NonZeroUsize::new(length).expect("a length");
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED_NOREPLACE;
+        // SAFETY: a new mapping, where there was none.
+        let start = unsafe { mmap_anonymous(address, size, PROT_RW, flags) }.expect("mapped");
+        Self { start, length }
     }
 
     pub(crate) fn address(&self) -> u64 {
@@ -52,6 +61,17 @@ impl Mapping {
         assert!(offset < self.length);
         // SAFETY: inside this mapping, which is writable in the tests that store.
         unsafe { self.start.as_ptr().cast::<u8>().wrapping_add(offset).write_volatile(value) }
+    }
+
+    /// Puts all of `file` over the pages from `page` on.
+    pub(crate) fn overlay(&self, page: u64, file: &File) {
+        let address = self.start.as_ptr().wrapping_byte_add((page * PAGE_SIZE) as usize);
+        let length = file.metadata().expect("a file").len() as usize;
+        assert!((page * PAGE_SIZE) as usize + length <= self.length);
+        let (address, length) = (NonZeroUsize::new(address as usize), NonZeroUsize::new(length).expect("a length"));
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+        // SAFETY: replaces pages of this mapping, which nothing refers to.
+        unsafe { mmap(address, length, PROT_RW, flags, file.as_fd(), 0) }.expect("mapped");
     }
 
     /// Takes the content of shared memory away; it is mapped still.
