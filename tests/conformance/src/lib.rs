@@ -16,6 +16,7 @@
 #![deny(unsafe_code)]
 
 pub mod arg;
+pub mod compare;
 pub mod nvme;
 pub mod place;
 pub mod record;

@@ -1,0 +1,56 @@
+//! The rows over FUSE: `conformance-client` as the command of `uiommufd run`.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+
+use anyhow::Result;
+use conformance::record;
+use e2e::server::Run;
+
+use crate::Tally;
+
+/// Rows whose answers depend on what the operator chose: they run with the defaults as well.
+const CHOICES: &[&str] = &["/dirty_", "/memlock_"];
+
+/// Runs the rows with Linux's accounting and dirty bits, then those that depend on them with the defaults.
+pub(crate) fn run(tally: &mut Tally) {
+    if File::options().read(true).write(true).open("/dev/fuse").is_err() {
+        tally.skip("fuse", "/dev/fuse cannot be opened");
+        return;
+    }
+    let rows = tally.rows();
+    let like_linux = ["--accounting", "linux", "--dirty", "linux"];
+    one_server(tally, "fuse", &like_linux, &rows);
+    let chosen: Vec<String> = rows.into_iter().filter(|row| CHOICES.iter().any(|part| row.contains(part))).collect();
+    one_server(tally, "fuse by default", &[], &chosen);
+}
+
+fn one_server(tally: &mut Tally, way: &str, options: &[&str], rows: &[String]) {
+    if rows.is_empty() {
+        return;
+    }
+    match answers(options, rows) {
+        Ok((answers, stderr)) => {
+            for row in rows {
+                tally.take(way, row, answers.get(row).map_or("no answer", String::as_str));
+            }
+            if answers.len() < rows.len() {
+                tally.fail(way, &format!("not every row was answered; the server and the client said:\n{stderr}"));
+            }
+        }
+        Err(error) => tally.fail(way, &format!("{error:#}")),
+    }
+}
+
+fn answers(options: &[&str], rows: &[String]) -> Result<(BTreeMap<String, String>, String)> {
+    let disks = [tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?];
+    let mut words: Vec<String> = options.iter().map(|word| (*word).to_owned()).collect();
+    for (disk, bdf) in disks.iter().zip(["0000:c1:00.0", "0000:c2:00.0"]) {
+        disk.as_file().set_len(1 << 20)?;
+        words.extend(["--device".to_owned(), format!("nvme@{bdf},file={}", disk.path().display())]);
+    }
+    let mut command = vec![env!("CARGO_BIN_EXE_conformance-client").to_owned()];
+    command.extend(rows.iter().cloned());
+    let report = Run::start(&words, &command)?.finish()?;
+    Ok((record::parse(&report.lines.join("\n")), report.stderr))
+}
