@@ -15,6 +15,18 @@ fn flags(s: &mut Script<'_>, step: &str, container: Container, argsz: u32, flags
     s.call_with(step, container.file, arg::VFIO_IOMMU_DIRTY_PAGES, &mut argument).ok();
 }
 
+/// Ranges over mappings of 4, 4 and 3 pages at pages 0, 4 and 16.
+const RANGES: &[(u64, u64)] =
+    &[(0, 4), (4, 4), (0, 8), (0, 64), (2, 2), (0, 2), (0, 6), (2, 6), (8, 8), (8, 16), (12, 7), (15, 5), (17, 4)];
+
+/// Starts tracking anew, so that no bit of an earlier request is left.
+fn restart(s: &Script<'_>, container: Container) {
+    for bits in [STOP, START] {
+        let mut argument = Arg::new().u32(8).u32(bits);
+        s.way.ioctl(container.file, arg::VFIO_IOMMU_DIRTY_PAGES, argument.address()).ok();
+    }
+}
+
 /// A request for a bitmap: range, page size and bitmap bytes.
 #[derive(Clone, Copy)]
 struct Get {
@@ -141,26 +153,25 @@ pub(super) const ROWS: &[Row] = &[
             for (first, count) in [(0, 4), (4, 4), (16, 3)] {
                 s.map("map", container, (IOVA + first * PAGE, count * PAGE), memory.address(), RW).ok();
             }
-            flags(s, "start", container, 8, START);
-            for (first, count) in [
-                (0, 4),
-                (4, 4),
-                (0, 8),
-                (0, 64),
-                (2, 2),
-                (0, 2),
-                (0, 6),
-                (2, 6),
-                (8, 8),
-                (8, 16),
-                (12, 7),
-                (15, 5),
-                (17, 4),
-            ] {
-                get(s, &format!("{first}+{count}"), container, &bitmap, Get::of(first, count));
+            for (first, count) in RANGES {
+                restart(s, container);
+                get(s, &format!("{first}+{count}"), container, &bitmap, Get::of(*first, *count));
             }
             flags(s, "stop", container, 8, STOP);
             get(s, "after_stop", container, &bitmap, Get::of(0, 4));
+            Ok(())
+        },
+    },
+    Row {
+        name: "dirty_get_leaves_stale_bits_behind",
+        run: |s| {
+            let container = s.container()?;
+            let (memory, bitmap) = (s.memory(16)?, s.memory(1)?);
+            s.map("map", container, (IOVA + 4 * PAGE, 4 * PAGE), memory.address(), RW).ok();
+            restart(s, container);
+            for (first, count) in [(4, 4), (0, 8), (0, 8), (4, 4)] {
+                get(s, &format!("{first}+{count}"), container, &bitmap, Get::of(first, count));
+            }
             Ok(())
         },
     },

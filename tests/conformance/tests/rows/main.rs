@@ -29,9 +29,8 @@ impl Tally {
     /// The rows to run: their full names.
     pub(crate) fn rows(&self) -> Vec<String> {
         let served = SUITES.iter().filter(|suite| NOT_YET.iter().all(|(name, _)| *name != suite.name));
-        let names = served.flat_map(|suite| {
-            suite.tables.iter().copied().flatten().map(|row| format!("{}/{}", suite.name, row.name))
-        });
+        let names = served
+            .flat_map(|suite| suite.tables.iter().copied().flatten().map(|row| format!("{}/{}", suite.name, row.name)));
         names.filter(|name| self.wants(name)).collect()
     }
 
