@@ -4,6 +4,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::script::Flavour;
+use crate::way::Node;
+
 const DEVICES: &str = "/sys/bus/pci/devices";
 /// Class, subclass and interface of an NVMe controller.
 const NVME: &str = "0x010802";
@@ -15,6 +18,8 @@ pub struct Device {
     pub bdf: String,
     /// Its IOMMU group.
     pub group: u32,
+    /// Its group has no IOMMU.
+    pub noiommu: bool,
     /// The N of `/dev/vfio/devices/vfioN`, where there is one.
     pub node: Option<u32>,
 }
@@ -22,11 +27,34 @@ pub struct Device {
 /// The NVMe controllers of the place, each alone in its group, in the order of their addresses.
 #[derive(Debug, Clone, Default)]
 pub struct Place {
-    /// At least two, for the rows of the container.
+    /// All of them.
     pub devices: Vec<Device>,
 }
 
+impl Device {
+    /// The node of its group.
+    #[must_use]
+    pub fn group_node(&self) -> Node {
+        if self.noiommu { Node::NoIommuGroup(self.group) } else { Node::Group(self.group) }
+    }
+}
+
 impl Place {
+    /// Whether it has what the rows of a suite need: a device without an IOMMU, or two with.
+    #[must_use]
+    pub fn suits(&self, flavour: Flavour) -> bool {
+        let wanted = self.devices.iter().filter(|device| device.noiommu == (flavour == Flavour::NoIommu));
+        wanted.count() >= if flavour == Flavour::NoIommu { 1 } else { 2 }
+    }
+
+    /// The same place with those devices only that the rows of a suite are about.
+    #[must_use]
+    pub fn only_for(&self, flavour: Flavour) -> Self {
+        let mut devices = self.devices.clone();
+        devices.retain(|device| device.noiommu == (flavour == Flavour::NoIommu));
+        Self { devices }
+    }
+
     /// Finds the NVMe controllers that vfio-pci has.
     ///
     /// # Errors
@@ -47,6 +75,7 @@ impl Place {
     /// # Errors
     /// When sysfs refuses.
     pub fn bind() -> io::Result<()> {
+        fs::write("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "Y")?;
         // The IOMMU's complaints about aborted DMA would land between the answers on the VM's console.
         fs::write("/proc/sys/kernel/printk", "1")?;
         for path in controllers()? {
@@ -75,11 +104,9 @@ fn device(path: &Path) -> Option<Device> {
         .ok()
         .and_then(|mut entries| entries.next()?.ok())
         .and_then(|entry| entry.file_name().to_str()?.strip_prefix("vfio")?.parse().ok());
-    Some(Device {
-        bdf: path.file_name()?.to_str()?.to_owned(),
-        group: link(&path.join("iommu_group"))?.parse().ok()?,
-        node,
-    })
+    let group = link(&path.join("iommu_group"))?.parse().ok()?;
+    let noiommu = Path::new(&Node::NoIommuGroup(group).path()).exists();
+    Some(Device { bdf: path.file_name()?.to_str()?.to_owned(), group, noiommu, node })
 }
 
 fn link(path: &Path) -> Option<String> {

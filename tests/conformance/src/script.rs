@@ -29,12 +29,11 @@ pub enum Flavour {
     CompatType1,
     /// `/dev/iommu` as a container, VFIO_TYPE1v2_IOMMU.
     CompatType1v2,
+    /// `/dev/vfio/vfio`, VFIO_NOIOMMU_IOMMU, for a device that no IOMMU stands before.
+    NoIommu,
 }
 
 impl Flavour {
-    /// Every flavour.
-    pub const ALL: [Self; 4] = [Self::Type1, Self::Type1v2, Self::CompatType1, Self::CompatType1v2];
-
     /// Its name in row names.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -43,6 +42,7 @@ impl Flavour {
             Self::Type1v2 => "type1v2",
             Self::CompatType1 => "compat-type1",
             Self::CompatType1v2 => "compat-type1v2",
+            Self::NoIommu => "noiommu",
         }
     }
 
@@ -50,7 +50,7 @@ impl Flavour {
     #[must_use]
     pub const fn node(self) -> Node {
         match self {
-            Self::Type1 | Self::Type1v2 => Node::Container,
+            Self::Type1 | Self::Type1v2 | Self::NoIommu => Node::Container,
             Self::CompatType1 | Self::CompatType1v2 => Node::Iommufd,
         }
     }
@@ -61,6 +61,7 @@ impl Flavour {
         match self {
             Self::Type1 | Self::CompatType1 => 1,
             Self::Type1v2 | Self::CompatType1v2 => 3,
+            Self::NoIommu => 8,
         }
     }
 
@@ -228,7 +229,7 @@ impl<'a> Script<'a> {
     }
 
     /// Puts a group into a container.
-    pub fn set_container(&mut self, group: RawFd, container: RawFd) -> Result<i32, Errno> {
+    pub fn set_container(&self, group: RawFd, container: RawFd) -> Result<i32, Errno> {
         let mut argument = Arg::new().u32(container as u32);
         self.way.ioctl(group, arg::VFIO_GROUP_SET_CONTAINER, argument.address())
     }
@@ -252,7 +253,7 @@ impl<'a> Script<'a> {
     /// Ends the row.
     pub fn container_without_device(&mut self) -> Result<Container, Stopped> {
         let file = self.open(self.flavour.node())?;
-        let group = self.open(Node::Group(self.place.devices[0].group))?;
+        let group = self.open(self.place.devices[0].group_node())?;
         self.set_container(group, file).map_err(stopped("set_container"))?;
         self.must("set_iommu", file, arg::VFIO_SET_IOMMU, self.flavour.iommu())?;
         Ok(Container { file, group })

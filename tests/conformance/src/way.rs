@@ -20,6 +20,8 @@ pub enum Node {
     Container,
     /// `/dev/vfio/N`.
     Group(u32),
+    /// `/dev/vfio/noiommu-N`.
+    NoIommuGroup(u32),
     /// `/dev/vfio/devices/vfioN`.
     Device(u32),
 }
@@ -32,6 +34,7 @@ impl Node {
             Self::Iommufd => "/dev/iommu".to_owned(),
             Self::Container => "/dev/vfio/vfio".to_owned(),
             Self::Group(number) => format!("/dev/vfio/{number}"),
+            Self::NoIommuGroup(number) => format!("/dev/vfio/noiommu-{number}"),
             Self::Device(number) => format!("/dev/vfio/devices/vfio{number}"),
         }
     }

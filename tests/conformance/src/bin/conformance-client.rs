@@ -28,7 +28,8 @@ fn run() -> std::io::Result<()> {
         Place::bind()?;
     }
     let place = Place::find()?;
-    for suite in SUITES {
+    for suite in SUITES.iter().filter(|suite| place.suits(suite.flavour)) {
+        let place = place.only_for(suite.flavour);
         for row in suite.tables.iter().copied().flatten() {
             let name = format!("{}/{}", suite.name, row.name);
             if wanted.is_empty() || wanted.iter().any(|prefix| name.starts_with(prefix.as_str())) {

@@ -6,19 +6,19 @@ use crate::way::Node;
 
 const PAGE: u64 = 0x1000;
 
-fn extensions(s: &mut Script<'_>, file: i32) {
+pub(super) fn extensions(s: &mut Script<'_>, file: i32) {
     for extension in (0..=12).chain([100, 0xffff_ffff, 1 << 32 | 1]) {
         s.call(&format!("ext_{extension}"), file, arg::VFIO_CHECK_EXTENSION, extension).ok();
     }
 }
 
-fn status(s: &mut Script<'_>, step: &str, group: i32) {
+pub(super) fn status(s: &mut Script<'_>, step: &str, group: i32) {
     let mut argument = Arg::new().u32(8).u32(0xaa);
     let answer = s.way.ioctl(group, arg::VFIO_GROUP_GET_STATUS, argument.address());
     s.say(&format!("{step}={}:{:#x}", result(answer), argument.get_u32(4)));
 }
 
-fn every_ioctl(s: &mut Script<'_>, file: i32) -> Outcome {
+pub(super) fn every_ioctl(s: &mut Script<'_>, file: i32) -> Outcome {
     let memory = s.memory(1)?;
     let container = Container { file, group: -1 };
     s.map("map", container, (PAGE, PAGE), memory.address(), RW).ok();
@@ -39,7 +39,7 @@ fn every_ioctl(s: &mut Script<'_>, file: i32) -> Outcome {
 }
 
 fn group_node(s: &Script<'_>, which: usize) -> Node {
-    Node::Group(s.place.devices[which].group)
+    s.place.devices[which].group_node()
 }
 
 pub(super) const ROWS: &[Row] = &[
@@ -256,6 +256,36 @@ pub(super) const ROWS: &[Row] = &[
         },
     },
     Row {
+        name: "group_joins_while_a_vaddr_is_invalid",
+        run: |s| {
+            let container = s.container()?;
+            let memory = s.memory(1)?;
+            s.map("map", container, (PAGE, PAGE), memory.address(), RW).ok();
+            s.unmap("invalidate", container, (PAGE, PAGE), 4).ok();
+            let other = s.open(group_node(s, 1))?;
+            let set = s.set_container(other, container.file);
+            s.answer("second", set);
+            s.map("back", container, (PAGE, PAGE), memory.address(), 4).ok();
+            let set = s.set_container(other, container.file);
+            s.answer("second_again", set);
+            Ok(())
+        },
+    },
+    Row {
+        name: "group_joins_over_memory_that_has_gone",
+        run: |s| {
+            let container = s.container()?;
+            let memory = s.memory(1)?;
+            s.map("map", container, (PAGE, PAGE), memory.address(), RW).ok();
+            memory.punch(0, PAGE);
+            let other = s.open(group_node(s, 1))?;
+            let set = s.set_container(other, container.file);
+            s.answer("second", set);
+            s.unmap("unmap", container, (PAGE, PAGE), 0).ok();
+            Ok(())
+        },
+    },
+    Row {
         name: "group_in_two_containers",
         run: |s| {
             let container = s.container_without_device()?;
@@ -342,7 +372,7 @@ pub(super) const ROWS: &[Row] = &[
     },
 ];
 
-fn device_fd(s: &mut Script<'_>, step: &str, group: i32, name: &str) {
+pub(super) fn device_fd(s: &mut Script<'_>, step: &str, group: i32, name: &str) {
     let mut argument = Arg::new().bytes(name.as_bytes()).bytes(&[0]);
     let answer = s.way.ioctl(group, arg::VFIO_GROUP_GET_DEVICE_FD, argument.address());
     s.answer(step, answer.map(|_| 0));

@@ -5,7 +5,6 @@ use nix::errno::Errno;
 use crate::arg::{self, Arg};
 use crate::script::{Container, Outcome, RW, Row, Script};
 use crate::sys;
-use crate::way::Node;
 
 const PAGE: u64 = 0x1000;
 const IOVA: u64 = 0x10_0000;
@@ -21,12 +20,12 @@ fn unmap_status(s: &Script<'_>, container: Container, range: (u64, u64), flags: 
     status(s.way.ioctl(container.file, arg::VFIO_IOMMU_UNMAP_DMA, argument.address()))
 }
 
-fn status(answer: Result<i32, Errno>) -> i32 {
+pub(super) fn status(answer: Result<i32, Errno>) -> i32 {
     answer.err().map_or(0, |errno| errno as i32)
 }
 
 /// Runs `work` in a child and says its status as an errno.
-fn child(s: &mut Script<'_>, step: &str, work: impl FnOnce(&Script<'_>) -> i32) -> Outcome {
+pub(super) fn child(s: &mut Script<'_>, step: &str, work: impl FnOnce(&Script<'_>) -> i32) -> Outcome {
     let status = s.in_child(|| work(s))?;
     s.answer(step, if status == 0 { Ok(0) } else { Err(Errno::from_raw(status)) });
     Ok(())
@@ -82,7 +81,7 @@ pub(super) const ROWS: &[Row] = &[
     Row {
         name: "fork_child_opens_a_group_that_is_open",
         run: |s| {
-            let node = Node::Group(s.place.devices[0].group);
+            let node = s.place.devices[0].group_node();
             let group = s.open(node)?;
             child(s, "child_opens", |s| s.way.open(node).err().map_or(0, |errno| errno as i32))?;
             s.close(group);

@@ -9,6 +9,7 @@ mod ioas;
 mod life;
 mod map;
 mod memory;
+mod noiommu;
 mod unmap;
 
 use crate::script::{Flavour, Row};
@@ -35,5 +36,6 @@ pub const SUITES: &[Suite] = &[
     Suite { name: Flavour::CompatType1.name(), flavour: Flavour::CompatType1, tables: CONTAINER },
     Suite { name: Flavour::CompatType1v2.name(), flavour: Flavour::CompatType1v2, tables: CONTAINER },
     Suite { name: "device", flavour: Flavour::Type1v2, tables: &[device::ROWS] },
+    Suite { name: "noiommu", flavour: Flavour::NoIommu, tables: &[noiommu::ROWS] },
     Suite { name: "iommufd", flavour: Flavour::CompatType1v2, tables: &[ioas::ROWS, ioas::SIZE_ROWS] },
 ];
