@@ -9,6 +9,7 @@
 pub mod client;
 mod error;
 pub mod files;
+mod inprocess;
 mod iommufd;
 mod ops;
 mod server;
@@ -17,4 +18,5 @@ mod status;
 mod sys;
 pub mod uapi;
 
+pub use inprocess::InProcess;
 pub use server::{DeviceEntry, DeviceSpec, Node, Server, ServerOptions};

@@ -4,7 +4,7 @@
 //! at the price of one system call each. What needs a kept handle finds the process first, once in a call.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 
 use ioas::UserAddr;
@@ -68,7 +68,7 @@ impl<'a> ProcessCaller<'a> {
 }
 
 /// All of `length` bytes were copied, or the first that were not are at fault.
-fn whole(answer: io::Result<usize>, address: UserAddr, length: usize) -> Result<(), MemoryError> {
+pub(crate) fn whole(answer: io::Result<usize>, address: UserAddr, length: usize) -> Result<(), MemoryError> {
     match answer {
         Ok(copied) if copied == length => Ok(()),
         Ok(copied) => Err(MemoryError::Fault(UserAddr(address.0.wrapping_add(copied as u64)))),
@@ -98,12 +98,7 @@ impl Caller for ProcessCaller<'_> {
     }
 
     fn capable(&self, capability: Capability) -> bool {
-        let number = match capability {
-            Capability::IpcLock => 14,
-            Capability::SysRawio => 17,
-            Capability::SysResource => 24,
-        };
-        let has = sys::effective_capabilities(self.tid).is_ok_and(|set| set >> number & 1 != 0);
+        let has = sys::effective_capabilities(self.tid).is_ok_and(|set| sys::holds(set, capability));
         has && self.process().is_ok_and(|process| process.namespace.is_ours())
     }
 
@@ -149,8 +144,8 @@ impl ClientCall for ProcessCaller<'_> {
 
     fn eventfd(&self, fd: i32) -> Result<Option<OwnedFd>, FdError> {
         let copy = self.descriptor(fd)?;
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", copy.as_raw_fd())).map_err(|_| FdError::Denied)?;
-        Ok((link.as_os_str() == "anon_inode:[eventfd]").then_some(copy))
+        let is_eventfd = sys::is_eventfd(&copy).map_err(|_| FdError::Denied)?;
+        Ok(is_eventfd.then_some(copy))
     }
 
     fn interrupted(&self) -> bool {

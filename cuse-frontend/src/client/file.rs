@@ -14,7 +14,7 @@ use crate::sys::client as sys;
 const SECRETMEM_MAGIC: FsType = FsType(0x5345_434d);
 
 /// A file that is not one of ours, from a descriptor of it.
-pub(super) fn describe(fd: OwnedFd, stat: sys::FileStat) -> io::Result<ClientFile> {
+pub(crate) fn describe(fd: OwnedFd, stat: sys::FileStat) -> io::Result<ClientFile> {
     let kind = kind(&fd, stat.mode)?;
     let writable = may_write(&fd)?;
     let id = FileId { device: stat.device, inode: stat.inode };

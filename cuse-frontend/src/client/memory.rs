@@ -44,7 +44,7 @@ pub(crate) struct ProcessMemory {
 
 impl ProcessMemory {
     /// Opens the memory map of a process that waits for an answer of ours.
-    pub(super) fn open(tgid: i32, own: Arc<dyn OwnFiles>) -> io::Result<Self> {
+    pub(crate) fn open(tgid: i32, own: Arc<dyn OwnFiles>) -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let maps = File::open(format!("/proc/{tgid}/maps"))?;
         let mem = File::options().read(true).write(true).open(format!("/proc/{tgid}/mem"))?;

@@ -30,7 +30,9 @@ use std::sync::Arc;
 use ioas::caller::{MemoryError, Uid};
 use parking_lot::Mutex;
 
+pub(crate) use caller::whole;
 pub use caller::{ProcessCaller, TransportCall};
+pub(crate) use file::describe;
 pub(crate) use memory::ProcessMemory;
 
 use crate::files::OpenFile;

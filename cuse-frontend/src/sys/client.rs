@@ -6,6 +6,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
+use ioas::caller::Capability;
+
 /// `struct procmap_query` of Linux 6.11 and newer (include/uapi/linux/fs.h), in and out.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
@@ -164,6 +166,34 @@ pub(crate) fn stat(file: impl AsFd) -> io::Result<FileStat> {
 pub(crate) fn seals(file: impl AsFd) -> i32 {
     // SAFETY: F_GET_SEALS takes no argument.
     unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_GET_SEALS) }.max(0)
+}
+
+/// Whether a file is an eventfd.
+pub(crate) fn is_eventfd(file: impl AsFd) -> io::Result<bool> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))?;
+    Ok(link.as_os_str() == "anon_inode:[eventfd]")
+}
+
+/// A copy of a descriptor of this process, named by its number.
+pub(crate) fn duplicate(fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes three numbers and no pointer; a number that is not open is answered with EBADF.
+    owned(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) }.into())
+}
+
+/// A descriptor that stands for nothing and can do nothing, but has a number.
+pub(crate) fn placeholder() -> io::Result<OwnedFd> {
+    use std::os::unix::fs::OpenOptionsExt;
+    Ok(std::fs::File::options().read(true).custom_flags(libc::O_PATH).open("/")?.into())
+}
+
+/// Whether a set of capabilities, bit by number, has one of them (include/uapi/linux/capability.h).
+pub(crate) fn holds(set: u64, capability: Capability) -> bool {
+    let number = match capability {
+        Capability::IpcLock => 14,
+        Capability::SysRawio => 17,
+        Capability::SysResource => 24,
+    };
+    set >> number & 1 != 0
 }
 
 /// Copies bytes out of the memory of the process or thread `pid`, as far as it may read them itself. Returns how many.

@@ -1,0 +1,267 @@
+//! The front end without a transport: the op tables over this process's own memory and descriptors.
+//!
+//! For conformance tests and benches, and for programs that link the server. A call takes what ioctl(2) takes, and
+//! gives what it gives; arguments are copied by the kernel (`process_vm_readv` on ourselves), so a bad address is
+//! EFAULT here too. [`InProcess::ioctl_on`] takes the argument's struct as a slice instead and copies without a system
+//! call.
+//!
+//! Open files have descriptor numbers of this process: each number is taken by a placeholder, so it collides with no
+//! other descriptor and fits wherever an ioctl's argument holds one.
+//!
+//! The caller is this process as it is: its user, its RLIMIT_MEMLOCK, its capabilities, looked at in each call. A test
+//! can put others in their place.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use ioas::UserAddr;
+use ioas::caller::{Caller, Capability, ClientFile, FdError, MemoryError, MemoryMap, Uid};
+use parking_lot::Mutex;
+
+use crate::client::{OwnFiles, ProcessMemory, describe, whole};
+use crate::files::{ClientCall, Errno, IoctlReply, NodeKind, OpenFile};
+use crate::server::Server;
+use crate::sys::client as sys;
+
+/// What a test says the caller is, where it says anything.
+#[derive(Debug, Clone, Default)]
+struct Pretended {
+    uid: Option<Uid>,
+    memlock_limit: Option<u64>,
+    capabilities: Option<Vec<Capability>>,
+}
+
+/// An open file and what keeps its number.
+struct Opened {
+    _placeholder: OwnedFd,
+    file: Arc<OpenFile>,
+}
+
+/// A server's front end in this process.
+pub struct InProcess {
+    server: Arc<Server>,
+    memory: Arc<ProcessMemory>,
+    pid: i32,
+    uid: Uid,
+    files: Mutex<HashMap<i32, Opened>>,
+    pretended: Mutex<Pretended>,
+}
+
+/// There is no mount whose files could be mistaken for ours.
+struct NoMount;
+
+impl OwnFiles for NoMount {
+    fn device(&self) -> Option<u64> {
+        None
+    }
+
+    fn open_file(&self, _: u64) -> Option<Arc<OpenFile>> {
+        None
+    }
+}
+
+impl InProcess {
+    /// A front end of `server`.
+    ///
+    /// # Errors
+    /// `/proc/self` cannot be opened.
+    pub fn new(server: Arc<Server>) -> io::Result<Self> {
+        let pid = std::process::id().cast_signed();
+        let memory = Arc::new(ProcessMemory::open(pid, Arc::new(NoMount))?);
+        let uid = Uid(nix::unistd::geteuid().as_raw());
+        Ok(Self { server, memory, pid, uid, files: Mutex::default(), pretended: Mutex::default() })
+    }
+
+    /// The server behind it.
+    #[must_use]
+    pub fn server(&self) -> &Arc<Server> {
+        &self.server
+    }
+
+    /// From now on callers have this RLIMIT_MEMLOCK in bytes, whatever the process has.
+    pub fn pretend_memlock_limit(&self, bytes: u64) {
+        self.pretended.lock().memlock_limit = Some(bytes);
+    }
+
+    /// From now on callers have these capabilities and no others, whatever the process has.
+    pub fn pretend_capabilities(&self, capabilities: &[Capability]) {
+        self.pretended.lock().capabilities = Some(capabilities.to_vec());
+    }
+
+    /// From now on callers are this user.
+    pub fn pretend_uid(&self, uid: Uid) {
+        self.pretended.lock().uid = Some(uid);
+    }
+
+    /// Opens a node. Returns a descriptor number that this front end understands.
+    ///
+    /// # Errors
+    /// What open(2) gives; EMFILE when this process has no descriptor left.
+    pub fn open(&self, kind: NodeKind) -> Result<i32, Errno> {
+        let file = self.server.open(kind, &self.caller())?;
+        self.insert(file)
+    }
+
+    fn insert(&self, file: Arc<OpenFile>) -> Result<i32, Errno> {
+        let placeholder = sys::placeholder().map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EMFILE)))?;
+        let fd = placeholder.as_raw_fd();
+        self.files.lock().insert(fd, Opened { _placeholder: placeholder, file });
+        Ok(fd)
+    }
+
+    /// Closes an open file: everything that hangs on it has ended when this returns. Closing what is not open is
+    /// nothing.
+    pub fn close(&self, fd: i32) {
+        let closed = self.files.lock().remove(&fd);
+        drop(closed);
+    }
+
+    /// The open file of a number.
+    ///
+    /// # Errors
+    /// EBADF.
+    pub fn file(&self, fd: i32) -> Result<Arc<OpenFile>, Errno> {
+        self.files.lock().get(&fd).map(|opened| Arc::clone(&opened.file)).ok_or(Errno(libc::EBADF))
+    }
+
+    /// ioctl(2): `arg` is a number or an address of this process, right or wrong.
+    ///
+    /// # Errors
+    /// What ioctl(2) gives.
+    pub fn ioctl(&self, fd: i32, cmd: u32, arg: u64) -> Result<i32, Errno> {
+        let answer = self.file(fd)?.ioctl(&self.caller(), cmd, arg)?;
+        self.answered(answer)
+    }
+
+    /// ioctl(2) with its struct in `argument`, which no other thread touches meanwhile.
+    ///
+    /// # Errors
+    /// What ioctl(2) gives.
+    pub fn ioctl_on(&self, fd: i32, cmd: u32, argument: &mut [u8]) -> Result<i32, Errno> {
+        let arg = argument.as_ptr() as u64;
+        let file = self.file(fd)?;
+        let caller = InProcessCaller { front: self, argument: Some((arg, Mutex::new(argument))) };
+        let answer = file.ioctl(&caller, cmd, arg)?;
+        self.answered(answer)
+    }
+
+    fn answered(&self, answer: IoctlReply) -> Result<i32, Errno> {
+        match answer {
+            IoctlReply::Value(value) => Ok(value),
+            IoctlReply::NewFile { file, .. } => self.insert(file),
+        }
+    }
+
+    /// pread(2).
+    ///
+    /// # Errors
+    /// What pread(2) gives.
+    pub fn read(&self, fd: i32, offset: u64, data: &mut [u8]) -> Result<usize, Errno> {
+        self.file(fd)?.read(&self.caller(), offset, data)
+    }
+
+    /// pwrite(2).
+    ///
+    /// # Errors
+    /// What pwrite(2) gives.
+    pub fn write(&self, fd: i32, offset: u64, data: &[u8]) -> Result<usize, Errno> {
+        self.file(fd)?.write(&self.caller(), offset, data)
+    }
+
+    fn caller(&self) -> InProcessCaller<'_> {
+        InProcessCaller { front: self, argument: None }
+    }
+}
+
+/// This process as the caller of one call.
+struct InProcessCaller<'a> {
+    front: &'a InProcess,
+    /// The call's struct and its address, where the call came with one.
+    argument: Option<(u64, Mutex<&'a mut [u8]>)>,
+}
+
+impl InProcessCaller<'_> {
+    /// Runs `act` on the bytes of the argument's struct, when `length` bytes from `address` lie in it.
+    fn in_argument(&self, address: UserAddr, length: usize, act: impl FnOnce(&mut [u8])) -> bool {
+        let Some((start, argument)) = &self.argument else { return false };
+        let Some(offset) = address.0.checked_sub(*start).and_then(|offset| usize::try_from(offset).ok()) else {
+            return false;
+        };
+        let mut argument = argument.lock();
+        let Some(bytes) = argument.get_mut(offset..).and_then(|rest| rest.get_mut(..length)) else { return false };
+        act(bytes);
+        true
+    }
+
+    fn descriptor(&self, fd: i32) -> Result<OwnedFd, FdError> {
+        sys::duplicate(fd).map_err(|_| FdError::Bad(fd))
+    }
+}
+
+impl Caller for InProcessCaller<'_> {
+    fn uid(&self) -> Uid {
+        self.front.pretended.lock().uid.unwrap_or(self.front.uid)
+    }
+
+    fn memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError> {
+        Ok(Arc::clone(&self.front.memory) as Arc<dyn MemoryMap>)
+    }
+
+    fn memlock_limit(&self) -> u64 {
+        let pretended = self.front.pretended.lock().memlock_limit;
+        pretended.unwrap_or_else(|| sys::memlock_limit(0).unwrap_or(0))
+    }
+
+    fn capable(&self, capability: Capability) -> bool {
+        if let Some(capabilities) = &self.front.pretended.lock().capabilities {
+            return capabilities.contains(&capability);
+        }
+        sys::effective_capabilities(0).is_ok_and(|set| sys::holds(set, capability))
+    }
+
+    fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
+        let copy = self.descriptor(fd)?;
+        let stat = sys::stat(&copy).map_err(|_| FdError::Denied)?;
+        describe(copy, stat).map_err(|_| FdError::Denied)
+    }
+
+    fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
+        if self.in_argument(address, data.len(), |bytes| data.copy_from_slice(bytes)) {
+            return Ok(());
+        }
+        let length = data.len();
+        whole(sys::read_memory(self.front.pid, address.0, data), address, length)
+    }
+
+    fn write(&self, address: UserAddr, data: &[u8]) -> Result<(), MemoryError> {
+        if self.in_argument(address, data.len(), |bytes| bytes.copy_from_slice(data)) {
+            return Ok(());
+        }
+        whole(sys::write_memory(self.front.pid, address.0, data), address, data.len())
+    }
+}
+
+impl ClientCall for InProcessCaller<'_> {
+    fn pid(&self) -> u32 {
+        self.front.pid.cast_unsigned()
+    }
+
+    fn own_file(&self, fd: i32) -> Result<Option<Arc<OpenFile>>, FdError> {
+        match self.front.file(fd) {
+            Ok(file) => Ok(Some(file)),
+            Err(_) => self.descriptor(fd).map(|_| None),
+        }
+    }
+
+    fn eventfd(&self, fd: i32) -> Result<Option<OwnedFd>, FdError> {
+        let copy = self.descriptor(fd)?;
+        let is_eventfd = sys::is_eventfd(&copy).map_err(|_| FdError::Denied)?;
+        Ok(is_eventfd.then_some(copy))
+    }
+
+    fn interrupted(&self) -> bool {
+        false
+    }
+}
