@@ -261,3 +261,129 @@ impl std::fmt::Debug for Dma {
         f.debug_tuple("Dma").field(self.device.name()).finish()
     }
 }
+
+/// IOTLB entries that are planted: stale on purpose, they show what really flushes and that it was counted.
+#[cfg(test)]
+mod tests {
+    use fake_client::{FakeClient, map_file, memfd};
+    use ioas::{Accounting, Ioas};
+
+    use super::*;
+    use crate::{DeviceProperties, FlushCounters, Format, Group, Hwpt, HwptList, IgnoreFaults};
+
+    const STALE: Iova = Iova(0x1000);
+
+    struct Planted {
+        client: FakeClient,
+        ioas: Arc<Ioas>,
+        list: Arc<HwptList>,
+        group: Arc<Group>,
+        hwpt: Arc<Hwpt>,
+        dma: Dma,
+    }
+
+    fn device() -> Arc<Device> {
+        let properties = DeviceProperties {
+            unit: "unit".into(),
+            format: Format::x86(48).expect("valid"),
+            reserved: Vec::new(),
+            coherent: true,
+            dirty_tracking: true,
+        };
+        Device::new("device", properties, Arc::new(IgnoreFaults))
+    }
+
+    fn page(iova: Iova) -> IovaRange {
+        IovaRange::new(iova, PAGE_SIZE).expect("a page")
+    }
+
+    /// A device whose IOTLB has an entry for [`STALE`] that its table has no more.
+    fn planted() -> Planted {
+        let (client, ioas, group) = (FakeClient::new(), Ioas::new(PageStore::new(Accounting::Once)), Group::new(1));
+        let (list, device) = (HwptList::new(Arc::clone(&ioas)), device());
+        group.add_device(&device).expect("not attached");
+        let hwpt = list.attach(&group).expect("fits");
+        let planted = Planted { client, ioas, list, group, hwpt, dma: device.dma() };
+        planted.map(STALE);
+        planted.map(Iova(0x8000));
+        planted.dma.translate(STALE, 1, Access::READ).expect("mapped");
+        planted.hwpt.table().unmap_quietly(page(STALE));
+        assert!(planted.is_stale());
+        planted
+    }
+
+    impl Planted {
+        fn map(&self, iova: Iova) {
+            let request = map_file(&memfd(PAGE_SIZE), 0, iova.0, PAGE_SIZE, Access::READ | Access::WRITE);
+            self.ioas.map(&self.client, request).expect("free");
+        }
+
+        fn is_stale(&self) -> bool {
+            self.dma.translate(STALE, 1, Access::READ).is_ok()
+        }
+
+        fn flushes(&self) -> FlushCounters {
+            self.hwpt.flush_counters()
+        }
+    }
+
+    #[test]
+    fn stale_entry_survives_what_counts_no_flush() {
+        let planted = planted();
+        let second = Group::new(2);
+        second.add_device(&device()).expect("not attached");
+        planted.list.attach(&second).expect("fits");
+        planted.map(Iova(0x10_0000));
+        planted.hwpt.set_dirty_tracking(true).expect("memory");
+        planted.hwpt.read_dirty(IovaRange::everything(), 4096, true, &mut |_, _| {});
+        planted.group.add_device(&device()).expect("fits");
+        planted.dma.translate(Iova(0x8000), 1, Access::WRITE).expect("mapped");
+        assert_eq!(planted.flushes(), FlushCounters::default());
+        assert!(planted.is_stale());
+    }
+
+    #[test]
+    fn stale_entry_goes_with_an_unmap_that_counts_one_iotlb_flush() {
+        let planted = planted();
+        planted.ioas.unmap(page(Iova(0x8000))).expect("mapped");
+        assert_eq!(planted.flushes(), FlushCounters { iotlb: 1, context: 0 });
+        assert!(!planted.is_stale());
+    }
+
+    #[test]
+    fn stale_entry_goes_with_a_detach_that_counts_one_flush_of_each() {
+        let planted = planted();
+        let other = Group::new(2);
+        other.add_device(&device()).expect("not attached");
+        planted.list.attach(&other).expect("fits");
+        planted.list.detach(&planted.group).expect("attached");
+        planted.list.attach(&planted.group).expect("fits");
+        assert_eq!(planted.flushes(), FlushCounters { iotlb: 1, context: 1 });
+        assert!(!planted.is_stale());
+    }
+
+    #[test]
+    fn stale_entry_of_another_thread_goes_too() {
+        let planted = planted();
+        let (ask, asked) = std::sync::mpsc::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let dma = planted.dma.clone();
+            scope.spawn(move || {
+                while asked.recv().is_ok() {
+                    tell.send(dma.translate(Iova(0x8000), 1, Access::READ).is_ok()).expect("heard");
+                }
+            });
+            let there = || {
+                ask.send(()).expect("the thread lives");
+                told.recv().expect("an answer")
+            };
+            assert!(there());
+            planted.hwpt.table().unmap_quietly(page(Iova(0x8000)));
+            assert!(there());
+            planted.ioas.unmap(page(STALE)).expect("mapped");
+            assert!(!there());
+            drop(ask);
+        });
+    }
+}

@@ -5,8 +5,8 @@
 //! of the format when there is one (nothing is copied, whatever is mapped), else beside a new table that the IOAS fills.
 //!
 //! **Checking again.** Attaching may change what a device is: its geometry, its reserved regions, its coherency. So the
-//! group is looked at again afterwards. If it does not fit any more it leaves (one flush of caches) and chooses again
-//! by what it is now. A group that changes with every attach is refused after [`ROUNDS`].
+//! group is looked at again afterwards. If it does not fit any more it chooses again by what it is now, and leaves the
+//! shared HWPT for its own (one flush of caches). A group that changes with every attach is refused after [`ROUNDS`].
 //!
 //! **All or nothing.** What can fail (finding or making the HWPT, reserving regions for every device) is done for the
 //! whole group before the first device is switched; switching a device cannot fail. What fails after the second look
@@ -148,8 +148,24 @@ enum Target<'a> {
     This(&'a Arc<Hwpt>),
 }
 
-/// The old attachments of a group's devices, to go back to.
-type Before = Vec<(Arc<Device>, Option<Reserved>)>;
+/// The way of a group to its new HWPT.
+#[derive(Default)]
+struct Way {
+    /// HWPTs that it has been brought to or was about to be, a use of each counted.
+    tried: Vec<Arc<Hwpt>>,
+    /// Its devices, once they have been switched, with the reservations they had before the first switch.
+    before: Vec<(Arc<Device>, Option<Reserved>)>,
+}
+
+impl Way {
+    /// Puts devices that have been switched back to `old`, or detaches them.
+    fn back(&mut self, old: Option<&Arc<Hwpt>>) {
+        for (device, reserved) in self.before.drain(..) {
+            let to = old.zip(reserved).map(|(old, reserved)| (Attachment::new(old), reserved));
+            drop(device.attach(to));
+        }
+    }
+}
 
 impl HwptList {
     /// The list of `ioas`, empty. One IOAS has one list.
@@ -299,29 +315,43 @@ impl HwptList {
     /// counted. On failure the devices are back at `old`.
     fn switch(&self, group: &Group, target: Target<'_>, old: Option<&Arc<Hwpt>>) -> Result<Arc<Hwpt>, AttachError> {
         let devices = group.devices();
-        let mut before: Option<Before> = None;
+        let mut way = Way::default();
+        let outcome = self.go(group.id(), &devices, target, old, &mut way);
+        let arrived = match outcome {
+            Ok(()) => way.tried.pop().ok_or(AttachError::Unstable(group.id())),
+            Err(error) => {
+                way.back(old);
+                Err(error)
+            }
+        };
+        way.tried.iter().for_each(|hwpt| self.release(hwpt));
+        arrived
+    }
+
+    /// The rounds of [`Self::switch`]: on success the last HWPT on the way fits.
+    fn go(
+        &self,
+        group: u32,
+        devices: &[Arc<Device>],
+        target: Target<'_>,
+        old: Option<&Arc<Hwpt>>,
+        way: &mut Way,
+    ) -> Result<(), AttachError> {
         for _ in 0..ROUNDS {
-            let outcome = self.choose(group.id(), &devices, target).and_then(|hwpt| {
-                self.bring(group.id(), &devices, &hwpt, &mut before)
-                    .inspect_err(|_| self.release(&hwpt))
-                    .map(|fits| (hwpt, fits))
-            });
-            match outcome {
-                Ok((hwpt, None)) => return Ok(hwpt),
-                Ok((hwpt, Some(reason))) => {
-                    self.back(before.take(), &devices, old);
-                    self.release(&hwpt);
-                    if let Target::This(_) = target {
-                        return Err(AttachError::Incompatible { group: group.id(), hwpt: hwpt.id(), reason });
-                    }
-                }
-                Err(error) => {
-                    self.back(before.take(), &devices, old);
-                    return Err(error);
+            let hwpt = self.choose(group, devices, target)?;
+            way.tried.push(Arc::clone(&hwpt));
+            if way.before.is_empty() && old.is_some_and(|old| Arc::ptr_eq(old, &hwpt)) {
+                return Ok(());
+            }
+            match (self.bring(group, devices, &hwpt, way)?, target) {
+                (None, _) => return Ok(()),
+                (Some(_), Target::Fitting) => {}
+                (Some(reason), Target::This(_)) => {
+                    return Err(AttachError::Incompatible { group, hwpt: hwpt.id(), reason });
                 }
             }
         }
-        Err(AttachError::Unstable(group.id()))
+        Err(AttachError::Unstable(group))
     }
 
     /// An HWPT for the devices as they are now, a use of it counted.
@@ -347,13 +377,13 @@ impl HwptList {
     }
 
     /// Switches every device to `hwpt`, then looks at them again: the reason why the HWPT does not fit any more, or
-    /// `None`. The devices' old reservations go to `before` once the first is switched.
+    /// `None`.
     fn bring(
         &self,
         group: u32,
         devices: &[Arc<Device>],
         hwpt: &Arc<Hwpt>,
-        before: &mut Option<Before>,
+        way: &mut Way,
     ) -> Result<Option<&'static str>, AttachError> {
         let mut ready = Vec::with_capacity(devices.len());
         for device in devices {
@@ -361,7 +391,10 @@ impl HwptList {
             ready.push((Attachment::new(hwpt), Reserved::new(&self.ioas, &device.properties().reserved)?));
         }
         let switched = devices.iter().zip(ready).map(|(device, new)| (Arc::clone(device), device.attach(Some(new))));
-        before.replace(switched.collect());
+        let left: Vec<_> = switched.collect();
+        if way.before.is_empty() {
+            way.before = left;
+        }
         step("hwpt: second look at a group")?;
         let needs = Needs::of(group, devices)?;
         if let Some(reason) = needs.mismatch(hwpt) {
@@ -382,16 +415,6 @@ impl HwptList {
         Ok(())
     }
 
-    /// Puts devices that have been switched back to `old`, or detaches them.
-    fn back(&self, before: Option<Before>, devices: &[Arc<Device>], old: Option<&Arc<Hwpt>>) {
-        let Some(before) = before else { return };
-        debug_assert_eq!(before.len(), devices.len());
-        for (device, reserved) in before {
-            let to = old.zip(reserved).map(|(old, reserved)| (Attachment::new(old), reserved));
-            drop(device.attach(to));
-        }
-    }
-
     /// Attaches one more device to what its group is attached to. The group's seat is held.
     pub(crate) fn attach_late(&self, group: &Group, device: &Arc<Device>, hwpt: &Arc<Hwpt>) -> Result<(), AttachError> {
         let one = [Arc::clone(device)];
@@ -400,10 +423,9 @@ impl HwptList {
             None => Ok(()),
         };
         mismatch(&Needs::of_device(device))?;
-        let mut before = None;
-        self.bring(group.id(), &one, hwpt, &mut before)
-            .and_then(|_| mismatch(&Needs::of_device(device)))
-            .inspect_err(|_| self.back(before, &one, None))
+        let mut way = Way::default();
+        let arrived = self.bring(group.id(), &one, hwpt, &mut way).and_then(|_| mismatch(&Needs::of_device(device)));
+        arrived.inspect_err(|_| way.back(None))
     }
 
     /// A new HWPT for `needs`; with `automatic`, a use of it is counted.

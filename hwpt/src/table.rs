@@ -61,6 +61,14 @@ impl Table {
         self.beside.write().push(Arc::downgrade(hwpt));
     }
 
+    /// Clears leaves and tells nobody: what a missing flush would leave behind.
+    #[cfg(test)]
+    pub(crate) fn unmap_quietly(&self, range: IovaRange) {
+        match &self.tree {
+            Tree::Radix(radix) => radix.unmap(range),
+        }
+    }
+
     /// `hwpt` hears of nothing more.
     pub(crate) fn leave(&self, hwpt: &Arc<Hwpt>) {
         self.beside.write().retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(hwpt)));
