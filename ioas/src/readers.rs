@@ -149,7 +149,8 @@ impl Reader {
     /// Enters. Until the guard is dropped, no frame that a walk finds is released.
     #[inline]
     pub fn enter(&mut self) -> ReadGuard<'_> {
-        self.slot.swap(self.set.epoch.load(Ordering::Relaxed), Ordering::SeqCst);
+        // Acquire: who enters with the epoch of a wait sees all that the waiter had done before it.
+        self.slot.swap(self.set.epoch.load(Ordering::Acquire), Ordering::SeqCst);
         ReadGuard { slot: &self.slot }
     }
 
