@@ -38,13 +38,13 @@ pub struct ProcessCaller<'a> {
 
 impl<'a> ProcessCaller<'a> {
     pub(super) fn new(clients: &'a Clients, tid: u32, uid: Uid, transport: &'a dyn TransportCall) -> Self {
-        // A thread number is positive; 0 is nobody we can see, and every look at it fails.
-        let tid = i32::try_from(tid).unwrap_or(0);
+        // 0 is a caller whom we cannot see, and to many system calls it is ourselves; they all refuse -1.
+        let tid = i32::try_from(tid).ok().filter(|tid| *tid > 0).unwrap_or(-1);
         Self { clients, tid, uid, transport, process: OnceLock::new() }
     }
 
     fn process(&self) -> Result<&Arc<Process>, MemoryError> {
-        let find = || if self.tid == 0 { Err(MemoryError::Denied) } else { self.clients.process(self.tid) };
+        let find = || if self.tid < 0 { Err(MemoryError::Denied) } else { self.clients.process(self.tid) };
         self.process.get_or_init(find).as_ref().map_err(|error| *error)
     }
 

@@ -21,7 +21,8 @@ pub(crate) fn describe(fd: OwnedFd, stat: sys::FileStat) -> io::Result<ClientFil
     Ok(ClientFile { id, kind, fd, writable, size: stat.size })
 }
 
-fn kind(fd: impl AsFd, mode: u32) -> io::Result<FileKind> {
+/// What kind of file a descriptor stands for; one that was opened with O_PATH will do.
+pub(super) fn kind(fd: impl AsFd, mode: u32) -> io::Result<FileKind> {
     if mode & libc::S_IFMT != libc::S_IFREG {
         return Ok(FileKind::Unpinnable);
     }

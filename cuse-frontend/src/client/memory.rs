@@ -11,8 +11,8 @@
 //!
 //! A shared mapping's file is opened through `/proc/PID/map_files`. A private mapping's file opens there just as
 //! well, but holds other data than the client sees, and a store would modify the file: only a mapping with the shared
-//! flag is ever opened. What is opened must be a regular file, found out before a real open, because opening a device
-//! node has effects; and never one of our own mount, whose memory is found through the open file instead.
+//! flag is ever opened. What is opened must be a regular file whose pages can be held, found out before a real open,
+//! because opening a device node has effects; and never one of our own mount, whose memory is found through the open file instead.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Seek};
@@ -21,7 +21,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use ioas::caller::{ClientFile, FileId, MemoryError, MemoryMap, MmId, Vma};
+use ioas::caller::{ClientFile, FileId, FileKind, MemoryError, MemoryMap, MmId, Vma};
 use ioas::{UserAddr, UserRange};
 use parking_lot::Mutex;
 
@@ -111,18 +111,19 @@ impl ProcessMemory {
         file::device_region(&open_file, writable).ok().flatten()
     }
 
-    /// Opens the file behind a mapping that has just been looked at, with the rights that the mapping has.
-    fn open_mapped(&self, raw: &sys::ProcmapQuery) -> io::Result<ClientFile> {
+    /// Opens the file behind a mapping that has just been looked at, with the rights that the mapping has. `None` when
+    /// its pages cannot be held.
+    fn open_mapped(&self, raw: &sys::ProcmapQuery) -> io::Result<Option<ClientFile>> {
         let link = format!("/proc/{}/map_files/{:x}-{:x}", self.tgid, raw.vma_start, raw.vma_end);
         let seen = File::options().read(true).custom_flags(libc::O_PATH).open(link)?;
         let stat = sys::stat(&seen)?;
-        if stat.mode & libc::S_IFMT != libc::S_IFREG || stat.inode != raw.inode {
-            return Err(io::Error::from_raw_os_error(libc::EACCES));
+        if file::kind(&seen, stat.mode)? == FileKind::Unpinnable || stat.inode != raw.inode {
+            return Ok(None);
         }
         let writable = raw.vma_flags & sys::VMA_WRITABLE != 0;
         let reopened = format!("/proc/self/fd/{}", seen.as_raw_fd());
         let opened = File::options().read(true).write(writable).open(reopened)?;
-        file::describe(opened.into(), stat)
+        file::describe(opened.into(), stat).map(Some)
     }
 }
 
@@ -179,10 +180,11 @@ impl MemoryMap for ProcessMemory {
         if Some(device(&raw)) == self.own.device() {
             return self.region_of(raw.inode, vma.writable).ok_or(MemoryError::Denied);
         }
-        self.open_mapped(&raw).map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOENT) => changed,
-            _ => memory_error(error),
-        })
+        match self.open_mapped(&raw) {
+            Ok(file) => file.ok_or(changed),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Err(changed),
+            Err(error) => Err(memory_error(error)),
+        }
     }
 
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
