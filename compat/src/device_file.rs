@@ -155,6 +155,9 @@ impl DeviceFile {
     /// The file behind all mappable regions, whose offsets are this file's. `None` when no region can be mapped.
     #[must_use]
     pub fn backing(&self) -> Option<BorrowedFd<'_>> {
+        if !self.device.regions_mappable() {
+            return None;
+        }
         let bars = (0..Region::Rom as u32).filter_map(Region::from_index);
         bars.filter_map(|bar| {
             let place = u64::from(bar as u32) << REGION_SHIFT;

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use hwpt::{DeviceProperties, FaultSink};
 use ioas::PageStore;
@@ -50,6 +50,8 @@ pub struct VfioOptions {
 pub(crate) struct Options {
     pub(crate) store: Arc<PageStore>,
     pub(crate) dma_entry_limit: AtomicU32,
+    /// Clients can mmap device files.
+    regions_mappable: AtomicBool,
     pub(crate) dirty: DirtyMode,
     faults: Arc<dyn FaultSink>,
 }
@@ -93,7 +95,13 @@ impl Vfio {
     pub fn new(options: VfioOptions) -> Arc<Self> {
         let VfioOptions { store, dma_entry_limit, dirty, faults } = options;
         Arc::new(Self {
-            options: Options { store, dma_entry_limit: AtomicU32::new(dma_entry_limit), dirty, faults },
+            options: Options {
+                store,
+                dma_entry_limit: AtomicU32::new(dma_entry_limit),
+                regions_mappable: AtomicBool::new(true),
+                dirty,
+                faults,
+            },
             watcher: Arc::default(),
             changes: Mutex::default(),
             groups: RwLock::default(),
@@ -113,6 +121,16 @@ impl Vfio {
     /// Sets the limit for containers that get their IOMMU from now on.
     pub fn set_dma_entry_limit(&self, limit: u32) {
         self.options.dma_entry_limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// Whether a region of a device may be offered for mmap.
+    pub(crate) fn regions_mappable(&self) -> bool {
+        self.options.regions_mappable.load(Ordering::Relaxed)
+    }
+
+    /// Says whether clients can mmap device files at all: a transport may be unable to. True until it says otherwise.
+    pub fn set_regions_mappable(&self, yes: bool) {
+        self.options.regions_mappable.store(yes, Ordering::Relaxed);
     }
 
     /// Adds a device, and its group if it is the first of it. A group that is in use takes it into its address space.

@@ -62,6 +62,11 @@ pub struct DeviceSnapshot {
 }
 
 impl VfioDevice {
+    /// Whether clients can mmap device files at all.
+    pub(crate) fn regions_mappable(&self) -> bool {
+        self.vfio.upgrade().is_some_and(|vfio| vfio.regions_mappable())
+    }
+
     pub(crate) fn new(vfio: &Arc<Vfio>, spec: DeviceSpec) -> Arc<Self> {
         let DeviceSpec { bdf, group, noiommu: _, properties, model } = spec;
         Arc::new(Self {
