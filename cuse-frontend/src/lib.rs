@@ -7,16 +7,25 @@
 #![deny(unsafe_code)]
 
 pub mod client;
+mod crew;
 mod error;
+mod facade;
 pub mod files;
+mod fuse;
 mod inprocess;
 mod iommufd;
+pub mod launch;
 mod ops;
+mod process;
 mod server;
+mod session;
+mod socket;
 mod status;
 #[allow(unsafe_code)]
 mod sys;
+mod tree;
 pub mod uapi;
+mod wire;
 
 pub use inprocess::InProcess;
 pub use server::{DeviceEntry, DeviceSpec, Node, Server, ServerOptions};

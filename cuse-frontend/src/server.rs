@@ -201,6 +201,11 @@ impl Server {
         self.opens.lock().iter().filter_map(Weak::upgrade).collect()
     }
 
+    /// Says whether clients can mmap device files: a transport may be unable to let them.
+    pub(crate) fn set_mappable(&self, yes: bool) {
+        self.vfio.set_regions_mappable(yes);
+    }
+
     /// The list of recent failures.
     #[must_use]
     pub fn failures(&self) -> &Failures {

@@ -28,12 +28,12 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 
+use crate::facade::DIRECTORIES;
+
 /// Where the machine's own directories can be reached that ours are mounted on.
 pub(crate) const MACHINE: &str = "/dev/.machine";
 /// The name in the tree that `/dev/iommu` links to.
 const IOMMU: &str = "vfio/.iommu";
-/// The directories of the facade, below `/sys` and below `.sys` in the tree.
-const FACADE: [&str; 3] = ["bus/pci/devices", "kernel/iommu_groups", "module"];
 
 /// A step that failed, and the path it was about.
 #[derive(Debug, thiserror::Error)]
@@ -55,11 +55,15 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
 }
 
 /// Puts the calling process into a mount namespace of its own where `/dev/iommu`, `/dev/vfio` and the facade are
-/// those of the FUSE connection `device`, whose session must be running. Returns the root of the mount.
+/// those of the FUSE connection `device`. Once it is mounted, `serve` is called and returns when its session runs; the
+/// steps after that ask it. Returns the root of the mount.
 ///
 /// # Errors
 /// The step that failed. The process should end then; outside nothing has changed.
-pub(super) fn enter(device: BorrowedFd<'_>) -> Result<OwnedFd, NamespaceError> {
+pub(super) fn enter(
+    device: BorrowedFd<'_>,
+    serve: impl FnOnce() -> io::Result<()>,
+) -> Result<OwnedFd, NamespaceError> {
     unshare(CloneFlags::CLONE_NEWNS).step("cannot make a mount namespace for", "/")?;
     // Mounts that the machine makes later still arrive; ours do not leave.
     let none = None::<&str>;
@@ -68,8 +72,9 @@ pub(super) fn enter(device: BorrowedFd<'_>) -> Result<OwnedFd, NamespaceError> {
     let nodes = Path::new("/dev/vfio");
     fs::create_dir(nodes).step("cannot make", nodes)?;
     mount_fuse(device, nodes)?;
+    serve().step("nobody serves", nodes)?;
     symlink(IOMMU, "/dev/iommu").step("cannot link", "/dev/iommu")?;
-    for directory in FACADE {
+    for directory in DIRECTORIES {
         show_facade(directory)?;
     }
     open(nodes, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).step("cannot open", nodes)

@@ -3,11 +3,14 @@
 //! ```text
 //! launcher                                    child
 //! fork ------------------------------------->  waits
-//! makes the server, begins the session
-//! "go" ------------------------------------->  enters the namespace: mounts, binds (which the session answers)
-//!                                              installs the seccomp filter
+//! makes the server
+//! "go" ------------------------------------->  enters the namespace: mounts
+//!      <------------------------------ mounted
+//! begins the session
+//! "go" ------------------------------------->  binds (which the session answers), installs the seccomp filter
 //!      <--------------- listener, root of mount
-//! starts the supervisor                        executes COMMAND
+//! starts the supervisor
+//! "go" ------------------------------------->  executes COMMAND
 //! forwards signals, waits for COMMAND
 //! ```
 //!
@@ -31,6 +34,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, execvp, read, write};
 
 use super::{LaunchError, filter, fuse_device, namespace, supervisor};
+use crate::facade::View;
 use crate::fuse::Fuse;
 use crate::server::Server;
 use crate::sys::launch as sys;
@@ -49,6 +53,8 @@ const SI_KERNEL: i32 = 0x80;
 /// Exit statuses of a shell for a command that cannot be executed, and for one that is not there.
 const CANNOT_EXECUTE: i32 = 126;
 const NOT_FOUND: i32 = 127;
+/// What the child says when the FUSE connection can be served.
+const MOUNTED: &str = "mounted";
 /// The longest sentence that a child sends about its failure, in bytes.
 const SENTENCE: usize = 1024;
 
@@ -105,7 +111,15 @@ fn parent<E: std::fmt::Display>(
     make_server: impl FnOnce() -> Result<Arc<Server>, E>,
 ) -> Result<Arc<Fuse>, LaunchError> {
     let server = make_server().map_err(|error| LaunchError::Server(error.to_string()))?;
-    let fuse = Fuse::start(device, server).map_err(|error| LaunchError::System("the FUSE session", error))?;
+    write(socket, b"go").map_err(system("the launcher's socket"))?;
+    match receive(socket)? {
+        (sentence, _) if sentence == MOUNTED => {}
+        (sentence, _) if sentence.is_empty() => return Err(early_end()),
+        (sentence, _) => return Err(LaunchError::Child(sentence)),
+    }
+    let view = View::Private(namespace::MACHINE);
+    let fuse = Fuse::start(device, server, view).map_err(|error| LaunchError::System("the FUSE session", error))?;
+    fuse.show_status().map_err(|error| LaunchError::System("the status socket", error))?;
     write(socket, b"go").map_err(system("the launcher's socket"))?;
     let (sentence, mut files) = receive(socket)?;
     match (files.len(), sentence.is_empty()) {
@@ -119,10 +133,14 @@ fn parent<E: std::fmt::Display>(
             fuse.mounted_at(files.remove(0)).map_err(|error| LaunchError::System("the mount", error))?;
         }
         (_, false) => return Err(LaunchError::Child(sentence)),
-        (_, true) => return Err(LaunchError::Child("the child ended before it could start the command".into())),
+        (_, true) => return Err(early_end()),
     }
     write(socket, b"go").map_err(system("the launcher's socket"))?;
     Ok(fuse)
+}
+
+fn early_end() -> LaunchError {
+    LaunchError::Child("the child ended before it could start the command".into())
 }
 
 /// A sentence and descriptors from the child; neither when it has ended.
@@ -162,7 +180,11 @@ fn child(device: &OwnedFd, socket: &OwnedFd, mask: &SigSet, command: &[CString])
     if !told_to_go(socket) {
         return CANNOT_EXECUTE;
     }
-    let root = match namespace::enter(device.as_fd()) {
+    let serve = || {
+        send(socket, MOUNTED, &[])?;
+        if told_to_go(socket) { Ok(()) } else { Err(std::io::ErrorKind::BrokenPipe.into()) }
+    };
+    let root = match namespace::enter(device.as_fd(), serve) {
         Ok(root) => root,
         Err(error) => {
             // Without the launcher there is nobody to tell.
@@ -181,6 +203,8 @@ fn child(device: &OwnedFd, socket: &OwnedFd, mask: &SigSet, command: &[CString])
         eprintln!("uiommufd: cannot restore the signal mask: {errno}");
         return CANNOT_EXECUTE;
     }
+    // Rust's runtime ignores it, and what is ignored stays so over exec.
+    sys::default_action(Signal::SIGPIPE);
     let Some(program) = command.first() else { return NOT_FOUND };
     let Err(errno) = execvp(program, command);
     eprintln!("uiommufd: cannot run {}: {}", program.to_string_lossy(), errno.desc());

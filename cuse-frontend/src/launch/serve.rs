@@ -25,6 +25,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, setsid};
 
 use super::{LaunchError, fuse_device, namespace};
+use crate::facade::View;
 use crate::fuse::Fuse;
 use crate::server::Server;
 use crate::sys::launch as sys;
@@ -148,7 +149,8 @@ fn serve_at<E: std::fmt::Display>(
     let number = mounts_at(&place.nodes).unwrap_or_default();
     watcher.write_all(number.as_bytes()).map_err(io("the watcher"))?;
     symlink(IOMMU, &place.iommu).map_err(io("cannot make the link of /dev/iommu"))?;
-    let fuse = Fuse::start(device, server).map_err(io("the FUSE session"))?;
+    let fuse = Fuse::start(device, server, View::Public).map_err(io("the FUSE session"))?;
+    fuse.show_status().map_err(io("the status socket"))?;
     let root = open(&place.nodes, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
     fuse.mounted_at(root.map_err(system("cannot open the mount"))?).map_err(io("the mount"))?;
     ready();

@@ -61,7 +61,8 @@ fn serve_apart(listener: &Arc<OwnedFd>, fuse: &Arc<Fuse>, notification: Notifica
 fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
     // The kernel takes both from the lower half of the register.
     let (fd, cmd) = (notification.args[0] as u32 as i32, notification.args[1] as u32);
-    let client = fuse.client(notification.tid);
+    let call = fuse.foreign_call(notification.tid);
+    let client = fuse.client(&call);
     let file = client.own_file(fd);
     if !still_waits(listener.as_fd(), notification.id) {
         return;

@@ -5,6 +5,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::unistd::ForkResult;
 
+/// Gives a signal its default action in this process.
+pub(crate) fn default_action(signal: nix::sys::signal::Signal) {
+    // SAFETY: the default action runs no code of ours.
+    let _ = unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) };
+}
+
 /// A system call that the filter has notified.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Notification {

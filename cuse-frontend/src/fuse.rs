@@ -1,0 +1,188 @@
+//! A server behind one FUSE mount: the session, the tree, and who its clients are.
+//!
+//! Here the transport meets what it transports. The session brings a call of an open file with the caller's thread id;
+//! this file makes a [`ProcessCaller`] of that and hands both to the op tables. A seccomp supervisor
+//! ([`crate::launch`]) makes calls of the same files by [`Fuse::client`], and has new files opened in the same tree by
+//! [`Fuse::open_descriptor`].
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use ioas::caller::{FdError, Uid};
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+
+use crate::client::{Clients, OwnFiles, ProcessCaller, TransportCall};
+use crate::facade::{Facade, View};
+use crate::files::{Errno, IoctlReply, NodeKind, OpenFile};
+use crate::process;
+use crate::server::Server;
+use crate::session::{Caller, Exports, Files, Session};
+use crate::tree::Tree;
+
+/// A running server of one mount.
+pub(crate) struct Fuse {
+    nodes: Arc<Nodes>,
+    tree: Arc<Tree<OpenFile>>,
+    session: Session<Nodes>,
+    /// A path descriptor of the mount's root; set once it is mounted.
+    root: OnceLock<OwnedFd>,
+}
+
+impl Fuse {
+    /// Begins to serve a `/dev/fuse` descriptor that has been mounted.
+    ///
+    /// # Errors
+    /// When threads cannot be made.
+    pub(crate) fn start(device: OwnedFd, server: Arc<Server>, view: View) -> std::io::Result<Arc<Self>> {
+        let files = Files::new();
+        let clients = Clients::new(Arc::clone(&files) as Arc<dyn OwnFiles>);
+        let facade = Facade::new(&server, view);
+        let tree = Arc::new(Tree::new(move || facade.layout()));
+        let nodes = Arc::new(Nodes { server, clients, files: Arc::clone(&files) });
+        let session = Session::start(device, Arc::clone(&nodes), Arc::clone(&tree), files)?;
+        Ok(Arc::new(Self { nodes, tree, session, root: OnceLock::new() }))
+    }
+
+    /// Tells how to reach the mount: by a path descriptor of its root.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub(crate) fn mounted_at(&self, root: OwnedFd) -> std::io::Result<()> {
+        self.session.mounted_at(&root)?;
+        let _ = self.root.set(root);
+        Ok(())
+    }
+
+    /// Answers `uiommufd status` from now on.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub(crate) fn show_status(&self) -> std::io::Result<()> {
+        let nodes = Arc::clone(&self.nodes);
+        crate::socket::serve(move || {
+            nodes.files.settle();
+            let mut status = nodes.server.status();
+            status["transport"] = "fuse".into();
+            status
+        })
+    }
+
+    /// A call that a thread makes otherwise than by FUSE.
+    pub(crate) fn foreign_call(&self, tid: u32) -> ForeignCall<'_> {
+        ForeignCall { nodes: &self.nodes, tid }
+    }
+
+    /// The caller of such a call.
+    pub(crate) fn client<'a>(&'a self, call: &'a ForeignCall<'a>) -> ProcessCaller<'a> {
+        // Nobody is root by having gone.
+        let uid = process::uid(call.tid).unwrap_or(u32::MAX);
+        self.nodes.clients.caller(call.tid, Uid(uid), call)
+    }
+
+    /// Opens a file that an ioctl has returned in our own tree. To be called on a thread that no request waits for.
+    ///
+    /// # Errors
+    /// When the mount cannot be reached or has gone. The file is closed.
+    pub(crate) fn open_descriptor(&self, file: Arc<OpenFile>) -> std::io::Result<OwnedFd> {
+        let root = self.root.get().ok_or(std::io::ErrorKind::NotConnected)?;
+        let name = self.tree.offer(file)?;
+        let opened = openat(root, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
+        self.tree.withdraw(&name);
+        Ok(opened?)
+    }
+
+    /// Waits until the mount has gone and every open file is closed, at most `limit`. True when that is so.
+    pub(crate) fn wait(&self, limit: Option<Duration>) -> bool {
+        self.session.wait(limit)
+    }
+}
+
+/// What the session serves: the nodes of one server.
+struct Nodes {
+    server: Arc<Server>,
+    clients: Clients,
+    files: Arc<Files<OpenFile>>,
+}
+
+impl OwnFiles for Files<OpenFile> {
+    fn device(&self) -> Option<u64> {
+        Self::device(self).map(|(major, minor)| u64::from(major) << 32 | u64::from(minor))
+    }
+
+    fn open_file(&self, inode: u64) -> Option<Arc<OpenFile>> {
+        self.of_inode(inode).ok()
+    }
+}
+
+impl TransportCall for Caller<'_, Nodes> {
+    fn own_file(&self, fd: i32) -> Result<Option<Arc<OpenFile>>, FdError> {
+        Self::own_file(self, fd)
+    }
+
+    fn killed(&self) -> bool {
+        Self::killed(self)
+    }
+}
+
+/// A call that has come by seccomp: nobody tells of signals, so the caller is looked at.
+pub(crate) struct ForeignCall<'a> {
+    nodes: &'a Nodes,
+    tid: u32,
+}
+
+impl TransportCall for ForeignCall<'_> {
+    fn own_file(&self, fd: i32) -> Result<Option<Arc<OpenFile>>, FdError> {
+        self.nodes.files.of_descriptor(self.tid, fd)
+    }
+
+    fn killed(&self) -> bool {
+        process::kill_pending(self.tid)
+    }
+}
+
+impl Nodes {
+    fn client<'a>(&'a self, caller: &'a Caller<'a, Self>) -> ProcessCaller<'a> {
+        self.clients.caller(caller.tid(), Uid(caller.uid()), caller)
+    }
+}
+
+impl Exports for Nodes {
+    type File = OpenFile;
+
+    fn open(&self, kind: NodeKind, caller: &Caller<'_, Self>) -> Result<Arc<OpenFile>, Errno> {
+        self.server.open(kind, &self.client(caller))
+    }
+
+    fn ioctl(&self, file: &OpenFile, caller: &Caller<'_, Self>, cmd: u32, arg: u64) -> Result<i32, Errno> {
+        match file.ioctl(&self.client(caller), cmd, arg)? {
+            IoctlReply::Value(value) => Ok(value),
+            // Dropping the file undoes the call.
+            IoctlReply::NewFile { .. } => {
+                tracing::warn!(cmd, tid = caller.tid(), "only `uiommufd run` can give a client a new descriptor");
+                Err(Errno(libc::ENOTTY))
+            }
+        }
+    }
+
+    fn read(&self, file: &OpenFile, caller: &Caller<'_, Self>, at: u64, data: &mut [u8]) -> Result<usize, Errno> {
+        file.read(&self.client(caller), at, data)
+    }
+
+    fn write(&self, file: &OpenFile, caller: &Caller<'_, Self>, at: u64, data: &[u8]) -> Result<usize, Errno> {
+        file.write(&self.client(caller), at, data)
+    }
+
+    fn poll(&self, file: &OpenFile) -> u32 {
+        file.poll()
+    }
+
+    fn mapping<'a>(&self, file: &'a OpenFile) -> Option<BorrowedFd<'a>> {
+        file.mapping()
+    }
+
+    fn mappable(&self, yes: bool) {
+        self.server.set_mappable(yes);
+    }
+}

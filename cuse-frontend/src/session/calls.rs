@@ -1,0 +1,222 @@
+//! Calls: the requests that have been read and not answered, and when a killed caller lets go of one.
+//!
+//! A request is answered exactly once. Who answers first wins: the worker that does it, through a [`Reply`] that
+//! answers EIO if it is dropped without a word, or the watcher below, which answers EINTR.
+//!
+//! A caller waits in the kernel and, once we have read its request, cannot even be killed. FUSE tells us of a signal
+//! by INTERRUPT: once, and for any signal. Linux's iommufd and VFIO do not give up for a harmless signal, so neither
+//! do we: only when SIGKILL is pending on the caller is it let go. That is looked at when INTERRUPT comes and every
+//! [`LOOK_AGAIN`] after, since the kill may come later and without a word. Then the watcher answers EINTR in the
+//! worker's place and marks the call, which [`Call::killed`] shows to whoever waits on its behalf; the work is
+//! finished (or given up) behind it. So a caller whose memory blocks for ever, and whose memory is only let go when
+//! the caller ends, ends.
+//!
+//! Requests of one client that are being worked on at the same time are bounded ([`PER_CLIENT`]), so that a client
+//! with thousands of blocked threads does not make thousands of ours. Those over the bound wait in a queue and are
+//! done by the worker that finishes another of the same client. As nobody can be over the bound while few requests
+//! are under way, the caller's process is looked up only then.
+//!
+//! Lock order: `live` and `watched` are leaves; neither is held while another is taken or an answer is written.
+
+use std::collections::HashMap;
+use std::io::IoSlice;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::channel::Channel;
+use crate::files::Errno;
+use crate::process;
+use crate::wire::InHeader;
+
+/// How often the callers of interrupted requests are looked at.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// Requests of one client (process) that are worked on at the same time.
+pub(crate) const PER_CLIENT: usize = 16;
+
+/// One request: who asks, and whether the answer has been given.
+#[derive(Debug)]
+pub(crate) struct Call {
+    /// The request's name in the protocol.
+    pub(crate) unique: u64,
+    /// The caller's thread id; 0 when the kernel asks on its own account.
+    pub(crate) tid: u32,
+    /// The caller's user id.
+    pub(crate) uid: u32,
+    answered: AtomicBool,
+    killed: AtomicBool,
+    /// A worker has it, as against the queue of those over the bound.
+    worked_on: AtomicBool,
+    /// The caller's process; looked up when needed.
+    tgid: OnceLock<u32>,
+}
+
+impl Call {
+    pub(crate) fn new(header: &InHeader) -> Arc<Self> {
+        Arc::new(Self {
+            unique: header.unique,
+            tid: header.pid,
+            uid: header.uid,
+            answered: AtomicBool::new(false),
+            killed: AtomicBool::new(false),
+            worked_on: AtomicBool::new(false),
+            tgid: OnceLock::new(),
+        })
+    }
+
+    /// True once the caller has been killed: nobody waits for the answer any more.
+    pub(crate) fn killed(&self) -> bool {
+        self.killed.load(Ordering::Acquire)
+    }
+
+    /// The caller's process id, or its thread id when it has gone.
+    pub(crate) fn tgid(&self) -> u32 {
+        *self.tgid.get_or_init(|| process::tgid(self.tid).unwrap_or(self.tid))
+    }
+
+    /// True for the one who may answer.
+    fn claim(&self) -> bool {
+        !self.answered.swap(true, Ordering::AcqRel)
+    }
+}
+
+/// The obligation to answer one call.
+pub(crate) struct Reply<'a> {
+    calls: &'a Calls,
+    call: Arc<Call>,
+    done: bool,
+}
+
+impl Reply<'_> {
+    /// Answers with `parts` one after the other. False when nobody waits any more: then what the answer handed over
+    /// is still ours.
+    pub(crate) fn ok(mut self, parts: &[&[u8]]) -> bool {
+        self.finish(0, parts)
+    }
+
+    /// Answers with an errno.
+    pub(crate) fn error(mut self, error: Errno) {
+        self.finish(error.0, &[]);
+    }
+
+    /// Who asked.
+    pub(crate) fn call(&self) -> &Arc<Call> {
+        &self.call
+    }
+
+    fn finish(&mut self, errno: i32, parts: &[&[u8]]) -> bool {
+        self.done = true;
+        self.calls.live.lock().remove(&self.call.unique);
+        self.call.claim() && self.calls.channel.answer(self.call.unique, errno, parts)
+    }
+}
+
+impl Drop for Reply<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            tracing::warn!(unique = self.call.unique, "a request was forgotten; it is answered EIO");
+            self.finish(libc::EIO, &[]);
+        }
+    }
+}
+
+/// All calls of one session.
+pub(crate) struct Calls {
+    channel: Arc<Channel>,
+    live: Mutex<HashMap<u64, Arc<Call>>>,
+    watched: Mutex<Watched>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct Watched {
+    calls: Vec<Arc<Call>>,
+    ended: bool,
+}
+
+impl Calls {
+    pub(crate) fn new(channel: Arc<Channel>) -> Arc<Self> {
+        Arc::new(Self { channel, live: Mutex::default(), watched: Mutex::default(), wake: Condvar::new() })
+    }
+
+    /// Notes a request that has just been read.
+    pub(crate) fn begin(&self, call: &Arc<Call>) {
+        self.live.lock().insert(call.unique, Arc::clone(call));
+    }
+
+    /// The obligation to answer a request that was noted.
+    pub(crate) fn reply(&self, call: Arc<Call>) -> Reply<'_> {
+        Reply { calls: self, call, done: false }
+    }
+
+    /// INTERRUPT has come for a request. One that is not live any more has been answered.
+    pub(crate) fn interrupt(&self, unique: u64) {
+        let Some(call) = self.live.lock().get(&unique).cloned() else { return };
+        self.watched.lock().calls.push(call);
+        self.wake.notify_one();
+    }
+
+    /// Lets a worker have the call, unless the client has as many under way as it may have: false.
+    pub(crate) fn admit(&self, call: &Call, crowded: bool) -> bool {
+        if crowded {
+            let others: Vec<_> = self.live.lock().values().cloned().collect();
+            let under_way = others.iter().filter(|other| other.worked_on.load(Ordering::Relaxed));
+            let client = call.tgid();
+            if under_way.filter(|other| other.tgid() == client).count() >= PER_CLIENT {
+                return false;
+            }
+        }
+        call.worked_on.store(true, Ordering::Relaxed);
+        true
+    }
+
+    /// The watcher's thread: answers EINTR for callers that have been killed.
+    pub(crate) fn watch(&self) {
+        loop {
+            let mut watched = self.watched.lock();
+            while watched.calls.is_empty() && !watched.ended {
+                self.wake.wait(&mut watched);
+            }
+            if watched.ended {
+                return;
+            }
+            let calls = std::mem::take(&mut watched.calls);
+            drop(watched);
+            let waiting: Vec<_> = calls.into_iter().filter(|call| !self.look_after(call)).collect();
+            let mut watched = self.watched.lock();
+            watched.calls.extend(waiting);
+            if !watched.calls.is_empty() && !watched.ended {
+                self.wake.wait_for(&mut watched, LOOK_AGAIN);
+            }
+        }
+    }
+
+    /// Ends the watcher.
+    pub(crate) fn end(&self) {
+        self.watched.lock().ended = true;
+        self.wake.notify_all();
+    }
+
+    /// True when the call needs no more looking after.
+    fn look_after(&self, call: &Arc<Call>) -> bool {
+        if call.answered.load(Ordering::Acquire) {
+            return true;
+        }
+        if !process::kill_pending(call.tid) {
+            return false;
+        }
+        call.killed.store(true, Ordering::Release);
+        if call.claim() {
+            tracing::debug!(tid = call.tid, unique = call.unique, "the caller has been killed: EINTR");
+            self.channel.answer(call.unique, libc::EINTR, &[]);
+        }
+        true
+    }
+}
+
+/// The bytes of `parts`, for one writev.
+pub(crate) fn slices<'a>(head: &'a [u8], parts: &[&'a [u8]]) -> Vec<IoSlice<'a>> {
+    std::iter::once(head).chain(parts.iter().copied()).map(IoSlice::new).collect()
+}

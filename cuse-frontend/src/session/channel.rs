@@ -1,0 +1,59 @@
+//! The channel: `/dev/fuse` as a place that requests are read from and answers are written to.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+use zerocopy::IntoBytes;
+
+use super::calls::slices;
+use crate::wire::OutHeader;
+
+/// A connection to the kernel.
+pub(crate) struct Channel {
+    device: OwnedFd,
+    ended: AtomicBool,
+}
+
+impl Channel {
+    pub(crate) fn new(device: OwnedFd) -> Self {
+        Self { device, ended: AtomicBool::new(false) }
+    }
+
+    /// The descriptor, for the ioctls of the connection.
+    pub(crate) fn device(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
+
+    /// Waits for a request and reads it. Returns its length, or `None` once the mount has gone.
+    pub(crate) fn receive(&self, buffer: &mut [u8]) -> Option<usize> {
+        while !self.ended.load(Ordering::Relaxed) {
+            match nix::unistd::read(&self.device, buffer) {
+                Ok(0) | Err(Errno::ENODEV | Errno::ECONNABORTED) => break,
+                Ok(length) => return Some(length),
+                // ENOENT: the caller was killed before the request was read.
+                Err(Errno::ENOENT | Errno::EINTR | Errno::EAGAIN) => {}
+                Err(error) => {
+                    tracing::error!(%error, "the connection to the kernel has failed");
+                    break;
+                }
+            }
+        }
+        self.ended.store(true, Ordering::Relaxed);
+        None
+    }
+
+    /// Answers a request: errno 0 and bytes, or an errno. False when the kernel does not want the answer any more.
+    pub(crate) fn answer(&self, unique: u64, errno: i32, parts: &[&[u8]]) -> bool {
+        let length = size_of::<OutHeader>() + parts.iter().map(|part| part.len()).sum::<usize>();
+        let header = OutHeader { len: u32::try_from(length).unwrap_or(u32::MAX), error: -errno, unique };
+        match nix::sys::uio::writev(&self.device, &slices(header.as_bytes(), parts)) {
+            Ok(_) => true,
+            Err(Errno::ENOENT | Errno::ENODEV | Errno::ECONNABORTED) => false,
+            Err(error) => {
+                tracing::warn!(%error, unique, errno, length, "an answer was refused by the kernel");
+                false
+            }
+        }
+    }
+}

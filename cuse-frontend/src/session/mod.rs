@@ -1,0 +1,322 @@
+//! The session: one connection to the kernel, from INIT until the mount has gone.
+//!
+//! It takes requests off a [`channel`], lets a [`Crew`] of threads work on them, keeps the [`calls`] that wait for an
+//! answer and the [`opens`] that the kernel holds, and turns each request into one call of what it serves
+//! ([`Exports`]) or of the [`Tree`] of names. What it serves never hears of node ids, handles or flags: it opens nodes
+//! by kind and answers calls of open files, and could as well be served by CUSE or by seccomp notification alone.
+//!
+//! Three rules of the transport are kept here:
+//! - no handler makes a request of our own mount, and no answer to an OPEN lets one arise (NOFLUSH);
+//! - a request that blocks holds up nobody else ([`crate::crew`]), a killed caller is let go ([`calls`]);
+//! - what the client closed is gone before the client's next OPEN is answered ([`opens`]).
+//!
+//! An mmap of a device file maps the file's backing memfd (PASSTHROUGH), while reads, writes and ioctls come here. It
+//! takes kernel 6.9 and privilege; [`Exports::mappable`] is told whether it works.
+
+mod calls;
+mod channel;
+mod operations;
+mod opens;
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use ioas::caller::FdError;
+use parking_lot::Mutex;
+
+use self::calls::{Call, Calls};
+use self::channel::Channel;
+use self::opens::{Opened, Opens, Releasing};
+use crate::crew::{Crew, Source};
+use crate::files::{Errno, NodeKind};
+use crate::sys;
+use crate::tree::Tree;
+use crate::wire::{self, InHeader, opcode};
+
+/// Bytes of one WRITE at most.
+const MAX_WRITE: usize = 128 << 10;
+/// Requests under way above which the clients' numbers of them are looked at.
+const CROWDED: usize = 8;
+
+/// What a session serves.
+pub(crate) trait Exports: Send + Sync + Sized + 'static {
+    /// An open file. Dropping it closes it.
+    type File: Send + Sync + 'static;
+
+    /// Opens a node.
+    fn open(&self, kind: NodeKind, caller: &Caller<'_, Self>) -> Result<Arc<Self::File>, Errno>;
+
+    /// Answers an ioctl: the number it returns.
+    fn ioctl(&self, file: &Self::File, caller: &Caller<'_, Self>, cmd: u32, arg: u64) -> Result<i32, Errno>;
+
+    /// Reads at an offset: how many bytes.
+    fn read(&self, file: &Self::File, caller: &Caller<'_, Self>, at: u64, data: &mut [u8]) -> Result<usize, Errno>;
+
+    /// Writes at an offset: how many bytes.
+    fn write(&self, file: &Self::File, caller: &Caller<'_, Self>, at: u64, data: &[u8]) -> Result<usize, Errno>;
+
+    /// The poll(2) events that hold now.
+    fn poll(&self, file: &Self::File) -> u32;
+
+    /// The file that an mmap maps.
+    fn mapping<'a>(&self, file: &'a Self::File) -> Option<BorrowedFd<'a>>;
+
+    /// Told once, before the first OPEN: whether clients can mmap.
+    fn mappable(&self, yes: bool);
+}
+
+/// Who makes a call, as far as the session knows.
+pub(crate) struct Caller<'a, E: Exports> {
+    call: &'a Call,
+    files: &'a Files<E::File>,
+}
+
+impl<E: Exports> Caller<'_, E> {
+    /// The caller's thread id.
+    pub(crate) fn tid(&self) -> u32 {
+        self.call.tid
+    }
+
+    /// The caller's user id.
+    pub(crate) fn uid(&self) -> u32 {
+        self.call.uid
+    }
+
+    /// True once the caller has been killed.
+    pub(crate) fn killed(&self) -> bool {
+        self.call.killed()
+    }
+
+    /// The open file that the caller's descriptor `fd` stands for; see [`Files::of_descriptor`].
+    pub(crate) fn own_file(&self, fd: i32) -> Result<Option<Arc<E::File>>, FdError> {
+        self.files.of_descriptor(self.call.tid, fd)
+    }
+}
+
+/// The open files of one mount, and how to know one by the inode number of a client's descriptor.
+pub(crate) struct Files<F> {
+    opens: Opens<F>,
+    /// `st_dev` of the mount, as major and minor; set once the mount can be reached.
+    device: OnceLock<(u32, u32)>,
+}
+
+impl<F> Files<F> {
+    /// None yet.
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { opens: Opens::new(), device: OnceLock::new() })
+    }
+
+    /// `st_dev` of the mount, as major and minor, once it can be reached.
+    pub(crate) fn device(&self) -> Option<(u32, u32)> {
+        self.device.get().copied()
+    }
+
+    /// The open file with that inode number. `Err` with the number of those that have it when it is not one: a client
+    /// has opened that very inode more than once, through `/proc/self/fd`, or none is open.
+    pub(crate) fn of_inode(&self, inode: u64) -> Result<Arc<F>, usize> {
+        match &self.opens.of_node(inode)?.opened {
+            Opened::File(file) => Ok(Arc::clone(file)),
+            Opened::Text(_) => Err(0),
+        }
+    }
+
+    /// The open file that descriptor `fd` of thread `tid` stands for; `None` when it is not one of ours. Asks the
+    /// kernel only, never our own mount.
+    ///
+    /// # Errors
+    /// [`FdError::Bad`] when it is not open; [`FdError::Denied`] when the server may not look, or when several open
+    /// files share the inode, so that it cannot be told which one is meant.
+    pub(crate) fn of_descriptor(&self, tid: u32, fd: i32) -> Result<Option<Arc<F>>, FdError> {
+        let path = std::ffi::CString::new(format!("/proc/{tid}/fd/{fd}")).map_err(|_| FdError::Bad(fd))?;
+        let (major, minor, inode) = sys::fuse::cached_identity(&path).map_err(|error| match error {
+            nix::errno::Errno::EACCES | nix::errno::Errno::EPERM => FdError::Denied,
+            _ => FdError::Bad(fd),
+        })?;
+        if self.device() != Some((major, minor)) {
+            return Ok(None);
+        }
+        match self.of_inode(inode) {
+            Ok(file) => Ok(Some(file)),
+            Err(0) => Ok(None),
+            Err(several) => {
+                tracing::warn!(tid, fd, several, "several open files share the inode of a descriptor");
+                Err(FdError::Denied)
+            }
+        }
+    }
+
+    /// Waits, at most 100 ms, until files that are known to be closed have gone.
+    pub(crate) fn settle(&self) {
+        self.opens.wait_for_releases(None);
+    }
+}
+
+/// A request off the channel.
+struct Request<F> {
+    header: InHeader,
+    call: Arc<Call>,
+    body: Vec<u8>,
+    /// What a RELEASE gives back.
+    releasing: Option<Releasing<F>>,
+}
+
+/// What the threads of a session share.
+struct Engine<E: Exports> {
+    exports: Arc<E>,
+    tree: Arc<Tree<E::File>>,
+    channel: Arc<Channel>,
+    calls: Arc<Calls>,
+    files: Arc<Files<E::File>>,
+    crew: OnceLock<std::sync::Weak<Crew<Self>>>,
+    /// Requests of clients that have too many under way, in the order in which they came.
+    queue: Mutex<VecDeque<Request<E::File>>>,
+    /// Used by the leader of the crew alone.
+    buffer: Mutex<Vec<u8>>,
+    /// Set by INIT.
+    passthrough: OnceLock<bool>,
+}
+
+impl<E: Exports> Source for Engine<E> {
+    type Job = Request<E::File>;
+
+    fn take(&self) -> Option<Self::Job> {
+        let mut buffer = self.buffer.lock();
+        loop {
+            let Some(length) = self.channel.receive(&mut buffer) else {
+                self.calls.end();
+                return None;
+            };
+            let Some((header, body)) = wire::decode::<InHeader>(&buffer[..length]) else { continue };
+            match header.opcode {
+                opcode::FORGET | opcode::BATCH_FORGET => self.forget(&header, body),
+                opcode::INTERRUPT => self.interrupt(body),
+                _ => return Some(self.note(header, body)),
+            }
+        }
+    }
+
+    fn work(&self, job: Self::Job) {
+        let crowded = self.crew.get().and_then(std::sync::Weak::upgrade).is_some_and(|crew| crew.working() > CROWDED);
+        if !self.calls.admit(&job.call, crowded) {
+            self.queue.lock().push_back(job);
+            return;
+        }
+        self.answer(job);
+        while let Some(job) = self.next_admitted() {
+            self.answer(job);
+        }
+    }
+}
+
+impl<E: Exports> Engine<E> {
+    /// Notes a request in the order in which it came.
+    fn note(&self, header: InHeader, body: &[u8]) -> Request<E::File> {
+        let call = Call::new(&header);
+        self.calls.begin(&call);
+        let handle = match header.opcode {
+            opcode::RELEASE => wire::decode::<wire::ReleaseIn>(body).map(|(release, _)| release.fh),
+            _ => None,
+        };
+        let releasing = handle.and_then(|handle| self.files.opens.begin_release(handle));
+        Request { header, call, body: body.to_vec(), releasing }
+    }
+
+    /// A request that waited and whose client has room now.
+    fn next_admitted(&self) -> Option<Request<E::File>> {
+        let mut queue = self.queue.lock();
+        let position = queue.iter().position(|request| self.calls.admit(&request.call, true))?;
+        queue.remove(position)
+    }
+
+    fn forget(&self, header: &InHeader, body: &[u8]) {
+        if header.opcode == opcode::FORGET {
+            if let Some((forget, _)) = wire::decode::<wire::ForgetIn>(body) {
+                self.tree.forget(header.nodeid, forget.nlookup);
+            }
+            return;
+        }
+        let Some((head, mut rest)) = wire::decode::<wire::BatchForgetIn>(body) else { return };
+        for _ in 0..head.count {
+            let Some((one, after)) = wire::decode::<wire::ForgetOne>(rest) else { return };
+            self.tree.forget(one.nodeid, one.nlookup);
+            rest = after;
+        }
+    }
+
+    fn interrupt(&self, body: &[u8]) {
+        if let Some((interrupt, _)) = wire::decode::<wire::InterruptIn>(body) {
+            self.calls.interrupt(interrupt.unique);
+        }
+    }
+}
+
+/// A running session. Dropping it does not end it: the mount does.
+pub(crate) struct Session<E: Exports> {
+    engine: Arc<Engine<E>>,
+    crew: Arc<Crew<Engine<E>>>,
+    watcher: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl<E: Exports> Session<E> {
+    /// Serves a `/dev/fuse` descriptor that has been, or is about to be, mounted.
+    ///
+    /// # Errors
+    /// When threads cannot be made.
+    pub(crate) fn start(
+        device: OwnedFd,
+        exports: Arc<E>,
+        tree: Arc<Tree<E::File>>,
+        files: Arc<Files<E::File>>,
+    ) -> std::io::Result<Self> {
+        let channel = Arc::new(Channel::new(device));
+        let calls = Calls::new(Arc::clone(&channel));
+        let engine = Arc::new(Engine {
+            exports,
+            tree,
+            channel,
+            calls: Arc::clone(&calls),
+            files,
+            crew: OnceLock::new(),
+            queue: Mutex::default(),
+            buffer: Mutex::new(vec![0; MAX_WRITE + 4096]),
+            passthrough: OnceLock::new(),
+        });
+        let watcher = std::thread::Builder::new().name("fuse-kills".into()).spawn(move || calls.watch())?;
+        let crew = Crew::start(Arc::clone(&engine), "fuse")?;
+        let _ = engine.crew.set(Arc::downgrade(&crew));
+        Ok(Self { engine, crew, watcher: Mutex::new(Some(watcher)) })
+    }
+
+    /// Tells the session how to know its own files: by any path or descriptor into its mount.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub(crate) fn mounted_at(&self, root: impl AsFd) -> std::io::Result<()> {
+        use std::os::fd::AsRawFd;
+        let path = format!("/proc/self/fd/{}\0", root.as_fd().as_raw_fd());
+        let path = std::ffi::CStr::from_bytes_with_nul(path.as_bytes()).map_err(std::io::Error::other)?;
+        let (major, minor, _) = sys::fuse::cached_identity(path)?;
+        let _ = self.engine.files.device.set((major, minor));
+        Ok(())
+    }
+
+    /// Waits until the mount has gone and every request is finished, at most `limit`. True when that is so; then all
+    /// open files have been closed.
+    pub(crate) fn wait(&self, limit: Option<Duration>) -> bool {
+        let ended = self.crew.wait(limit);
+        if ended {
+            if let Some(watcher) = self.watcher.lock().take() {
+                let _ = watcher.join();
+            }
+            self.engine.files.opens.clear();
+        }
+        ended
+    }
+}
+
+#[cfg(test)]
+mod tests;

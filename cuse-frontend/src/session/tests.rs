@@ -1,0 +1,271 @@
+//! A toy served by a real mount, in a mount namespace of the test's own. Skipped, with the reason printed, where the
+//! test may not mount.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::*;
+use crate::tree::{Entry, Layout};
+
+const DOUBLE: u32 = 0x3b64;
+const WHO: u32 = 0x3b65;
+
+struct Toy {
+    opened: AtomicUsize,
+    closed: Arc<AtomicUsize>,
+    interrupted: AtomicUsize,
+    mappable: OnceLock<bool>,
+    files: Arc<Files<ToyFile>>,
+}
+
+struct ToyFile {
+    kind: NodeKind,
+    number: usize,
+    memory: OwnedFd,
+    closed: Arc<AtomicUsize>,
+}
+
+impl Drop for ToyFile {
+    fn drop(&mut self) {
+        std::thread::sleep(Duration::from_millis(20));
+        self.closed.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Exports for Toy {
+    type File = ToyFile;
+
+    fn open(&self, kind: NodeKind, _caller: &Caller<'_, Self>) -> Result<Arc<ToyFile>, Errno> {
+        let memory = memfd_create(c"toy", MFdFlags::MFD_CLOEXEC).expect("memfd");
+        File::from(memory.try_clone().expect("fd")).set_len(1 << 41).expect("sparse");
+        let number = self.opened.fetch_add(1, Ordering::SeqCst);
+        Ok(Arc::new(ToyFile { kind, number, memory, closed: Arc::clone(&self.closed) }))
+    }
+
+    fn ioctl(&self, _: &ToyFile, caller: &Caller<'_, Self>, cmd: u32, arg: u64) -> Result<i32, Errno> {
+        match cmd {
+            DOUBLE => Ok(i32::try_from(arg * 2).expect("small")),
+            WHO => match caller.own_file(i32::try_from(arg).expect("fd")) {
+                Ok(Some(file)) => Ok(i32::try_from(file.number).expect("small")),
+                Ok(None) => Err(Errno(libc::EINVAL)),
+                Err(FdError::Bad(_)) => Err(Errno(libc::EBADF)),
+                Err(FdError::Denied) => Err(Errno(libc::EPERM)),
+            },
+            _ => Err(Errno(libc::ENOTTY)),
+        }
+    }
+
+    fn read(&self, file: &ToyFile, caller: &Caller<'_, Self>, at: u64, data: &mut [u8]) -> Result<usize, Errno> {
+        if file.kind == NodeKind::Container {
+            let start = Instant::now();
+            while !caller.killed() && start.elapsed() < Duration::from_secs(20) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            self.interrupted.fetch_add(1, Ordering::SeqCst);
+            return Err(Errno(libc::EINTR));
+        }
+        File::from(file.memory.try_clone().expect("fd")).read_at(data, at).map_err(|_| Errno(libc::EIO))
+    }
+
+    fn write(&self, file: &ToyFile, _: &Caller<'_, Self>, at: u64, data: &[u8]) -> Result<usize, Errno> {
+        File::from(file.memory.try_clone().expect("fd")).write_at(data, at).map_err(|_| Errno(libc::EIO))
+    }
+
+    fn poll(&self, _: &ToyFile) -> u32 {
+        u32::from(libc::POLLIN.cast_unsigned())
+    }
+
+    fn mapping<'a>(&self, file: &'a ToyFile) -> Option<BorrowedFd<'a>> {
+        matches!(file.kind, NodeKind::Device(_)).then(|| file.memory.as_fd())
+    }
+
+    fn mappable(&self, yes: bool) {
+        self.mappable.set(yes).expect("told once");
+    }
+}
+
+fn layout() -> Arc<Layout> {
+    let mut layout = Layout::new();
+    layout.add("vfio", Entry::Node(NodeKind::Container));
+    layout.add("7", Entry::Node(NodeKind::Group(7)));
+    layout.add("devices/vfio0", Entry::Node(NodeKind::Device(0)));
+    layout.add("sys/limit", Entry::Text(Arc::new(|| b"65535\n".to_vec())));
+    layout.add("sys/link", Entry::Link("limit".into()));
+    Arc::new(layout)
+}
+
+struct Mounted {
+    toy: Arc<Toy>,
+    session: Session<Toy>,
+    root: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Mounted {
+    fn open(&self, path: &str) -> File {
+        OpenOptions::new().read(true).write(true).open(self.root.join(path)).expect(path)
+    }
+}
+
+/// Runs `body` on a thread with a mount of the toy; afterwards the mount ends and the session with it.
+fn with_mount(body: impl FnOnce(&Mounted) + Send + 'static) {
+    let run = move || {
+        if let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS) {
+            println!("Skipped(no mount namespace: {error})");
+            return;
+        }
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).expect("private");
+        let directory = tempfile::tempdir().expect("tempdir");
+        let device = match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
+            Ok(device) => device,
+            Err(error) => return println!("Skipped(no /dev/fuse: {error})"),
+        };
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+        mount(Some("toy"), directory.path(), Some("fuse"), MsFlags::empty(), Some(&*options)).expect("mount");
+        let toy = Arc::new(Toy {
+            opened: AtomicUsize::new(0),
+            closed: Arc::default(),
+            interrupted: AtomicUsize::new(0),
+            mappable: OnceLock::new(),
+            files: Files::new(),
+        });
+        let tree = Arc::new(Tree::new(layout));
+        let session = Session::start(device.into(), Arc::clone(&toy), tree, Arc::clone(&toy.files)).expect("session");
+        let root = directory.path().to_owned();
+        let handle = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&root).expect("root");
+        session.mounted_at(&handle).expect("root");
+        drop(handle);
+        let mounted = Mounted { toy, session, root, _directory: directory };
+        body(&mounted);
+        nix::mount::umount2(&mounted.root, nix::mount::MntFlags::MNT_DETACH).expect("unmount");
+        assert!(mounted.session.wait(Some(Duration::from_secs(30))), "the session ends with its mount");
+        let opened = mounted.toy.opened.load(Ordering::SeqCst);
+        assert_eq!(mounted.toy.closed.load(Ordering::SeqCst), opened, "every open file was closed");
+    };
+    std::thread::spawn(run).join().expect("the test's thread");
+}
+
+fn ioctl(file: &File, cmd: u32, arg: u64) -> Result<i32, nix::errno::Errno> {
+    sys::fuse::test_ioctl(file.as_fd(), cmd, arg)
+}
+
+#[test]
+fn ioctl_without_size_arrives_with_its_argument_and_returns_its_value() {
+    with_mount(|mounted| {
+        let file = mounted.open("7");
+        assert_eq!(ioctl(&file, DOUBLE, 21), Ok(42));
+        assert_eq!(ioctl(&file, 0x3bff, 0), Err(nix::errno::Errno::ENOTTY));
+    });
+}
+
+#[test]
+fn descriptor_names_its_own_open_file_and_no_other() {
+    with_mount(|mounted| {
+        let files: Vec<_> = (0..4).map(|_| mounted.open("7")).collect();
+        for (number, file) in files.iter().enumerate() {
+            let fd = u64::try_from(file.as_raw_fd()).expect("fd");
+            assert_eq!(ioctl(&files[0], WHO, fd), Ok(i32::try_from(number).expect("small")));
+        }
+        let stranger = File::open("/dev/null").expect("null");
+        let fd = u64::try_from(stranger.as_raw_fd()).expect("fd");
+        assert_eq!(ioctl(&files[0], WHO, fd), Err(nix::errno::Errno::EINVAL));
+        assert_eq!(ioctl(&files[0], WHO, 9999), Err(nix::errno::Errno::EBADF));
+        let again = File::open(format!("/proc/self/fd/{}", files[1].as_raw_fd())).expect("reopened");
+        let fd = u64::try_from(again.as_raw_fd()).expect("fd");
+        assert_eq!(ioctl(&files[0], WHO, fd), Err(nix::errno::Errno::EPERM), "two opens of one inode");
+    });
+}
+
+#[test]
+fn node_closed_and_opened_again_at_once_finds_the_old_open_gone() {
+    with_mount(|mounted| {
+        for round in 0..5 {
+            drop(mounted.open("7"));
+            let again = mounted.open("7");
+            assert!(mounted.toy.closed.load(Ordering::SeqCst) > 2 * round, "the first was closed before");
+            drop(again);
+        }
+    });
+}
+
+#[test]
+fn device_file_reads_and_writes_at_offsets_and_maps_its_backing() {
+    with_mount(|mounted| {
+        let file = mounted.open("devices/vfio0");
+        let far = (1 << 40) + 0x1000;
+        assert_eq!(file.write_at(b"register", far).expect("write"), 8);
+        let mut data = [0; 8];
+        assert_eq!(file.read_at(&mut data, far).expect("read"), 8);
+        assert_eq!(&data, b"register");
+        if mounted.toy.mappable.get() != Some(&true) {
+            return println!("Skipped(mmap: the kernel or the privilege for passthrough is missing)");
+        }
+        assert_eq!(sys::fuse::test_map_swap(file.as_fd(), far, *b"register", *b"changed!"), Ok(()));
+        file.read_at(&mut data, far).expect("read");
+        assert_eq!(&data, b"changed!", "a store through the mapping is seen by the server");
+    });
+}
+
+#[test]
+fn facade_lists_links_and_texts() {
+    with_mount(|mounted| {
+        let mut names: Vec<_> = std::fs::read_dir(mounted.root.join("sys"))
+            .expect("directory")
+            .map(|entry| entry.expect("entry").file_name().into_string().expect("utf-8"))
+            .collect();
+        names.sort();
+        assert_eq!(names, ["limit", "link"]);
+        assert_eq!(std::fs::read_to_string(mounted.root.join("sys/link")).expect("text"), "65535\n");
+        let mode = mounted.root.join("vfio").metadata().expect("attributes").mode();
+        assert_eq!(mode & 0o777, 0o666);
+    });
+}
+
+#[test]
+fn client_killed_in_a_blocked_request_ends_and_others_do_not_wait_for_it() {
+    with_mount(|mounted| {
+        let mut clients: Vec<_> = (0..3)
+            .map(|_| Command::new("cat").arg(mounted.root.join("vfio")).spawn().expect("cat"))
+            .collect();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while mounted.toy.opened.load(Ordering::SeqCst) < 3 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let file = mounted.open("7");
+        assert_eq!(ioctl(&file, DOUBLE, 1), Ok(2), "others are served");
+        for client in &mut clients {
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(client.id()).expect("pid"));
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGUSR1).expect("kill");
+            client.kill().expect("kill");
+            client.wait().expect("the client ends");
+        }
+        while mounted.toy.interrupted.load(Ordering::SeqCst) < 3 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(mounted.toy.interrupted.load(Ordering::SeqCst), 3, "who waited for them has been told");
+    });
+}
+
+#[test]
+fn file_offered_under_a_one_time_name_is_that_file() {
+    with_mount(|mounted| {
+        let first = mounted.open("7");
+        let inode = first.metadata().expect("attributes").ino();
+        let file = mounted.toy.files.of_inode(inode).expect("ours");
+        let name = mounted.session.engine.tree.offer(Arc::clone(&file)).expect("random");
+        let second = mounted.open(&name);
+        let fd = u64::try_from(second.as_raw_fd()).expect("fd");
+        assert_eq!(ioctl(&first, WHO, fd), Ok(i32::try_from(file.number).expect("small")));
+        let path = CString::new(mounted.root.join(&name).to_str().expect("utf-8")).expect("no NUL");
+        assert!(nix::sys::stat::stat(path.as_c_str()).is_err(), "the name works once");
+    });
+}
