@@ -1,12 +1,12 @@
 //! Clients as the store remembers them: a memory map together with the user it acts for, and the RLIMIT_MEMLOCK that
 //! was seen last. One record for all mappings of a client, so a mapping refers to it by one word.
 
-use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
 
 use crate::caller::{MemoryMap, MmId, Uid};
+use crate::registry::Registry;
 
 /// Who mapped something.
 pub(crate) struct Client {
@@ -38,22 +38,18 @@ impl fmt::Debug for Client {
 }
 
 /// The records of all clients. Guarded by the store's lock.
-#[derive(Default)]
-pub(crate) struct Clients(HashMap<(MmId, Uid), Weak<Client>>);
+pub(crate) type Clients = Registry<(MmId, Uid), Client>;
 
 impl Clients {
     /// The record of this client, made if there is none.
-    pub(crate) fn get(&mut self, memory: Arc<dyn MemoryMap>, uid: Uid, limit: u64) -> Arc<Client> {
-        let key = (memory.id(), uid);
-        if let Some(known) = self.0.get(&key).and_then(Weak::upgrade) {
+    pub(crate) fn record(&mut self, memory: Arc<dyn MemoryMap>, uid: Uid, limit: u64) -> Arc<Client> {
+        let name = (memory.id(), uid);
+        if let Some(known) = self.get(&name) {
             known.limit.store(limit, Ordering::Relaxed);
             return known;
         }
-        if self.0.len() == self.0.capacity() {
-            self.0.retain(|_, client| client.strong_count() > 0);
-        }
         let client = Arc::new(Client { memory, uid, limit: AtomicU64::new(limit) });
-        self.0.insert(key, Arc::downgrade(&client));
+        self.insert(name, &client);
         client
     }
 }

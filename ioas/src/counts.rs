@@ -4,6 +4,7 @@
 //! for charges. No two neighbouring entries that touch have the same count, and no entry has count 0.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use crate::addr::{Frame, FrameRun};
 
@@ -51,11 +52,8 @@ impl CountMap {
 
     /// The common case: a run that nothing counts, right behind or right before a stretch of count 1, or alone.
     fn extend(&mut self, start: u64, end: u64) -> bool {
-        if self.stretches.range(start..=end).next().is_some() {
-            return false;
-        }
-        match self.stretches.range_mut(..start).next_back() {
-            Some((_, before)) if before.end > start => false,
+        match self.stretches.range_mut(..=end).next_back() {
+            Some((&first, before)) if first >= start || before.end > start => false,
             Some((_, before)) if before.end == start && before.count == 1 => {
                 before.end = end;
                 true
@@ -71,6 +69,13 @@ impl CountMap {
     /// count stay without.
     pub(crate) fn remove(&mut self, run: FrameRun, mut gone: impl FnMut(FrameRun)) {
         let (start, end) = bounds(run);
+        if let Entry::Occupied(stretch) = self.stretches.entry(start)
+            && *stretch.get() == (Stretch { end, count: 1 })
+        {
+            stretch.remove();
+            gone(run);
+            return;
+        }
         self.cut(start);
         self.cut(end);
         let mut at = start;

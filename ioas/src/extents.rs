@@ -88,8 +88,8 @@ pub(crate) struct Extents {
 }
 
 impl Extents {
-    /// The frames of `pages` pages of `backing` from `index` on, making extents where there are none. The answer is
-    /// appended to `runs`. `None` when no frames are left: then extents without a held page may remain, which
+    /// Calls `each` with the frames of `pages` pages of `backing` from `index` on, making extents where there are none.
+    /// `None` when no frames are left: then extents without a held page may remain, which
     /// [`Self::end_unused`] ends.
     pub(crate) fn locate(
         &mut self,
@@ -97,7 +97,7 @@ impl Extents {
         backing: &Backing,
         index: u64,
         pages: u64,
-        runs: &mut Vec<FrameRun>,
+        mut each: impl FnMut(FrameRun),
     ) -> Option<()> {
         let key = backing.key();
         let (mut at, end) = (index, index.checked_add(pages)?);
@@ -108,10 +108,7 @@ impl Extents {
             };
             let stop = end.min(extent.index + extent.pages);
             let first = Frame(extent.first + (at - extent.index));
-            match runs.last_mut() {
-                Some(last) if last.first.0 + last.pages == first.0 => last.pages += stop - at,
-                _ => runs.push(FrameRun { first, pages: stop - at }),
-            }
+            each(FrameRun { first, pages: stop - at });
             at = stop;
         }
         Some(())

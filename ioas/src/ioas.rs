@@ -41,7 +41,13 @@ struct TableEntry {
     outside: ReservationOwner,
 }
 
-type Tables = Vec<TableEntry>;
+/// The tables of an IOAS, and what a change needs for a moment.
+#[derive(Default)]
+struct Tables {
+    list: Vec<TableEntry>,
+    /// Kept so that a map need not allocate it.
+    runs: Vec<FrameRun>,
+}
 
 /// An I/O address space.
 pub struct Ioas {
@@ -62,7 +68,7 @@ impl Ioas {
             this: Weak::clone(this),
             store,
             readers: Arc::new(ReaderSet::new()),
-            tables: Mutex::new(Vec::new()),
+            tables: Mutex::default(),
             map: Mutex::new(IovaMap::new()),
         })
     }
@@ -90,7 +96,7 @@ impl Ioas {
     pub fn map(&self, caller: &dyn Caller, request: MapRequest) -> Result<IovaRange, IoasError> {
         let (length, iova, access) = (request.length, request.iova, request.access);
         let pages = self.new_pages(caller, request)?;
-        self.map_pieces(vec![Piece { pages, at: 0, length }], iova, access)
+        self.map_pieces(&[Piece { pages, at: 0, length }], iova, access)
     }
 
     fn new_pages(&self, caller: &dyn Caller, request: MapRequest) -> Result<Arc<Pages>, IoasError> {
@@ -121,13 +127,13 @@ impl Ioas {
     }
 
     /// Makes areas of `pieces`, one after the other, or changes nothing.
-    fn map_pieces(&self, pieces: Vec<Piece>, choice: IovaChoice, access: Access) -> Result<IovaRange, IoasError> {
-        let tables = self.tables.lock();
-        let range = self.map.lock().place(&pieces, choice, access)?;
-        if !tables.is_empty() {
-            let mut filled = Vec::new();
-            if let Err(error) = self.fill(&tables, range, &pieces, access, &mut filled) {
-                let undo = self.undo(&tables, range, filled);
+    fn map_pieces(&self, pieces: &[Piece], choice: IovaChoice, access: Access) -> Result<IovaRange, IoasError> {
+        let mut tables = self.tables.lock();
+        let range = self.map.lock().place(pieces, choice, access)?;
+        if !tables.list.is_empty() {
+            let mut filled = 0;
+            if let Err(error) = self.fill(&mut tables, range, pieces, access, &mut filled) {
+                let undo = self.undo(&tables, range, &pieces[..filled]);
                 drop(tables);
                 drop(undo);
                 return Err(error);
@@ -137,27 +143,25 @@ impl Ioas {
         Ok(range)
     }
 
-    /// Holds the memory of `pieces` and writes it into all tables. What was filled is in `filled`, on failure too.
+    /// Holds the memory of `pieces` and writes it into all tables. `filled` counts those that were held, on failure too.
     fn fill(
         &self,
-        tables: &Tables,
+        tables: &mut Tables,
         range: IovaRange,
         pieces: &[Piece],
         access: Access,
-        filled: &mut Vec<Release>,
+        filled: &mut usize,
     ) -> Result<(), IoasError> {
-        let mut runs = Vec::with_capacity(1);
         let mut at = range.start();
         for piece in pieces {
-            let slice = piece.pages.slice(piece.at, piece.length);
-            runs.clear();
-            piece.pages.fill(&self.store, slice, &mut runs)?;
-            filled.push(Release { pages: Arc::clone(&piece.pages), slice });
+            tables.runs.clear();
+            piece.pages.fill(&self.store, piece.slice(), &mut tables.runs)?;
+            *filled += 1;
             let part = IovaRange::new(at, piece.length)
                 .map_err(|_| IoasError::Overflow { start: at.0, length: piece.length })?;
             let offset = piece.pages.address(piece.at) & (PAGE_SIZE - 1);
-            for entry in tables {
-                entry.table.map(part, &runs, offset, access)?;
+            for entry in &tables.list {
+                entry.table.map(part, &tables.runs, offset, access)?;
             }
             at = Iova(part.last().0.wrapping_add(1));
         }
@@ -165,11 +169,12 @@ impl Ioas {
     }
 
     /// Takes `range` out of all tables; what was filled is released when the answer is dropped, without a lock.
-    fn undo(&self, tables: &Tables, range: IovaRange, filled: Vec<Release>) -> Leaving {
+    fn undo(&self, tables: &Tables, range: IovaRange, filled: &[Piece]) -> Leaving {
         if !filled.is_empty() {
-            tables.iter().for_each(|entry| entry.table.unmap(range));
+            tables.list.iter().for_each(|entry| entry.table.unmap(range));
         }
-        self.leaving(Vec::new(), filled, 0, None)
+        let release = |piece: &Piece| Release { pages: Arc::clone(&piece.pages), slice: piece.slice() };
+        self.leaving(Vec::new(), filled.iter().map(release).collect(), 0, None)
     }
 
     fn leaving(
@@ -224,11 +229,11 @@ impl Ioas {
         let ranges = joined(&taken);
         map.leave(&ranges);
         drop(map);
-        for entry in tables.iter() {
+        for entry in &tables.list {
             ranges.iter().for_each(|range| entry.table.unmap(*range));
         }
         let bytes = ranges.iter().filter_map(|range| range.length()).sum();
-        let filled = !tables.is_empty();
+        let filled = !tables.list.is_empty();
         drop(tables);
         let release = |(start, area): (u64, Area)| Release { slice: area.slice(start), pages: area.pages };
         let releases = if filled { taken.into_iter().map(release).collect() } else { Vec::new() };
@@ -248,7 +253,7 @@ impl Ioas {
         access: Access,
     ) -> Result<IovaRange, IoasError> {
         let pieces = source.map.lock().pieces(range)?;
-        self.map_pieces(pieces, to, access)
+        self.map_pieces(&pieces, to, access)
     }
 
     /// The area that covers `iova`.
@@ -288,7 +293,7 @@ impl Ioas {
             // Both halves would fill the page in the middle; no caller of Linux's cut does that.
             return Err(IoasError::Misaligned { address: at.0, alignment: PAGE_SIZE });
         }
-        for entry in tables.iter() {
+        for entry in &tables.list {
             entry.table.split(at)?;
         }
         self.map.lock().split(at);
@@ -355,7 +360,7 @@ impl Ioas {
         if map.huge_pages() == enabled {
             return Ok(());
         }
-        if !enabled && !tables.is_empty() && map.area_count() != 0 {
+        if !enabled && !tables.list.is_empty() && map.area_count() != 0 {
             return Err(IoasError::AlreadyMapped);
         }
         map.set_alignment(alignment_of(&tables, enabled))?;
@@ -379,13 +384,13 @@ impl Ioas {
         self.map.lock().set_alignment(before.max(page))?;
         let outside = ReservationOwner::unique();
         let mut filled = Vec::new();
-        let first = tables.is_empty();
+        let first = tables.list.is_empty();
         let entry = [TableEntry { table, outside }];
         let result = self
             .reserve_locked(outside, &complement(&entry[0].table.apertures()))
             .and_then(|()| self.replay(&entry[0].table, first.then_some(&mut filled)));
         match result {
-            Ok(()) => tables.extend(entry),
+            Ok(()) => tables.list.extend(entry),
             Err(_) => {
                 entry[0].table.unmap(IovaRange::everything());
                 self.unreserve(outside);
@@ -443,8 +448,8 @@ impl Ioas {
     pub fn start_remove_table(&self, table: &Arc<dyn PageTable>) -> Leaving {
         let mut tables = self.tables.lock();
         let mut releases = Vec::new();
-        if let Some(at) = tables.iter().position(|entry| Arc::ptr_eq(&entry.table, table)) {
-            let entry = tables.remove(at);
+        if let Some(at) = tables.list.iter().position(|entry| Arc::ptr_eq(&entry.table, table)) {
+            let entry = tables.list.remove(at);
             entry.table.unmap(IovaRange::everything());
             self.unreserve(entry.outside);
             let mut map = self.map.lock();
@@ -452,7 +457,7 @@ impl Ioas {
             // A smaller alignment suits every area.
             let _ = map.set_alignment(alignment_of(&tables, huge_pages));
             drop(map);
-            if tables.is_empty() {
+            if tables.list.is_empty() {
                 releases = self.all_filled();
             }
         }
@@ -469,7 +474,7 @@ impl Ioas {
     /// How many tables it fills.
     #[must_use]
     pub fn table_count(&self) -> usize {
-        self.tables.lock().len()
+        self.tables.lock().list.len()
     }
 
     /// Marks the areas wholly inside `range` as having no valid user address (VFIO_DMA_UNMAP_FLAG_VADDR), and returns
@@ -504,7 +509,7 @@ impl Ioas {
         let pages = Pages::of_user(client, address, length, area.pages.terms());
         let new = Area { pages, at: 0, vaddr_valid: true, ..area.clone() };
         let mut releases = Vec::new();
-        if !tables.is_empty() {
+        if !tables.list.is_empty() {
             self.move_area(&tables, start, &area, &new)?;
             releases.push(Release { pages: Arc::clone(&area.pages), slice: area.slice(start) });
         }
@@ -523,10 +528,10 @@ impl Ioas {
             return Ok(());
         }
         let range = old.range(start);
-        for (done, entry) in tables.iter().enumerate() {
+        for (done, entry) in tables.list.iter().enumerate() {
             entry.table.unmap(range);
             let Err(full) = entry.table.map(range, &runs, new.page_offset(), new.access) else { continue };
-            for entry in &tables[..=done] {
+            for entry in &tables.list[..=done] {
                 entry.table.unmap(range);
                 // The nodes that the old leaves had are there still.
                 let _ = entry.table.map(range, &old_runs, old.page_offset(), old.access);
@@ -558,7 +563,7 @@ impl Ioas {
 
     fn take_everything(&mut self) -> (MutexGuard<'_, Tables>, Vec<Release>) {
         let tables = self.tables.lock();
-        let releases = if tables.is_empty() { Vec::new() } else { self.all_filled() };
+        let releases = if tables.list.is_empty() { Vec::new() } else { self.all_filled() };
         (tables, releases)
     }
 }
@@ -566,7 +571,7 @@ impl Ioas {
 impl Drop for Ioas {
     fn drop(&mut self) {
         let (mut tables, releases) = self.take_everything();
-        let entries = std::mem::take(&mut *tables);
+        let entries = std::mem::take(&mut tables.list);
         drop(tables);
         entries.iter().for_each(|entry| entry.table.unmap(IovaRange::everything()));
         if !releases.is_empty() {
@@ -588,7 +593,7 @@ const fn fault_at(address: UserAddr, error: MemoryError) -> IoasError {
 
 fn alignment_of(tables: &Tables, huge_pages: bool) -> u64 {
     let base = if huge_pages { 1 } else { PAGE_SIZE };
-    tables.iter().map(|entry| entry.table.min_page_size()).fold(base, u64::max)
+    tables.list.iter().map(|entry| entry.table.min_page_size()).fold(base, u64::max)
 }
 
 /// The ranges of areas, those that touch joined.

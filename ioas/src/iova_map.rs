@@ -61,6 +61,12 @@ pub(crate) struct Piece {
     pub(crate) length: u64,
 }
 
+impl Piece {
+    pub(crate) fn slice(&self) -> Slice {
+        self.pages.slice(self.at, self.length)
+    }
+}
+
 /// Which areas an unmap takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Taking {
@@ -230,11 +236,11 @@ impl IovaMap {
     }
 
     /// Inserts areas for `pieces`, one after the other from `start` on, at a place that [`Self::place`] gave.
-    pub(crate) fn insert(&mut self, start: Iova, pieces: Vec<Piece>, access: Access) {
+    pub(crate) fn insert(&mut self, start: Iova, pieces: &[Piece], access: Access) {
         let mut at = start.0;
         for piece in pieces {
             let last = at + (piece.length - 1);
-            let area = Area { last, pages: piece.pages, at: piece.at, access, vaddr_valid: true };
+            let area = Area { last, pages: Arc::clone(&piece.pages), at: piece.at, access, vaddr_valid: true };
             self.areas.insert(at, area);
             self.mapped_bytes += piece.length;
             self.note_used(at, last);

@@ -21,6 +21,7 @@ mod objects;
 mod pages;
 mod payer;
 mod readers;
+mod registry;
 mod request;
 mod resolve;
 mod store;

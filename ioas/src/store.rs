@@ -12,9 +12,9 @@
 //! Lock order: the store's lock, then those of frames and descriptors. Nothing of a client is called under it. What a
 //! client may do to the memory (permission) is not known here: `resolve` has asked before.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -29,6 +29,7 @@ use crate::extents::{Extent, Extents};
 use crate::failpoint;
 use crate::frames::{FrameSpace, PRIVATE_START};
 use crate::payer::{Account, Accounting, PayerName, PayerSnapshot};
+use crate::registry::Registry;
 use crate::sys::CopyFault;
 
 /// Why bytes of a held page could not be reached.
@@ -106,8 +107,8 @@ struct Inner {
     /// Holders by frame.
     holds: CountMap,
     held_pages: u64,
-    accounts: HashMap<PayerName, Account>,
-    files: HashMap<FileId, Weak<FileBacking>>,
+    accounts: BTreeMap<PayerName, Account>,
+    files: Registry<FileId, FileBacking>,
     clients: Clients,
 }
 
@@ -238,31 +239,28 @@ impl PageStore {
     #[must_use]
     pub fn snapshot(&self) -> StoreSnapshot {
         let inner = self.inner.lock();
-        let mut backings = HashMap::new();
+        let mut backings = BTreeMap::new();
         for extent in inner.extents.iter() {
             let entry = backings.entry(extent.backing.key()).or_insert((extent.backing.kind(), 0));
             entry.1 += extent.held * PAGE_SIZE;
         }
-        let mut backings: Vec<_> = backings.into_iter().collect();
-        backings.sort_by_key(|(key, _)| *key);
         let backings = backings.into_iter().map(|(key, (kind, held_bytes))| BackingSnapshot {
             kind,
             id: key.to_string(),
             held_bytes,
         });
-        let mut payers: Vec<_> = inner.accounts.iter().collect();
-        payers.sort_by_key(|(name, _)| **name);
+        let payers = inner.accounts.iter().map(|(name, account)| account.snapshot(*name));
         StoreSnapshot {
             held_bytes: inner.held_pages * PAGE_SIZE,
             backings: backings.collect(),
-            payers: payers.into_iter().map(|(name, account)| account.snapshot(*name)).collect(),
+            payers: payers.collect(),
         }
     }
 
     /// The backing of a client's file; one for all who name the same file.
     pub(crate) fn adopt_file(&self, file: ClientFile) -> Arc<FileBacking> {
         let mut inner = self.inner.lock();
-        if let Some(known) = inner.files.get(&file.id).and_then(Weak::upgrade) {
+        if let Some(known) = inner.files.get(&file.id) {
             // Closing a descriptor can block.
             drop(inner);
             known.improve(file);
@@ -270,16 +268,13 @@ impl PageStore {
         }
         let id = file.id;
         let backing = Arc::new(FileBacking::new(file));
-        if inner.files.len() == inner.files.capacity() {
-            inner.files.retain(|_, known| known.strong_count() > 0);
-        }
-        inner.files.insert(id, Arc::downgrade(&backing));
+        inner.files.insert(id, &backing);
         backing
     }
 
     /// The backing of a file that some client has shown already, if it was shown with the rights that are needed.
     pub(crate) fn known_file(&self, id: FileId, writable: bool) -> Option<Arc<FileBacking>> {
-        let known = self.inner.lock().files.get(&id)?.upgrade()?;
+        let known = self.inner.lock().files.get(&id)?;
         (!writable || known.writable()).then_some(known)
     }
 
@@ -287,7 +282,7 @@ impl PageStore {
     pub(crate) fn client(&self, caller: &dyn Caller) -> Result<Arc<Client>, MemoryError> {
         let memory = caller.memory_map()?;
         let (uid, limit) = (caller.uid(), caller.memlock_limit());
-        Ok(self.inner.lock().clients.get(memory, uid, limit))
+        Ok(self.inner.lock().clients.record(memory, uid, limit))
     }
 
     /// Holds all of `wanted` and charges it, or changes nothing. The answer has the frames, in order.
@@ -330,16 +325,16 @@ impl Inner {
         ended: &mut Vec<Extent>,
     ) -> Result<Vec<Held>, IoasError> {
         let mut all = Vec::with_capacity(wanted.len());
-        let mut runs = Vec::with_capacity(1);
         let mut failure = None;
         for want in wanted {
+            let before = all.len();
+            let keep = |run| all.push(Held { run, charged: want.charged });
             let located = if failpoint::reached("store.hold") {
                 None
             } else {
-                self.extents.locate(space, &want.backing, want.index, want.pages, &mut runs)
+                self.extents.locate(space, &want.backing, want.index, want.pages, keep)
             };
-            runs.iter().for_each(|run| self.hold_run(*run));
-            all.extend(runs.drain(..).map(|run| Held { run, charged: want.charged }));
+            all[before..].iter().for_each(|held: &Held| self.hold_run(held.run));
             if located.is_none() {
                 failure = Some(IoasError::NoFrames { pages: want.pages });
                 break;

@@ -11,7 +11,7 @@ use ioas::{
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags};
 
-use crate::process::{Client, memfd, named};
+use crate::process::{Client, memfd, named, skipped};
 use crate::sys::{Mapping, secret_memfd};
 use crate::table::{MapTable, range};
 
@@ -192,8 +192,7 @@ fn writeback_file_shared_is_refused_writeable_and_taken_readable() {
     let named = tempfile::tempfile_in(directory).expect("a file");
     named.set_len(PAGE_SIZE).expect("a size");
     if crate::process::named(&named, true).kind != ioas::caller::FileKind::Writeback {
-        println!("Skipped(the working directory is on a tmpfs)");
-        return;
+        return skipped("the working directory is on a tmpfs");
     }
     let mapping = Mapping::of_file(&named, 1, PROT_RW, MapFlags::MAP_SHARED);
     let reason = bench.fault(user(mapping.address(), 1, 0, RW));
@@ -222,8 +221,7 @@ fn hole_and_no_access_are_refused() {
 fn memfd_secret_is_refused() {
     let bench = Bench::new();
     let Some(file) = secret_memfd() else {
-        println!("Skipped(no memfd_secret on this kernel)");
-        return;
+        return skipped("no memfd_secret on this kernel");
     };
     file.set_len(PAGE_SIZE).expect("a size");
     let mapping = Mapping::of_file(&file, 1, PROT_RW, MapFlags::MAP_SHARED);
@@ -272,7 +270,7 @@ fn hugetlb_memory_moves_bytes_and_an_empty_pool_is_an_error() {
     let huge = 2u64 << 20;
     let fd = match memfd_create("huge", MFdFlags::MFD_HUGETLB) {
         Ok(fd) => fd,
-        Err(error) => return println!("Skipped(no huge pages: {error})"),
+        Err(error) => return skipped(&format!("no huge pages: {error}")),
     };
     let file = File::from(fd);
     file.set_len(huge).expect("a size");

@@ -9,7 +9,7 @@ use ioas::{
 use nix::sys::mman::MapFlags;
 
 use crate::kinds::{Bench, PROT_RW, RW, request, user};
-use crate::process::{Client, memfd, named};
+use crate::process::{Client, memfd, named, skipped};
 use crate::sys::Mapping;
 use crate::table::{MapTable, range};
 
@@ -93,7 +93,7 @@ fn full_tmpfs_is_an_error() {
     let options = Some("size=64k");
     let flags = nix::mount::MsFlags::empty();
     if let Err(error) = nix::mount::mount(Some("tmpfs"), directory.path(), Some("tmpfs"), flags, options) {
-        return println!("Skipped(cannot mount a tmpfs: {error})");
+        return skipped(&format!("cannot mount a tmpfs: {error}"));
     }
     let file = std::fs::File::create_new(directory.path().join("file")).expect("a file");
     file.set_len(32 * PAGE_SIZE).expect("sparse");
