@@ -201,9 +201,11 @@ impl Container {
         self.flavour
     }
 
-    /// VFIO_CHECK_EXTENSION: 1 for what the container can do or become, else 0.
+    /// VFIO_CHECK_EXTENSION: 1 for what the container can do or become, else 0. The number is the whole ioctl
+    /// argument.
     #[must_use]
-    pub fn check_extension(&self, number: u32) -> i32 {
+    pub fn check_extension(&self, number: impl Into<u64>) -> i32 {
+        let Ok(number) = u32::try_from(number.into()) else { return 0 };
         let iommu = self.iommu.read().clone();
         let supported = match &iommu {
             Driver::Type1(type1) => type1.supports(number),
@@ -224,13 +226,15 @@ impl Container {
         }
     }
 
-    /// VFIO_SET_IOMMU: gives the container its IOMMU and attaches the groups that are in it.
+    /// VFIO_SET_IOMMU: gives the container its IOMMU and attaches the groups that are in it. The number is the whole
+    /// ioctl argument.
     ///
     /// # Errors
     /// [`VfioError::NoGroup`], [`VfioError::IommuAlreadySet`], [`VfioError::NoSuchIommu`],
     /// [`VfioError::NotAnIommuType`], [`VfioError::NeedsRawio`], and what attaching a group meets. The container is
     /// then as before.
-    pub fn set_iommu(&self, caller: &dyn Caller, number: u32) -> Result<(), VfioError> {
+    pub fn set_iommu(&self, caller: &dyn Caller, number: impl Into<u64>) -> Result<(), VfioError> {
+        let number = u32::try_from(number.into()).unwrap_or(u32::MAX);
         let members = self.members.lock();
         if members.groups.is_empty() {
             return Err(if self.flavour.answers().unset_is_einval {

@@ -88,6 +88,7 @@ mod feature {
     pub(super) const LOGGING_START: u32 = 6;
     pub(super) const LOGGING_STOP: u32 = 7;
     pub(super) const LOGGING_REPORT: u32 = 8;
+    pub(super) const PRECOPY_INFO_V2: u32 = 12;
 }
 
 /// An open of a device. Dropping it is the close.
@@ -255,20 +256,22 @@ impl DeviceFile {
     ///
     /// # Errors
     /// [`VfioError::BadFlags`], [`VfioError::NotSupported`] (all features but DMA logging),
-    /// [`VfioError::BadFeature`].
+    /// [`VfioError::BadFeature`] (also for MIG_PRECOPY_INFOv2, as on Linux for a device that cannot migrate).
     pub fn feature(&self, flags: u32, size: u64) -> Result<FeatureAction, VfioError> {
         let known = feature::NUMBER | feature::GET | feature::SET | feature::PROBE;
         let (get, set, probe) = (flags & feature::GET != 0, flags & feature::SET != 0, flags & feature::PROBE != 0);
         if flags & !known != 0 || (get && set && !probe) {
             return Err(VfioError::BadFlags { flags, known });
         }
+        let refused = || VfioError::BadFeature { feature: flags & feature::NUMBER, flags, size };
         let (action, can_get, needed) = match flags & feature::NUMBER {
             feature::LOGGING_START => (FeatureAction::LoggingStart, false, 24),
             feature::LOGGING_STOP => (FeatureAction::LoggingStop, false, 0),
             feature::LOGGING_REPORT => (FeatureAction::LoggingReport, true, 32),
+            feature::PRECOPY_INFO_V2 => return Err(refused()),
             _ => return Err(VfioError::NotSupported("this device feature")),
         };
-        let refused = VfioError::BadFeature { feature: flags & feature::NUMBER, flags, size };
+        let refused = refused();
         if (get && !can_get) || (set && can_get) {
             return Err(refused);
         }

@@ -634,3 +634,6 @@ impl EventFdArg {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

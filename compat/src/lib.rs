@@ -21,6 +21,8 @@ mod flavour;
 mod group;
 pub mod irqs;
 mod pci;
+#[cfg(test)]
+mod testing;
 mod type1;
 mod vfio;
 mod vfio_device;

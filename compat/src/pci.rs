@@ -17,10 +17,11 @@ const CAPABILITY_MSIX: u8 = 0x11;
 const MSIX_ENABLE: u16 = 1 << 15;
 /// Capabilities have 4 bytes at least and lie behind the header.
 const MOST_CAPABILITIES: usize = (256 - 64) / 4;
-/// What a reset loses and the host puts back, as offset and bytes: command, cache line size, BARs, ROM, line.
-const RESTORED: [(u64, usize); 5] = [(0x0c, 2), (BAR0, 24), (0x30, 4), (0x3c, 1), (COMMAND, 2)];
-/// The bytes of all of them.
-const RESTORED_BYTES: usize = 33;
+/// Bytes of the header that every function has.
+const HEADER: usize = 64;
+/// What of the header a reset loses and the host puts back: cache line size and latency, BARs, ROM, interrupt line, and
+/// last the command register.
+const RESTORED: [std::ops::Range<usize>; 5] = [0x0c..0x0e, 0x10..0x28, 0x30..0x34, 0x3c..0x3d, 0x04..0x06];
 
 bitflags::bitflags! {
     /// The bits of the command register that VFIO looks at.
@@ -116,19 +117,9 @@ pub(crate) fn enable_msix(model: &dyn DeviceModel, table: &MsixTable, enabled: b
 
 /// Resets the function and puts back what the host keeps over a reset (Linux `pci_save_state`, `pci_restore_state`).
 pub(crate) fn reset(model: &dyn DeviceModel) {
-    let mut saved = [0; RESTORED_BYTES];
-    let mut rest = &mut saved[..];
-    for (offset, length) in RESTORED {
-        let (part, behind) = rest.split_at_mut(length);
-        let read: [u8; 24] = read(model, offset);
-        part.copy_from_slice(&read[..length]);
-        rest = behind;
-    }
+    let header: [u8; HEADER] = read(model, 0);
     model.reset();
-    let mut rest = &saved[..];
-    for (offset, length) in RESTORED {
-        let (part, behind) = rest.split_at(length);
-        write(model, offset, part);
-        rest = behind;
+    for range in RESTORED {
+        write(model, range.start as u64, &header[range]);
     }
 }
