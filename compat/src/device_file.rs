@@ -3,10 +3,10 @@
 //! Registers are reached by reads and writes at file offsets, region index shifted left by 40 plus the byte in the
 //! region; some regions can be mapped instead. Linux `drivers/vfio/pci/vfio_pci_core.c`, `vfio_pci_rdwr.c`.
 //!
-//! Two things are not the model's. Accesses to the MSI-X table never reach it: reads give ones, writes are dropped,
-//! because the vectors are what VFIO_DEVICE_SET_IRQS makes of them. And memory BARs answer EIO while memory decoding
-//! is off. Everything else of configuration space is the model's own; only the interrupt disable bit is looked at,
-//! because it masks INTx.
+//! Some things are not the model's. Accesses to the MSI-X table never reach it: reads give ones, writes are dropped;
+//! so are writes to the MSI-X capability, because the vectors are what VFIO_DEVICE_SET_IRQS makes of them. Memory BARs
+//! answer EIO while memory decoding is off. Everything else of configuration space is the model's own; only the
+//! interrupt disable bit is looked at, because it masks INTx.
 //!
 //! No lock of this room is held while the model is called.
 
@@ -323,7 +323,7 @@ impl DeviceFile {
     pub fn read(&self, position: u64, data: &mut [u8]) -> Result<usize, VfioError> {
         let (region, offset) = place(position)?;
         let length = self.reachable(region, offset, data.len(), false)?;
-        for part in self.parts(region, offset, length) {
+        for part in self.parts(region, offset, length, false) {
             let data = &mut data[part.from..part.to];
             if part.hidden {
                 data.fill(0xff);
@@ -342,7 +342,7 @@ impl DeviceFile {
     pub fn write(&self, position: u64, data: &[u8]) -> Result<usize, VfioError> {
         let (region, offset) = place(position)?;
         let length = self.reachable(region, offset, data.len(), true)?;
-        for part in self.parts(region, offset, length).into_iter().filter(|part| !part.hidden) {
+        for part in self.parts(region, offset, length, true).into_iter().filter(|part| !part.hidden) {
             self.check_decoding(region)?;
             self.device.model().write(region, offset + part.from as u64, &data[part.from..part.to])?;
         }
@@ -379,12 +379,16 @@ impl DeviceFile {
         Ok(())
     }
 
-    /// An access, cut where the MSI-X table begins and ends.
-    fn parts(&self, region: Region, offset: u64, length: usize) -> Vec<Part> {
-        let whole = vec![Part { from: 0, to: length, hidden: false }];
-        let Some(table) = self.device.msix().filter(|table| table.bar == region) else { return whole };
+    /// An access, cut where what the model never sees begins and ends.
+    fn parts(&self, region: Region, offset: u64, length: usize, write: bool) -> Vec<Part> {
+        let hidden = self.device.msix().and_then(|table| match region {
+            Region::Config if write => Some(table.capability),
+            _ if region == table.bar => Some((table.start, table.end)),
+            _ => None,
+        });
+        let Some((start, end)) = hidden else { return vec![Part { from: 0, to: length, hidden: false }] };
         let cut = |at: u64| usize::try_from(at.saturating_sub(offset)).map_or(length, |at| at.min(length));
-        let (start, end) = (cut(table.start), cut(table.end));
+        let (start, end) = (cut(start), cut(end));
         let parts = [(0, start, false), (start, end, true), (end, length, false)];
         parts
             .into_iter()
@@ -402,7 +406,7 @@ impl DeviceFile {
 struct Part {
     from: usize,
     to: usize,
-    /// It lies in the MSI-X table.
+    /// The model never sees it.
     hidden: bool,
 }
 

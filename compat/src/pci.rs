@@ -13,6 +13,10 @@ const STATUS: u64 = 0x06;
 const CAPABILITIES: u64 = 0x34;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const CAPABILITY_MSIX: u8 = 0x11;
+/// Bytes of the MSI-X capability.
+const MSIX_BYTES: u64 = 12;
+/// Offset of the Message Control word in it.
+const MSIX_CONTROL: u64 = 2;
 /// MSI-X Enable in the Message Control word.
 const MSIX_ENABLE: u16 = 1 << 15;
 /// Capabilities have 4 bytes at least and lie behind the header.
@@ -44,8 +48,8 @@ pub(crate) struct MsixTable {
     pub(crate) start: u64,
     /// First byte behind it.
     pub(crate) end: u64,
-    /// Offset in configuration space of the Message Control word.
-    control: u64,
+    /// The capability in configuration space: first byte, and first byte behind it.
+    pub(crate) capability: (u64, u64),
 }
 
 fn read<const N: usize>(model: &dyn DeviceModel, offset: u64) -> [u8; N] {
@@ -97,8 +101,8 @@ pub(crate) fn msix_table(model: &dyn DeviceModel) -> Option<MsixTable> {
             let (vectors, table) = ((u16::from_le_bytes([low, high]) & 0x7ff) + 1, u32::from_le_bytes(table));
             let start = u64::from(table & !7);
             let bar = Region::from_index(table & 7).filter(|bar| (*bar as u32) < Region::Rom as u32)?;
-            let control = u64::from(at) + 2;
-            return Some(MsixTable { bar, start, end: start + u64::from(vectors) * 16, control });
+            let capability = (u64::from(at), u64::from(at) + MSIX_BYTES);
+            return Some(MsixTable { bar, start, end: start + u64::from(vectors) * 16, capability });
         }
         at = next & !3;
     }
@@ -108,10 +112,11 @@ pub(crate) fn msix_table(model: &dyn DeviceModel) -> Option<MsixTable> {
 /// Sets MSI-X Enable, as a host does when vectors get or lose their handlers (Linux `pci_alloc_irq_vectors`): a client
 /// that only makes SET_IRQS calls has MSI-X all the same.
 pub(crate) fn enable_msix(model: &dyn DeviceModel, table: &MsixTable, enabled: bool) {
-    let old = u16::from_le_bytes(read(model, table.control));
+    let control = table.capability.0 + MSIX_CONTROL;
+    let old = u16::from_le_bytes(read(model, control));
     let new = if enabled { old | MSIX_ENABLE } else { old & !MSIX_ENABLE };
     if new != old {
-        write(model, table.control, &new.to_le_bytes());
+        write(model, control, &new.to_le_bytes());
     }
 }
 
