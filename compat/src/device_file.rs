@@ -422,3 +422,6 @@ impl Drop for DeviceFile {
         self.device.close(self.group());
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -224,3 +224,6 @@ impl Drop for GroupFile {
         state.open = false;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -37,7 +37,7 @@ pub(crate) struct Memory {
 }
 
 impl Client {
-    pub(crate) fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let memory = Memory {
             id: MmId(NEXT.fetch_add(1, Ordering::Relaxed)),
@@ -46,12 +46,12 @@ impl Client {
             writable: AtomicBool::new(true),
             end: AtomicU64::new(MEMORY + MEMORY_BYTES),
         };
-        Arc::new(Self {
+        Self {
             memory: Arc::new(memory),
             rawio: AtomicBool::new(true),
             ipc_lock: AtomicBool::new(false),
             killed: AtomicBool::new(false),
-        })
+        }
     }
 
     pub(crate) fn load(&self, address: u64, bytes: usize) -> Vec<u8> {
