@@ -47,6 +47,16 @@ impl DirtySet {
         }
     }
 
+    /// The first page of the set in `first` to `last`.
+    pub(crate) fn next(&self, first: u64, last: u64) -> Option<u64> {
+        self.0.range(first / WORD_BITS..=last / WORD_BITS).find_map(|(word, bits)| {
+            let from = first.max(word * WORD_BITS);
+            let bits = bits & (u64::MAX << (from % WORD_BITS));
+            let page = word * WORD_BITS + u64::from(bits.trailing_zeros());
+            (bits != 0 && page <= last).then_some(page)
+        })
+    }
+
     /// Removes `count` pages from `first` on.
     pub(crate) fn remove(&mut self, first: u64, count: u64) {
         self.take(first, count, |_| ());
@@ -171,6 +181,8 @@ mod tests {
             let mut in_piece = Vec::new();
             piece.each(|bit| in_piece.push(bit));
             prop_assert_eq!(in_piece, model.iter().copied().filter(|bit| *bit < 640).collect::<Vec<_>>());
+            let next = (count > 0).then(|| set.next(first, first + count - 1)).flatten();
+            prop_assert_eq!(next, model.range(first..first + count).next().copied());
             let mut taken = Vec::new();
             set.take(first, count, |page| taken.push(page));
             prop_assert_eq!(&taken, &model.range(first..first + count).copied().collect::<Vec<_>>());

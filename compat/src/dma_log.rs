@@ -20,8 +20,10 @@ use crate::error::VfioError;
 pub const MAX_LOG_RANGES: u32 = 256;
 /// Page sizes of a log, as powers of two: 4 KiB to 1 GiB.
 const PAGE_SHIFTS: std::ops::RangeInclusive<u32> = 12..=30;
+/// log2 of [`PIECE_BITS`].
+const PIECE_SHIFT: u32 = 20;
 /// Bits that a report carries to the client at once.
-const PIECE_BITS: u64 = 1 << 20;
+const PIECE_BITS: u64 = 1 << PIECE_SHIFT;
 
 /// What a report asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,7 +117,9 @@ impl DmaLog {
         if bits == 0 {
             return Err(refused);
         }
-        for first in (0..bits).step_by(PIECE_BITS as usize) {
+        let mut next = Some(0);
+        while let Some(first) = next {
+            let Some(first) = self.next_piece(iova, length, shift, first)? else { break };
             let count = PIECE_BITS.min(bits - first);
             let start = Iova(iova.0 + (first << shift));
             let bytes = (count << shift).min(length - (first << shift));
@@ -126,8 +130,18 @@ impl DmaLog {
                 self.put_back(&taken);
                 return Err(error.into());
             }
+            next = Some(first + count).filter(|next| *next < bits);
         }
         Ok(())
+    }
+
+    /// The first bit of the next piece, from bit `first` on, in which something is dirty.
+    fn next_piece(&self, iova: Iova, length: u64, shift: u32, first: u64) -> Result<Option<u64>, VfioError> {
+        let log = self.log.lock();
+        let log = log.as_ref().ok_or(VfioError::LoggingState { on: false })?;
+        let (from, last) = (iova.0 + (first << shift), iova.0 + (length - 1));
+        let page = log.dirty.next(from >> log.page_shift, last >> log.page_shift);
+        Ok(page.map(|page| ((page << log.page_shift).max(from) - iova.0) >> shift >> PIECE_SHIFT << PIECE_SHIFT))
     }
 
     /// Takes the pages of `bytes` from `start` on out of the log and sets their bits, `1 << shift` bytes each.
