@@ -229,6 +229,7 @@ fn is_empty(status: &Value) -> bool {
         && charged.map(|payer| &payer["charged_bytes"]).all(|bytes| *bytes == 0)
         && status["ioases"].as_array().is_some_and(Vec::is_empty)
         && status["objects"] == 0
+        && status["open_files"] == 0
 }
 
 /// The processes below `pid` that have not ended, parents before children.

@@ -1,0 +1,147 @@
+//! The command line: what `run`, `serve` and `status` are told, and nothing of what they do.
+//!
+//! A device is described by a SPEC (see [`crate::spec`]), taken here as text: its errors shall be one line that names
+//! the SPEC, and a fault of one SPEC may lie in another (the same address twice).
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// The help text that `--help` ends with.
+const SPEC_HELP: &str = "\
+SPEC is KIND@BDF[,key=value]...    nvme@0000:c1:00.0,file=disk.img
+KIND is nvme, or dma-probe: a device that does the DMA a test asks for. Keys:
+  file=PATH            nvme: the image that holds its blocks (required)
+  group=N              the IOMMU group; the lowest free number without it
+  iommu=UNIT           the IOMMU the device sits behind (a word; 'iommu0' without it)
+  coherent=on|off      whether its DMA snoops caches (on)
+  aperture=BITS        IOVAs from 0 to 2^BITS-1 (48)
+  page-sizes=4K|2M|1G  sizes of I/O pages, joined by '|' or '+' (4K|2M|1G)
+  reserved=FIRST-LAST  IOVAs that cannot be mapped; may be repeated; 'none' for none (0xfee00000-0xfeefffff)
+  noiommu=on|off       a device without an IOMMU, in a noiommu group (off)";
+
+/// The IOMMU user API in user space: `/dev/iommu` and `/dev/vfio` on a machine that has neither.
+#[derive(Debug, Parser)]
+#[command(name = "uiommufd", version, after_help = SPEC_HELP)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The three commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Runs COMMAND in a mount namespace of its own that has our nodes; its exit status and signals pass through
+    #[command(after_help = SPEC_HELP)]
+    Run {
+        /// How the server behaves.
+        #[command(flatten)]
+        options: ServerOptions,
+        /// The program and its arguments.
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
+    /// Offers the nodes under a directory until SIGTERM or SIGINT
+    #[command(after_help = SPEC_HELP)]
+    Serve {
+        /// How the server behaves.
+        #[command(flatten)]
+        options: ServerOptions,
+        /// The directory that gets `iommu` and `vfio/`.
+        #[arg(long, value_name = "DIR", default_value = "/dev")]
+        at: PathBuf,
+    },
+    /// Shows the objects, areas, domains, pins, charges and recent failures of every running server
+    Status {
+        /// One JSON array, a server each, instead of the picture.
+        #[arg(long)]
+        json: bool,
+        /// Only the server with this process id.
+        #[arg(long, value_name = "PID")]
+        pid: Option<u32>,
+    },
+}
+
+/// How a server behaves; the same for `run` and `serve`.
+#[derive(Debug, Args)]
+pub(crate) struct ServerOptions {
+    /// A device to offer; may be repeated (SPEC: see below).
+    #[arg(long = "device", value_name = "SPEC")]
+    pub(crate) devices: Vec<OsString>,
+    /// What a container answers as.
+    #[arg(long, value_enum, default_value_t = Personality::Native)]
+    pub(crate) container: Personality,
+    /// Adds IOMMU_TEST_CMD and the mock devices of Linux's selftest.
+    #[arg(long)]
+    pub(crate) selftest: bool,
+    /// How many mappings a container may hold.
+    #[arg(long, value_name = "N", default_value_t = 65535)]
+    pub(crate) dma_entry_limit: u32,
+    /// Charges a held page once per payer, or once per mapping as Linux does.
+    #[arg(long, value_enum, default_value_t = Accounting::Once)]
+    pub(crate) accounting: Accounting,
+    /// Reports as dirty what was written, or all that is mapped as Linux does.
+    #[arg(long, value_enum, default_value_t = Dirty::Exact)]
+    pub(crate) dirty: Dirty,
+    /// What goes to stderr: off, error, warn, info, debug, trace, or a filter of tracing-subscriber.
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    pub(crate) log: String,
+}
+
+/// What a container answers as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Personality {
+    /// Linux's vfio_iommu_type1.
+    Native,
+    /// Linux's iommufd, in its VFIO compatibility mode.
+    Iommufd,
+    /// POWER's TCE tables, first interface.
+    SpaprV1,
+    /// POWER's TCE tables with registered memory and dynamic windows.
+    SpaprV2,
+}
+
+/// How often a held page is charged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Accounting {
+    /// Once per payer.
+    Once,
+    /// Once per mapping.
+    Linux,
+}
+
+/// Which pages are reported dirty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dirty {
+    /// Those that were written.
+    Exact,
+    /// All that are mapped.
+    Linux,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::{Cli, Command, Personality};
+
+    #[test]
+    fn command_line_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_passes_everything_after_the_dashes_to_the_command() {
+        let cli = Cli::try_parse_from(["uiommufd", "run", "--device", "a@b", "--", "qemu", "--device", "x"]);
+        let Command::Run { options, command } = cli.expect("a valid line").command else { panic!("run") };
+        assert_eq!((options.devices.len(), command.len()), (1, 3));
+        assert_eq!((options.container, options.dma_entry_limit), (Personality::Native, 65535));
+    }
+
+    #[test]
+    fn run_without_a_command_is_refused() {
+        assert!(Cli::try_parse_from(["uiommufd", "run", "--device", "a@b"]).is_err());
+    }
+}

@@ -1,0 +1,87 @@
+//! Everything that can be wrong before anything is mounted: the log filter, the SPECs, the devices, `/dev/fuse`.
+//!
+//! What fails here is one line on stderr and exit status 2, and has changed nothing outside this process.
+
+use std::ffi::OsString;
+use std::fs::OpenOptions;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use cuse_frontend::Server;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{Accounting, Dirty, Personality, ServerOptions};
+use crate::devices;
+use crate::spec::{self, Spec};
+
+/// The device through which the kernel hands us requests.
+const FUSE: &str = "/dev/fuse";
+
+/// A command line that has been found good, up to the devices themselves.
+pub(crate) struct Prepared {
+    options: cuse_frontend::ServerOptions,
+    specs: Vec<Spec>,
+}
+
+/// Checks what the command line says. Starts no thread.
+///
+/// # Errors
+/// What is wrong, in one line.
+pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
+    start_log(&options.log)?;
+    supported(options)?;
+    let specs = spec::parse_all(&texts(&options.devices)?)?;
+    OpenOptions::new().read(true).write(true).open(FUSE).with_context(|| {
+        format!("{FUSE} is needed (modprobe fuse, or give the container that device) and cannot be opened")
+    })?;
+    let options = cuse_frontend::ServerOptions {
+        accounting: match options.accounting {
+            Accounting::Once => ioas::Accounting::Once,
+            Accounting::Linux => ioas::Accounting::Linux,
+        },
+        dirty: match options.dirty {
+            Dirty::Exact => compat::DirtyMode::Exact,
+            Dirty::Linux => compat::DirtyMode::Linux,
+        },
+        dma_entry_limit: options.dma_entry_limit,
+    };
+    Ok(Prepared { options, specs })
+}
+
+impl Prepared {
+    /// The server with its devices, which no client can reach yet.
+    ///
+    /// # Errors
+    /// The first device that cannot be made, in one line.
+    pub(crate) fn server(self) -> Result<Arc<Server>> {
+        let server = Server::new(self.options);
+        for device in devices::make(self.specs)? {
+            let bdf = device.bdf;
+            server.add_device(device).map_err(|errno| anyhow!("--device {bdf}: {errno}"))?;
+        }
+        Ok(server)
+    }
+}
+
+/// Sends the log to stderr.
+fn start_log(level: &str) -> Result<()> {
+    let filter = EnvFilter::try_new(level).map_err(|error| anyhow!("--log {level}: {error}"))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time();
+    log.try_init().map_err(|error| anyhow!("the log cannot be started: {error}"))
+}
+
+/// Refuses what this build does not have.
+fn supported(options: &ServerOptions) -> Result<()> {
+    if options.container != Personality::Native {
+        bail!("this build has the native container only (--container native)");
+    }
+    if options.selftest {
+        bail!("this build has no mock devices (--selftest)");
+    }
+    Ok(())
+}
+
+fn texts(specs: &[OsString]) -> Result<Vec<String>> {
+    let text = |spec: &OsString| spec.clone().into_string().map_err(|spec| anyhow!("--device {spec:?} is not UTF-8"));
+    specs.iter().map(text).collect()
+}
