@@ -19,6 +19,11 @@ pub(crate) struct Client {
 }
 
 impl Client {
+    /// RLIMIT_MEMLOCK in bytes, as it was seen last.
+    pub(crate) fn seen_limit(&self) -> u64 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
     /// RLIMIT_MEMLOCK in bytes, as it is now, or was when the process ended.
     pub(crate) fn memlock_limit(&self) -> u64 {
         match self.memory.memlock_limit() {

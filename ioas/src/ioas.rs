@@ -18,15 +18,14 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use parking_lot::{Mutex, MutexGuard};
-
 use crate::addr::{Access, FrameRun, Iova, IovaRange, PAGE_SIZE, UserAddr};
 use crate::caller::{Caller, Capability, MemoryError};
 use crate::error::{FaultReason, IoasError};
 use crate::failpoint;
 use crate::iova_map::{Area, IovaMap, Piece, Taking};
 use crate::leaving::{Leaving, Release};
-use crate::pages::{ChargeRule, Pages, Terms};
+use crate::pages::{ChargeRule, Limit, Pages, Terms};
+use crate::rank::{MAP, Ranked, TABLES};
 use crate::readers::ReaderSet;
 use crate::request::{
     AreaMemory, AreaSnapshot, AreaView, IoasSnapshot, IovaChoice, IpcLock, MapRequest, ReservationOwner, Source,
@@ -55,9 +54,9 @@ pub struct Ioas {
     store: Arc<PageStore>,
     readers: Arc<ReaderSet>,
     /// Held for the length of every change, see above.
-    tables: Mutex<Tables>,
+    tables: Ranked<TABLES, Tables>,
     /// Changed only while `tables` is held, but for IOVAs that become free.
-    map: Mutex<IovaMap>,
+    map: Ranked<MAP, IovaMap>,
 }
 
 impl Ioas {
@@ -68,8 +67,8 @@ impl Ioas {
             this: Weak::clone(this),
             store,
             readers: Arc::new(ReaderSet::new()),
-            tables: Mutex::default(),
-            map: Mutex::new(IovaMap::new()),
+            tables: Ranked::default(),
+            map: Ranked::new(IovaMap::new()),
         })
     }
 
@@ -96,7 +95,7 @@ impl Ioas {
     pub fn map(&self, caller: &dyn Caller, request: MapRequest) -> Result<IovaRange, IoasError> {
         let (length, iova, access) = (request.length, request.iova, request.access);
         let pages = self.new_pages(caller, request)?;
-        self.map_pieces(&[Piece { pages, at: 0, length }], iova, access)
+        self.map_pieces(&[Piece { pages, at: 0, length }], Limit::Seen, iova, access)
     }
 
     fn new_pages(&self, caller: &dyn Caller, request: MapRequest) -> Result<Arc<Pages>, IoasError> {
@@ -127,41 +126,46 @@ impl Ioas {
     }
 
     /// Makes areas of `pieces`, one after the other, or changes nothing.
-    fn map_pieces(&self, pieces: &[Piece], choice: IovaChoice, access: Access) -> Result<IovaRange, IoasError> {
+    fn map_pieces(
+        &self,
+        pieces: &[Piece],
+        limit: Limit,
+        choice: IovaChoice,
+        access: Access,
+    ) -> Result<IovaRange, IoasError> {
         let mut tables = self.tables.lock();
         let range = self.map.lock().place(pieces, choice, access)?;
-        if !tables.list.is_empty() {
-            let mut filled = 0;
-            if let Err(error) = self.fill(&mut tables, range, pieces, access, &mut filled) {
-                let undo = self.undo(&tables, range, &pieces[..filled]);
-                drop(tables);
-                drop(undo);
-                return Err(error);
-            }
+        if !tables.list.is_empty()
+            && let Err((filled, error)) = self.fill(&mut tables, range.start(), pieces, limit, access)
+        {
+            let undo = self.undo(&tables, range, &pieces[..filled]);
+            drop(tables);
+            drop(undo);
+            return Err(error);
         }
         self.map.lock().insert(range.start(), pieces, access);
         Ok(range)
     }
 
-    /// Holds the memory of `pieces` and writes it into all tables. `filled` counts those that were held, on failure too.
+    /// Holds the memory of `pieces` and writes it into all tables, from `at` on. A failure tells how many pieces were
+    /// held.
     fn fill(
         &self,
         tables: &mut Tables,
-        range: IovaRange,
+        mut at: Iova,
         pieces: &[Piece],
+        limit: Limit,
         access: Access,
-        filled: &mut usize,
-    ) -> Result<(), IoasError> {
-        let mut at = range.start();
-        for piece in pieces {
+    ) -> Result<(), (usize, IoasError)> {
+        for (done, piece) in pieces.iter().enumerate() {
             tables.runs.clear();
-            piece.pages.fill(&self.store, piece.slice(), &mut tables.runs)?;
-            *filled += 1;
-            let part = IovaRange::new(at, piece.length)
-                .map_err(|_| IoasError::Overflow { start: at.0, length: piece.length })?;
+            piece.pages.fill(&self.store, piece.slice(), limit, &mut tables.runs).map_err(|error| (done, error))?;
+            let overflow = IoasError::Overflow { start: at.0, length: piece.length };
+            let part = IovaRange::new(at, piece.length).map_err(|_| (done + 1, overflow))?;
             let offset = piece.pages.address(piece.at) & (PAGE_SIZE - 1);
             for entry in &tables.list {
-                entry.table.map(part, &tables.runs, offset, access)?;
+                let mapped = entry.table.map(part, &tables.runs, offset, access);
+                mapped.map_err(|full| (done + 1, full.into()))?;
             }
             at = Iova(part.last().0.wrapping_add(1));
         }
@@ -253,7 +257,7 @@ impl Ioas {
         access: Access,
     ) -> Result<IovaRange, IoasError> {
         let pieces = source.map.lock().pieces(range)?;
-        self.map_pieces(&pieces, to, access)
+        self.map_pieces(&pieces, Limit::Now, to, access)
     }
 
     /// The area that covers `iova`.
@@ -412,7 +416,7 @@ impl Ioas {
             runs.clear();
             match filled.as_deref_mut() {
                 Some(filled) => {
-                    area.pages.fill(&self.store, slice, &mut runs)?;
+                    area.pages.fill(&self.store, slice, Limit::Now, &mut runs)?;
                     filled.push(Release { pages: Arc::clone(&area.pages), slice });
                 }
                 None => area.pages.runs(slice, &mut runs),
@@ -522,7 +526,7 @@ impl Ioas {
     /// Fills `new` and writes it in the place of `old`, if its frames are others.
     fn move_area(&self, tables: &Tables, start: u64, old: &Area, new: &Area) -> Result<(), IoasError> {
         let (mut runs, mut old_runs): (Vec<FrameRun>, Vec<FrameRun>) = (Vec::new(), Vec::new());
-        new.pages.fill(&self.store, new.slice(start), &mut runs)?;
+        new.pages.fill(&self.store, new.slice(start), Limit::Seen, &mut runs)?;
         old.pages.runs(old.slice(start), &mut old_runs);
         if runs == old_runs {
             return Ok(());
@@ -560,24 +564,17 @@ impl Ioas {
     pub(crate) fn left(&self, ranges: &[IovaRange]) {
         self.map.lock().left(ranges);
     }
-
-    fn take_everything(&mut self) -> (MutexGuard<'_, Tables>, Vec<Release>) {
-        let tables = self.tables.lock();
-        let releases = if tables.list.is_empty() { Vec::new() } else { self.all_filled() };
-        (tables, releases)
-    }
 }
 
 impl Drop for Ioas {
     fn drop(&mut self) {
-        let (mut tables, releases) = self.take_everything();
-        let entries = std::mem::take(&mut tables.list);
-        drop(tables);
-        entries.iter().for_each(|entry| entry.table.unmap(IovaRange::everything()));
-        if !releases.is_empty() {
-            self.readers.wait();
-            releases.iter().for_each(|release| release.pages.release(&self.store, release.slice));
+        let entries = std::mem::take(&mut self.tables.lock().list);
+        if entries.is_empty() {
+            return;
         }
+        entries.iter().for_each(|entry| entry.table.unmap(IovaRange::everything()));
+        self.readers.wait();
+        self.all_filled().iter().for_each(|release| release.pages.release(&self.store, release.slice));
     }
 }
 

@@ -20,6 +20,7 @@ mod leaving;
 mod objects;
 mod pages;
 mod payer;
+mod rank;
 mod readers;
 mod registry;
 mod request;

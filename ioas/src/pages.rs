@@ -12,13 +12,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr};
 use crate::backing::FileBacking;
 use crate::client::Client;
 use crate::error::IoasError;
 use crate::payer::PayerName;
+use crate::rank::{PAGES, Ranked};
 use crate::request::{AreaMemory, PayerMode};
 use crate::resolve::{self, Rights};
 use crate::store::{Bill, Held, PageStore};
@@ -42,6 +41,15 @@ pub(crate) struct Terms {
     pub(crate) charge: ChargeRule,
 }
 
+/// Which RLIMIT_MEMLOCK of the client a charge is held against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Limit {
+    /// The one that its call has just shown.
+    Seen,
+    /// The one of now: the client is not the caller.
+    Now,
+}
+
 /// Some pages of a [`Pages`]: the first, counted from its start, and how many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Slice {
@@ -63,7 +71,7 @@ pub(crate) struct Pages {
     /// Immutable.
     terms: Terms,
     /// Guarded by itself, see above.
-    fill: Mutex<Fill>,
+    fill: Ranked<PAGES, Fill>,
 }
 
 /// What is filled: nothing, everything in one run, or anything.
@@ -86,7 +94,7 @@ struct Segment {
 
 impl Pages {
     pub(crate) fn of_user(client: Arc<Client>, address: UserAddr, length: u64, terms: Terms) -> Arc<Self> {
-        Arc::new(Self { client, file: None, start: address.0, length, terms, fill: Mutex::new(Fill::Empty) })
+        Arc::new(Self { client, file: None, start: address.0, length, terms, fill: Ranked::new(Fill::Empty) })
     }
 
     pub(crate) fn of_file(
@@ -96,7 +104,7 @@ impl Pages {
         length: u64,
         terms: Terms,
     ) -> Arc<Self> {
-        Arc::new(Self { client, file: Some(file), start: offset, length, terms, fill: Mutex::new(Fill::Empty) })
+        Arc::new(Self { client, file: Some(file), start: offset, length, terms, fill: Ranked::new(Fill::Empty) })
     }
 
     pub(crate) const fn terms(&self) -> Terms {
@@ -137,10 +145,14 @@ impl Pages {
         }
     }
 
-    fn bill(&self) -> Option<Bill> {
+    fn bill(&self, limit: Limit) -> Option<Bill> {
         let payer = self.payer()?;
         let enforced = self.terms.charge == ChargeRule::Limited;
-        Some(Bill { payer, limit: self.client.memlock_limit(), enforced })
+        let limit = match limit {
+            Limit::Seen => self.client.seen_limit(),
+            Limit::Now => self.client.memlock_limit(),
+        };
+        Some(Bill { payer, limit, enforced })
     }
 
     /// Holds and charges what is not filled yet of `slice`, counts one more area on all of it, and appends its frames
@@ -148,11 +160,17 @@ impl Pages {
     ///
     /// # Errors
     /// EFAULT, EINVAL of a file, ENOMEM; nothing has changed.
-    pub(crate) fn fill(&self, store: &PageStore, slice: Slice, runs: &mut Vec<FrameRun>) -> Result<(), IoasError> {
+    pub(crate) fn fill(
+        &self,
+        store: &PageStore,
+        slice: Slice,
+        limit: Limit,
+        runs: &mut Vec<FrameRun>,
+    ) -> Result<(), IoasError> {
         let mut fill = self.fill.lock();
         match &mut *fill {
             Fill::Empty if slice == self.all() => {
-                let held = self.hold(store, slice)?;
+                let held = self.hold(store, slice, limit)?;
                 runs.extend(held.iter().map(|held| held.run));
                 *fill = match held[..] {
                     [Held { run, charged }] => Fill::Whole { first: run.first, areas: 1, charged },
@@ -168,7 +186,7 @@ impl Pages {
             _ => {}
         }
         let parts = fill.make_parts(self.all().pages);
-        let result = self.fill_gaps(store, parts, slice);
+        let result = self.fill_gaps(store, parts, slice, limit);
         if result.is_ok() {
             change(parts, slice, |segment| {
                 segment.areas += 1;
@@ -180,10 +198,16 @@ impl Pages {
     }
 
     /// Holds what no area has filled yet.
-    fn fill_gaps(&self, store: &PageStore, parts: &mut BTreeMap<u64, Segment>, slice: Slice) -> Result<(), IoasError> {
+    fn fill_gaps(
+        &self,
+        store: &PageStore,
+        parts: &mut BTreeMap<u64, Segment>,
+        slice: Slice,
+        limit: Limit,
+    ) -> Result<(), IoasError> {
         let mut held: Vec<(u64, Vec<Held>)> = Vec::new();
         for gap in gaps(parts, slice) {
-            match self.hold(store, gap) {
+            match self.hold(store, gap, limit) {
                 Ok(runs) => held.push((gap.first, runs)),
                 Err(error) => {
                     held.iter().for_each(|(_, held)| store.release(held, self.payer()));
@@ -199,7 +223,7 @@ impl Pages {
         Ok(())
     }
 
-    fn hold(&self, store: &PageStore, slice: Slice) -> Result<Vec<Held>, IoasError> {
+    fn hold(&self, store: &PageStore, slice: Slice, limit: Limit) -> Result<Vec<Held>, IoasError> {
         let mut wanted = Vec::with_capacity(1);
         let start = (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT);
         match &self.file {
@@ -213,7 +237,7 @@ impl Pages {
                 &mut wanted,
             )?,
         }
-        store.hold(&wanted, self.bill())
+        store.hold(&wanted, self.bill(limit))
     }
 
     /// Appends the frames of `slice`, which is filled, to `runs`.

@@ -16,7 +16,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr};
@@ -29,6 +28,7 @@ use crate::extents::{Extent, Extents};
 use crate::failpoint;
 use crate::frames::{FrameSpace, PRIVATE_START};
 use crate::payer::{Account, Accounting, PayerName, PayerSnapshot};
+use crate::rank::{Ranked, STORE};
 use crate::registry::Registry;
 use crate::sys::CopyFault;
 
@@ -116,14 +116,14 @@ struct Inner {
 pub struct PageStore {
     accounting: Accounting,
     space: &'static FrameSpace,
-    inner: Mutex<Inner>,
+    inner: Ranked<STORE, Inner>,
 }
 
 impl PageStore {
     /// An empty store.
     #[must_use]
     pub fn new(accounting: Accounting) -> Arc<Self> {
-        Arc::new(Self { accounting, space: FrameSpace::get(), inner: Mutex::default() })
+        Arc::new(Self { accounting, space: FrameSpace::get(), inner: Ranked::default() })
     }
 
     /// Copies bytes out of held memory, from `offset` bytes into `at` on; the bytes lie in one run of held frames.
@@ -278,7 +278,7 @@ impl PageStore {
         (!writable || known.writable()).then_some(known)
     }
 
-    /// The record of a caller, one for all its mappings.
+    /// The record of a caller, one for all its mappings, with its RLIMIT_MEMLOCK of now.
     pub(crate) fn client(&self, caller: &dyn Caller) -> Result<Arc<Client>, MemoryError> {
         let memory = caller.memory_map()?;
         let (uid, limit) = (caller.uid(), caller.memlock_limit());
