@@ -374,7 +374,7 @@ impl Container {
         self.type1().ok().map(|type1| Arc::clone(type1.hwpts()))
     }
 
-    fn type1(&self) -> Result<Arc<Type1>, VfioError> {
+    pub(crate) fn type1(&self) -> Result<Arc<Type1>, VfioError> {
         match &*self.iommu.read() {
             Driver::Type1(type1) => Ok(Arc::clone(type1)),
             Driver::NoIommu => Err(VfioError::NotSupported("this ioctl of a noiommu container")),
