@@ -167,7 +167,8 @@ impl<S: Source> Crew<S> {
         threads.standing_by -= 1;
         let lonely = threads.standing_by == 0;
         drop(threads);
-        if epoch.is_some() && lonely
+        if epoch.is_some()
+            && lonely
             && let Err(error) = self.spawn(|crew| crew.serve(None))
         {
             tracing::warn!(%error, "no thread to stand by: a request that blocks will hold others up");

@@ -158,7 +158,8 @@ fn resources(device: &DeviceEntry) -> String {
             Some(region) if index <= Region::Rom as u32 => device.model.region(region).size,
             _ => 0,
         };
-        let (first, flags) = if size == 0 { (0, 0) } else { (bus_address(device.index, index), bar_flags(&header, index)) };
+        let (first, flags) =
+            if size == 0 { (0, 0) } else { (bus_address(device.index, index), bar_flags(&header, index)) };
         let last = if size == 0 { 0 } else { first + size - 1 };
         let _ = writeln!(lines, "{first:#018x} {last:#018x} {flags:#018x}");
     }

@@ -20,7 +20,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{OFlag, open};
@@ -60,15 +60,12 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
 ///
 /// # Errors
 /// The step that failed. The process should end then; outside nothing has changed.
-pub(super) fn enter(
-    device: BorrowedFd<'_>,
-    serve: impl FnOnce() -> io::Result<()>,
-) -> Result<OwnedFd, NamespaceError> {
+pub(super) fn enter(device: BorrowedFd<'_>, serve: impl FnOnce() -> io::Result<()>) -> Result<OwnedFd, NamespaceError> {
     unshare(CloneFlags::CLONE_NEWNS).step("cannot make a mount namespace for", "/")?;
     // Mounts that the machine makes later still arrive; ours do not leave.
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).step("cannot detach the mounts below", "/")?;
-    cover(Path::new("/dev"))?;
+    cover(Path::new("/dev"), &["vfio", "iommu"])?;
     let nodes = Path::new("/dev/vfio");
     fs::create_dir(nodes).step("cannot make", nodes)?;
     mount_fuse(device, nodes)?;
@@ -114,12 +111,13 @@ fn provide_directory(path: &Path) -> Result<(), NamespaceError> {
         return Ok(());
     }
     let above = path.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("/"));
-    cover(above)?;
+    cover(above, &[])?;
     fs::create_dir_all(path).step("cannot make", path)
 }
 
-/// Mounts a tmpfs over `directory` that shows what was in it, and can take new names.
-fn cover(directory: &Path) -> Result<(), NamespaceError> {
+/// Mounts a tmpfs over `directory` that shows what was in it, but for the names that are to be ours, and can take new
+/// names.
+fn cover(directory: &Path, ours: &[&str]) -> Result<(), NamespaceError> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let machine = open(directory, flags, Mode::empty()).step("cannot open", directory)?;
     let names: Vec<_> = fs::read_dir(directory).step("cannot list", directory)?.flatten().collect();
@@ -127,7 +125,7 @@ fn cover(directory: &Path) -> Result<(), NamespaceError> {
         .step("cannot mount a tmpfs on", directory)?;
     // The descriptor still leads to the directory below, and to what is mounted on its entries.
     let below = PathBuf::from(format!("/proc/self/fd/{}", machine.as_raw_fd()));
-    for entry in names {
+    for entry in names.iter().filter(|entry| ours.iter().all(|name| entry.file_name() != *name)) {
         let shown = directory.join(entry.file_name());
         // An entry that has gone since, or that we may not see, is not worth failing for.
         if let Err(error) = show(&below.join(entry.file_name()), &shown) {
@@ -144,10 +142,24 @@ fn show(below: &Path, shown: &Path) -> Result<(), NamespaceError> {
         let target = fs::read_link(below).step("cannot read", below)?;
         return symlink(target, shown).step("cannot link", shown);
     }
+    if shown.ends_with("dev/ptmx") {
+        return show_ptmx(below, shown);
+    }
     if kind.is_dir() {
         fs::create_dir(shown).step("cannot make", shown)?;
     } else {
         fs::File::create_new(shown).step("cannot make", shown)?;
     }
     bind(below, shown)
+}
+
+/// Shows the maker of terminals. It looks for `pts` beside itself, so it cannot be bound: a node of the same kind is
+/// made, or, where that is forbidden, a link to the one that `pts` has.
+fn show_ptmx(below: &Path, shown: &Path) -> Result<(), NamespaceError> {
+    let machine = nix::sys::stat::stat(below).step("cannot look at", below)?;
+    let mode = Mode::from_bits_truncate(machine.st_mode);
+    match nix::sys::stat::mknod(shown, nix::sys::stat::SFlag::S_IFCHR, mode, machine.st_rdev) {
+        Ok(()) => fs::set_permissions(shown, fs::Permissions::from_mode(mode.bits())).step("cannot give", shown),
+        Err(_) => symlink("pts/ptmx", shown).step("cannot link", shown),
+    }
 }

@@ -70,8 +70,8 @@ pub fn run<E: std::fmt::Display>(
     let command: Result<Vec<_>, _> = command.iter().map(|word| CString::new(word.as_bytes())).collect();
     let command = command.map_err(|_| LaunchError::Child("a word of the command holds a NUL".into()))?;
     let device = fuse_device()?;
-    let (ours, theirs) =
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(system("socketpair"))?;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(system("socketpair"))?;
     let forwarded = forwarded_signals();
     let mut mask = SigSet::empty();
     pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&forwarded), Some(&mut mask)).map_err(system("sigprocmask"))?;

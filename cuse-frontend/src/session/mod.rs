@@ -15,8 +15,8 @@
 
 mod calls;
 mod channel;
-mod operations;
 mod opens;
+mod operations;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -80,9 +80,9 @@ impl<E: Exports> Engine<E> {
             },
             opcode::READDIR => self.readdir(header, &decode(body)?),
             opcode::POLL => self.poll(&decode(body)?),
-            opcode::STATFS => {
-                Ok(wire::StatfsOut { bsize: 4096, frsize: 4096, namelen: 255, ..Default::default() }.as_bytes().to_vec())
-            }
+            opcode::STATFS => Ok(wire::StatfsOut { bsize: 4096, frsize: 4096, namelen: 255, ..Default::default() }
+                .as_bytes()
+                .to_vec()),
             _ => Err(Errno(libc::ENOSYS)),
         }
     }

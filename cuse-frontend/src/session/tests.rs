@@ -233,9 +233,8 @@ fn facade_lists_links_and_texts() {
 #[test]
 fn client_killed_in_a_blocked_request_ends_and_others_do_not_wait_for_it() {
     with_mount(|mounted| {
-        let mut clients: Vec<_> = (0..3)
-            .map(|_| Command::new("cat").arg(mounted.root.join("vfio")).spawn().expect("cat"))
-            .collect();
+        let mut clients: Vec<_> =
+            (0..3).map(|_| Command::new("cat").arg(mounted.root.join("vfio")).spawn().expect("cat")).collect();
         let deadline = Instant::now() + Duration::from_secs(10);
         while mounted.toy.opened.load(Ordering::SeqCst) < 3 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(10));

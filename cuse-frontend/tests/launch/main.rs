@@ -1,0 +1,308 @@
+//! The launcher on this machine: what COMMAND sees, what passes through, and what is left when somebody is killed.
+//!
+//! The launcher forks while the process has one thread, so each test starts this very program as a process of its own,
+//! which is a launcher, a server, or COMMAND by its first word. Without one it runs the tests, one after the other.
+
+mod client;
+#[allow(unsafe_code)]
+mod sys;
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cuse_frontend::launch::{self, Exit, LaunchError};
+use cuse_frontend::{DeviceSpec, Server, ServerOptions};
+use device_shim::probe::Probe;
+use hwpt::{DeviceProperties, Format};
+use nix::sys::signal::{Signal, kill, raise};
+use nix::unistd::Pid;
+
+const BDF: &str = "0000:c1:00.0";
+const GROUP: u32 = 17;
+
+fn server() -> Result<Arc<Server>, String> {
+    let server = Server::new(ServerOptions::default());
+    let properties = DeviceProperties {
+        unit: "test".into(),
+        format: Format::x86(48).map_err(|error| error.to_string())?,
+        reserved: Vec::new(),
+        coherent: true,
+        dirty_tracking: false,
+    };
+    let model = Probe::new().map_err(|error| error.to_string())?;
+    let bdf = BDF.parse().map_err(|error| format!("{error}"))?;
+    let spec = DeviceSpec { bdf, group: GROUP, noiommu: false, properties, model };
+    server.add_device(spec).map_err(|error| error.to_string())?;
+    Ok(server)
+}
+
+/// What this process is, by its first word.
+fn role(word: &str, rest: &[OsString]) -> ExitCode {
+    match word {
+        "run" => match launch::run(rest, server) {
+            Ok(Exit::Status(status)) => ExitCode::from(u8::try_from(status).expect("a status")),
+            Ok(Exit::Signal(signal)) => {
+                let mask: nix::sys::signal::SigSet = [signal].into_iter().collect();
+                mask.thread_unblock().expect("unblocked");
+                raise(signal).expect("raised");
+                ExitCode::FAILURE
+            }
+            Err(error) => panic!("{error}"),
+        },
+        "refused" => match launch::run(rest, || Err::<Arc<Server>, _>("no such disk")) {
+            Err(LaunchError::Server(reason)) if reason == "no such disk" => ExitCode::SUCCESS,
+            other => panic!("{other:?}"),
+        },
+        "serve" => {
+            launch::serve(Path::new(&rest[0]), server, || println!("ready")).expect("served");
+            ExitCode::SUCCESS
+        }
+        "client" => client::act(rest[0].to_str().expect("a word")),
+        other => panic!("unknown role {other}"),
+    }
+}
+
+fn itself(words: &[&str]) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(words);
+    command
+}
+
+/// COMMAND is this program again, as a client.
+fn run_client(what: &str) -> Command {
+    let program = std::env::current_exe().expect("this program");
+    itself(&["run", program.to_str().expect("utf-8"), "client", what])
+}
+
+/// A child that has said "ready".
+struct Ready {
+    child: Child,
+    output: BufReader<std::process::ChildStdout>,
+}
+
+impl Ready {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("started");
+        let mut output = BufReader::new(child.stdout.take().expect("piped"));
+        let mut line = String::new();
+        output.read_line(&mut line).expect("output");
+        assert_eq!(line, "ready\n");
+        Self { child, output }
+    }
+
+    fn kill(&mut self, signal: Signal) {
+        kill(pid(&self.child), signal).expect("alive");
+    }
+
+    fn rest(mut self) -> (std::process::ExitStatus, String) {
+        let mut text = String::new();
+        self.output.read_to_string(&mut text).expect("output");
+        (self.child.wait().expect("ended"), text)
+    }
+}
+
+fn pid(child: &Child) -> Pid {
+    Pid::from_raw(i32::try_from(child.id()).expect("a pid"))
+}
+
+/// The children of a process, first started first.
+fn children(of: Pid) -> Vec<Pid> {
+    let list = std::fs::read_to_string(format!("/proc/{of}/task/{of}/children")).expect("a living process");
+    list.split_whitespace().map(|word| Pid::from_raw(word.parse().expect("a pid"))).collect()
+}
+
+/// Waits until `what` holds, at most five seconds.
+fn eventually(what: impl Fn() -> bool, message: &str) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !what() {
+        assert!(Instant::now() < deadline, "{message}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn our_mounts() -> Vec<String> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("mounts");
+    mounts.lines().filter(|line| line.contains("uiommufd")).map(str::to_owned).collect()
+}
+
+fn command_ends_and_run_ends_as_it_did() {
+    let status = |script: &str| itself(&["run", "sh", "-c", script]).status().expect("run");
+    assert_eq!(status("exit 7").code(), Some(7));
+    assert_eq!(status("kill -KILL $$").signal(), Some(libc::SIGKILL));
+    assert_eq!(itself(&["run", "/no/such/command"]).stderr(Stdio::null()).status().expect("run").code(), Some(127));
+    assert_eq!(itself(&["refused", "true"]).status().expect("run").code(), Some(0));
+}
+
+fn signal_sent_to_run_reaches_command() {
+    let script = "trap 'exit 9' USR1; trap 'exit 8' TERM; echo ready; while :; do sleep 0.01; done";
+    for (signal, code) in [(Signal::SIGUSR1, 9), (Signal::SIGTERM, 8)] {
+        let mut run = Ready::start(itself(&["run", "sh", "-c", script]));
+        run.kill(signal);
+        assert_eq!(run.rest().0.code(), Some(code));
+    }
+}
+
+fn sigpipe_is_as_it_was_for_command() {
+    let output = itself(&["run", "sh", "-c", "yes | head -n 1; exit 3"]).stderr(Stdio::piped()).output().expect("run");
+    assert_eq!(output.status.code(), Some(3));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "", "yes dies of SIGPIPE without a word");
+}
+
+fn command_sees_nodes_facade_and_machine_and_outside_nothing_changes() {
+    let list = || std::fs::read_dir("/dev").expect("/dev").flatten().count();
+    let before = (our_mounts(), list());
+    let machine: Vec<_> = std::fs::read_dir("/sys/bus/pci/devices")
+        .map(|entries| entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+        .unwrap_or_default();
+    let mut command = run_client("sees-the-machine");
+    assert_eq!(command.env("MACHINE_DEVICES", machine.join(" ")).status().expect("run").code(), Some(0));
+    assert_eq!((our_mounts(), list()), before);
+}
+
+fn device_descriptor_is_given_to_command() {
+    assert_eq!(run_client("reads-the-device").status().expect("run").code(), Some(0));
+}
+
+fn server_killed_leaves_command_alive_with_errors() {
+    let mut run = Ready::start(run_client("outlives-the-server"));
+    run.kill(Signal::SIGKILL);
+    let (status, text) = run.rest();
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+    assert_eq!(text, "alive\n");
+    assert_eq!(our_mounts(), Vec::<String>::new());
+}
+
+fn command_killed_ends_run_by_the_same_signal() {
+    let run = Ready::start(run_client("waits-to-be-killed"));
+    let command = children(pid(&run.child));
+    assert_eq!(command.len(), 1, "run has no process but COMMAND");
+    kill(command[0], Signal::SIGKILL).expect("alive");
+    assert_eq!(run.rest().0.signal(), Some(libc::SIGKILL));
+}
+
+fn status_is_told_while_command_runs() {
+    let mut run = Ready::start(run_client("waits-to-be-killed"));
+    let address = SocketAddr::from_abstract_name(format!("uiommufd-{}", run.child.id())).expect("a name");
+    let answer = std::io::read_to_string(UnixStream::connect_addr(&address).expect("listening")).expect("an answer");
+    let status: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
+    assert_eq!(status["pid"], run.child.id());
+    assert_eq!(status["transport"], "fuse");
+    assert_eq!(status["open_files"], 3);
+    run.kill(Signal::SIGTERM);
+    assert_eq!(run.rest().0.signal(), Some(libc::SIGTERM));
+}
+
+fn serve(at: &Path) -> Ready {
+    let served = Ready::start(itself(&["serve", at.to_str().expect("utf-8")]));
+    assert!(at.join("vfio/vfio").exists());
+    std::fs::File::open(at.join("iommu")).expect("a node");
+    let group = std::fs::read_link(at.join(format!("vfio/sys/{BDF}/iommu_group"))).expect("a link");
+    assert_eq!(group.file_name().and_then(|name| name.to_str()), Some(GROUP.to_string().as_str()));
+    assert!(at.join(format!("vfio/sys/{BDF}/iommu_group/devices/{BDF}/config")).exists());
+    served
+}
+
+fn is_empty(at: &Path) -> bool {
+    our_mounts().is_empty() && std::fs::read_dir(at).expect("a directory").count() == 0
+}
+
+fn serve_ended_by_a_signal_or_killed_removes_what_it_made() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGKILL, Signal::SIGHUP] {
+        let mut served = serve(directory.path());
+        let open = std::fs::File::open(directory.path().join("vfio/vfio")).expect("a node");
+        served.kill(signal);
+        let ended = served.rest().0;
+        match signal {
+            Signal::SIGTERM | Signal::SIGINT => assert_eq!(ended.code(), Some(0)),
+            _ => assert_eq!(ended.signal(), Some(signal as i32)),
+        }
+        eventually(|| is_empty(directory.path()), &format!("something is left after {signal}"));
+        drop(open);
+    }
+}
+
+fn serve_killed_with_its_watcher_is_cleaned_up_after_by_the_next() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut served = serve(directory.path());
+    let watcher = children(pid(&served.child));
+    assert_eq!(watcher.len(), 1);
+    kill(watcher[0], Signal::SIGKILL).expect("alive");
+    served.kill(Signal::SIGKILL);
+    served.rest();
+    assert!(!is_empty(directory.path()), "nobody was left to clean up");
+    let mut next = serve(directory.path());
+    next.kill(Signal::SIGTERM);
+    assert_eq!(next.rest().0.code(), Some(0));
+    assert!(is_empty(directory.path()));
+}
+
+fn serve_refuses_what_is_there_already() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let taken: PathBuf = directory.path().join("vfio");
+    std::fs::create_dir(&taken).expect("made");
+    let ended = itself(&["serve", directory.path().to_str().expect("utf-8")]).stderr(Stdio::null()).status();
+    assert_eq!(ended.expect("started").code(), Some(101));
+    assert!(taken.is_dir());
+}
+
+fn may_mount() -> Result<(), String> {
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+        .map_err(|error| format!("/dev/fuse: {error}"))?;
+    let apart = Command::new("unshare").args(["--mount", "true"]).status();
+    match apart {
+        Ok(status) if status.success() => Ok(()),
+        _ => Err("no privilege to make a mount namespace".into()),
+    }
+}
+
+fn main() -> ExitCode {
+    let words: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some((first, rest)) = words.split_first()
+        && !first.to_string_lossy().starts_with('-')
+        && ["run", "refused", "serve", "client"].iter().any(|role| first == role)
+    {
+        return role(first.to_str().expect("a word"), rest);
+    }
+    let wanted: Vec<_> = words.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+    let wanted: Vec<_> = wanted.iter().filter(|word| !word.starts_with('-')).collect();
+    macro_rules! tests {
+        ($($test:ident),* $(,)?) => {[$((stringify!($test), $test as fn())),*]};
+    }
+    let tests = tests![
+        command_ends_and_run_ends_as_it_did,
+        signal_sent_to_run_reaches_command,
+        sigpipe_is_as_it_was_for_command,
+        command_sees_nodes_facade_and_machine_and_outside_nothing_changes,
+        device_descriptor_is_given_to_command,
+        server_killed_leaves_command_alive_with_errors,
+        command_killed_ends_run_by_the_same_signal,
+        status_is_told_while_command_runs,
+        serve_ended_by_a_signal_or_killed_removes_what_it_made,
+        serve_killed_with_its_watcher_is_cleaned_up_after_by_the_next,
+        serve_refuses_what_is_there_already,
+    ];
+    if let Err(reason) = may_mount() {
+        println!("test launch ... Skipped({reason}), {} tests", tests.len());
+        return ExitCode::SUCCESS;
+    }
+    let mut failed = 0;
+    for (name, test) in
+        tests.into_iter().filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|word| name.contains(*word)))
+    {
+        let passed = std::panic::catch_unwind(test).is_ok();
+        println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
+        failed += u8::from(!passed);
+    }
+    ExitCode::from(failed)
+}
