@@ -217,3 +217,10 @@ pub(crate) fn secret_file() -> Result<OwnedFd, Errno> {
     // SAFETY: a descriptor that the kernel has just made and nobody else has.
     Ok(unsafe { OwnedFd::from_raw_fd(number as RawFd) })
 }
+
+/// Whether this process has a capability in effect, by its number.
+pub(crate) fn has_capability(number: u32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).is_some_and(|set| set >> number & 1 != 0)
+}

@@ -386,11 +386,9 @@ pub(super) const ROWS: &[Row] = &[
             let show = |s: &mut Script<'_>, step: &str| {
                 let mut data = [0; 2];
                 let answer = s.way.read(device, CONFIG + 4, &mut data);
-                s.say(&format!(
-                    "{step}={}:{:#06x}",
-                    result(answer.map(|count| count as i32)),
-                    u16::from_le_bytes(data)
-                ));
+                // Memory, bus master and INTx off: the other bits are the model's own.
+                let bits = u16::from_le_bytes(data) & 0x406;
+                s.say(&format!("{step}={}:{bits:#06x}", result(answer.map(|count| count as i32))));
             };
             for (step, value) in [("memory_and_master", 6_u16), ("all", 0xffff), ("none", 0)] {
                 let answer = s.way.write(device, CONFIG + 4, &value.to_le_bytes());

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use crate::arg::{self, Arg};
 use crate::script::{Outcome, Row, Script, Stopped, result, stopped};
-use crate::sys::Memory;
+use crate::sys::{self, Memory};
 use crate::way::Node;
 
 const PAGE: u64 = 0x1000;
@@ -17,6 +17,11 @@ const FIXED: u32 = 1;
 const WRITE: u32 = 2;
 const READ: u32 = 4;
 const RW: u32 = READ | WRITE;
+/// The number of IOMMU_OPTION and its operation GET, the one that needs no capability.
+const OPTION: u32 = 0x87;
+const OPTION_GET: u32 = 1;
+/// CAP_SYS_RESOURCE.
+const SYS_RESOURCE: u32 = 24;
 
 /// An iommufd with one IOAS.
 struct Ioas {
@@ -150,6 +155,9 @@ fn sizes(s: &mut Script<'_>, name: &str, request: u32, size: usize, min: usize) 
     let number = u32::from(b';') << 8 | request;
     for claimed in [0, 4, min - 1, min, size, size + 8, 4096, 4097] {
         let mut argument = Arg::new().u32(claimed as u32).room(claimed.max(size) + 8);
+        if request == OPTION {
+            argument.set_u32(8, OPTION_GET);
+        }
         s.call_with(&format!("{name}_{claimed}"), file, number, &mut argument).ok();
     }
     let mut argument = Arg::new().u32(size as u32 + 8).room(size).u64(1 << 32);
@@ -498,15 +506,26 @@ pub(super) const ROWS: &[Row] = &[
                 ("option_2", 2, 1, id, 0),
                 ("option_2_absent", 2, 1, 99, 0),
                 ("set_rlimit_object", 0, 0, id, 1),
-                ("set_rlimit_2", 0, 0, 0, 2),
-                ("set_rlimit_with_objects", 0, 0, 0, 1),
                 ("get_rlimit_after", 0, 1, 0, 77),
             ] {
                 option(s, step, file, (option_id, operation, object), value);
             }
             let mut argument = Arg::new().u32(24).u32(0).u32(1 | 1 << 16).u32(0).u64(0);
             s.call_with("reserved", file, arg::IOMMU_OPTION, &mut argument).ok();
+            Ok(())
+        },
+    },
+    Row {
+        name: "option_of_accounting_needs_a_capability",
+        run: |s| {
+            if !sys::has_capability(SYS_RESOURCE) {
+                return Err(Stopped::Skipped("CAP_SYS_RESOURCE is missing".to_owned()));
+            }
+            let ioas = ioas(s)?;
+            option(s, "set_2_with_objects", ioas.file, (0, 0, 0), 2);
+            option(s, "set_with_objects", ioas.file, (0, 0, 0), 1);
             let fresh = s.open(Node::Iommufd)?;
+            option(s, "fresh_set_2", fresh, (0, 0, 0), 2);
             option(s, "fresh_set_rlimit", fresh, (0, 0, 0), 1);
             option(s, "fresh_get_rlimit", fresh, (0, 1, 0), 77);
             option(s, "fresh_set_rlimit_back", fresh, (0, 0, 0), 0);
@@ -541,7 +560,6 @@ pub(super) const ROWS: &[Row] = &[
             vfio_ioas(s, "set", file, id, 1);
             vfio_ioas(s, "get", file, 0, 0);
             vfio_ioas(s, "operation_3", file, id, 3);
-            s.call("version", file, arg::VFIO_GET_API_VERSION, 0).ok();
             let mut argument = Arg::new().u32(12).u32(id).u32(1 << 16);
             s.call_with("reserved", file, arg::IOMMU_VFIO_IOAS, &mut argument).ok();
             vfio_ioas(s, "clear", file, 77, 2);

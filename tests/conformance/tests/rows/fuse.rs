@@ -7,10 +7,7 @@ use anyhow::Result;
 use conformance::record;
 use e2e::server::Run;
 
-use crate::Tally;
-
-/// Rows whose answers depend on what the operator chose: they run with the defaults as well.
-const CHOICES: &[&str] = &["/dirty_", "/memlock_"];
+use crate::{CHOICES, Tally};
 
 /// Runs the rows with Linux's accounting and dirty bits, then those that depend on them with the defaults.
 pub(crate) fn run(tally: &mut Tally) {
