@@ -47,6 +47,14 @@ pub enum FaultReason {
     /// A long-term writable hold of a shared mapping whose file system writes dirty pages back.
     #[error("a shared mapping of file {0:?} on a file system with write-back cannot be held for writing")]
     Writeback(FileId),
+    /// The client's mapping goes on where its file has ended.
+    #[error("the mapping passes the end of file {file:?}, which has {size:#x} bytes")]
+    BeyondEnd {
+        /// The file.
+        file: FileId,
+        /// Its size in bytes.
+        size: u64,
+    },
     /// Memory that cannot be held at all.
     #[error("memory of kind {0:?} cannot be mapped here")]
     Unpinnable(FileKind),

@@ -52,6 +52,7 @@ pub(crate) fn user_memory(
             Some((file, offset)) => {
                 check_kind(&file, rights).map_err(fault)?;
                 let index = (offset + (address.0 - vma.range.start().0)) >> PAGE_SHIFT;
+                check_size(&file, index + (stop - at)).map_err(fault)?;
                 let charged = file.kind != FileKind::DeviceRegion;
                 Wanted { backing: Backing::File(file), index, pages: stop - at, charged }
             }
@@ -91,6 +92,12 @@ fn check_kind(file: &FileBacking, rights: Rights) -> Result<(), FaultReason> {
         FileKind::Writeback => Ok(()),
         FileKind::DeviceRegion | FileKind::Unpinnable => Err(FaultReason::Unpinnable(file.kind)),
     }
+}
+
+/// A page past the end of the file raises SIGBUS in the client, so there is nothing to hold.
+fn check_size(file: &FileBacking, end_page: u64) -> Result<(), FaultReason> {
+    let size = file.size();
+    if end_page > size.div_ceil(PAGE_SIZE) { Err(FaultReason::BeyondEnd { file: file.id, size }) } else { Ok(()) }
 }
 
 /// `pages` pages of a file that was named by descriptor, from byte `offset` on, if they may be held.

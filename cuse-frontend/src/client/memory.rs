@@ -182,7 +182,8 @@ impl MemoryMap for ProcessMemory {
         }
         match self.open_mapped(&raw) {
             Ok(file) => file.ok_or(changed),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Err(changed),
+            // Gone meanwhile; or a file that nobody can open again, as memfd_secret's, and that cannot be held.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENXIO)) => Err(changed),
             Err(error) => Err(memory_error(error)),
         }
     }
