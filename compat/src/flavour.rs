@@ -35,6 +35,8 @@ pub(crate) struct Answers {
     pub(crate) checks_cuts_first: bool,
     /// A v1 unmap cuts mappings where it is told to; otherwise it takes whole mappings whose start it covers.
     pub(crate) v1_cuts: bool,
+    /// User memory that ends with the last address is EFAULT as any other hole; otherwise EOVERFLOW.
+    pub(crate) last_address_faults: bool,
     /// A region of a device can be mapped.
     pub(crate) device_regions: bool,
     /// What CAP_IPC_LOCK does.
@@ -49,6 +51,7 @@ const NATIVE: Answers = Answers {
     counts_entries: true,
     checks_cuts_first: true,
     v1_cuts: false,
+    last_address_faults: true,
     device_regions: true,
     ipc_lock: IpcLock::CountUnlimited,
 };
@@ -61,6 +64,7 @@ const IOMMUFD: Answers = Answers {
     counts_entries: false,
     checks_cuts_first: false,
     v1_cuts: true,
+    last_address_faults: false,
     device_regions: false,
     ipc_lock: IpcLock::DoNotCount,
 };

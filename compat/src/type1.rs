@@ -19,10 +19,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hwpt::HwptList;
-use ioas::caller::Caller;
+use ioas::caller::{Caller, MemoryError};
 use ioas::{
-    Access, AreaView, Interrupt, Ioas, Iova, IovaChoice, IovaRange, MapRequest, PAGE_SIZE, PayerMode, RangeError,
-    Source, UserAddr, UserRange,
+    Access, AreaView, Interrupt, Ioas, IoasError, Iova, IovaChoice, IovaRange, MapRequest, PAGE_SIZE, PayerMode,
+    RangeError, Source, UserAddr, UserRange,
 };
 use parking_lot::{Mutex, MutexGuard};
 
@@ -261,8 +261,11 @@ impl Type1 {
             ipc_lock: self.answers.ipc_lock,
             device_regions: self.answers.device_regions,
         };
-        self.ioas.map(caller, request)?;
-        Ok(())
+        let nothing_there = IoasError::Fault { address: user.start(), reason: MemoryError::Fault(user.start()).into() };
+        match self.ioas.map(caller, request) {
+            Err(IoasError::Overflow { .. }) if self.answers.last_address_faults => Err(nothing_there.into()),
+            other => other.map(drop).map_err(VfioError::from),
+        }
     }
 
     /// The mapping that is exactly `iova` gets a new user address, and the caller pays for it from now on.
