@@ -27,6 +27,9 @@ fn one_server(tally: &mut Tally, way: &str, options: &[&str], rows: &[String]) {
         return;
     }
     match answers(options, rows) {
+        Ok((answers, stderr)) if answers.is_empty() => {
+            tally.fail(way, &format!("no row was answered; the server and the client said:\n{stderr}"));
+        }
         Ok((answers, stderr)) => {
             for row in rows {
                 tally.take(way, row, answers.get(row).map_or("no answer", String::as_str));
