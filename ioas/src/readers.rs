@@ -12,11 +12,11 @@
 //! sees the cleared leaves. Readers belong to one IOAS: nobody waits for another client's DMA.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
 use crossbeam_utils::CachePadded;
-use parking_lot::Mutex;
+
+use self::steps::{AtomicU64, Mutex, fence};
 
 /// Asked while something waits: is the caller to die?
 pub trait Interrupt {
@@ -124,16 +124,10 @@ impl Backoff {
 
     fn pause(&mut self, interrupt: &dyn Interrupt) -> Result<(), Interrupted> {
         self.rounds = self.rounds.saturating_add(1);
-        match self.rounds {
-            0..100 => std::hint::spin_loop(),
-            100..200 => std::thread::yield_now(),
-            _ => {
-                if interrupt.interrupted() {
-                    return Err(Interrupted);
-                }
-                std::thread::sleep(Duration::from_micros(100) * (self.rounds / 200).min(50));
-            }
+        if self.rounds >= steps::SLEEPS_FROM && interrupt.interrupted() {
+            return Err(Interrupted);
         }
+        steps::pause(self.rounds);
         Ok(())
     }
 }
@@ -177,5 +171,135 @@ impl Drop for ReadGuard<'_> {
     #[inline]
     fn drop(&mut self) {
         self.slot.store(0, Ordering::Release);
+    }
+}
+
+/// What the algorithm is made of.
+#[cfg(not(test))]
+mod steps {
+    use std::time::Duration;
+
+    pub(super) use parking_lot::Mutex;
+    pub(super) use std::sync::atomic::{AtomicU64, fence};
+
+    /// The round in which a waiter begins to sleep.
+    pub(super) const SLEEPS_FROM: u32 = 200;
+
+    pub(super) fn pause(round: u32) {
+        match round {
+            0..100 => std::hint::spin_loop(),
+            100..SLEEPS_FROM => std::thread::yield_now(),
+            _ => std::thread::sleep(Duration::from_micros(100) * (round / SLEEPS_FROM).min(50)),
+        }
+    }
+}
+
+/// The same steps under a scheduler that tries their orders.
+#[cfg(test)]
+mod steps {
+    use shuttle::sync::MutexGuard;
+
+    pub(super) use shuttle::sync::atomic::{AtomicU64, fence};
+
+    pub(super) const SLEEPS_FROM: u32 = 3;
+
+    #[derive(Debug)]
+    pub(super) struct Mutex<T>(shuttle::sync::Mutex<T>);
+
+    impl<T> Mutex<T> {
+        pub(super) fn new(value: T) -> Self {
+            Self(shuttle::sync::Mutex::new(value))
+        }
+
+        pub(super) fn lock(&self) -> MutexGuard<'_, T> {
+            self.0.lock().expect("no test panics under this lock")
+        }
+    }
+
+    pub(super) fn pause(_round: u32) {
+        shuttle::thread::yield_now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shuttle::sync::atomic::AtomicBool;
+    use shuttle::thread;
+
+    use super::*;
+
+    /// A page that a leaf leads to until it is unmapped, and that is released after the wait.
+    struct Page {
+        readers: Arc<ReaderSet>,
+        leaf: AtomicBool,
+        released: AtomicBool,
+    }
+
+    impl Page {
+        fn new() -> Arc<Self> {
+            let readers = Arc::new(ReaderSet::new());
+            Arc::new(Self { readers, leaf: AtomicBool::new(true), released: AtomicBool::new(false) })
+        }
+
+        fn dma(&self, reader: &mut Reader) {
+            let inside = reader.enter();
+            if self.leaf.load(Ordering::Relaxed) {
+                assert!(!self.released.load(Ordering::Relaxed), "a reader touches a page that was released");
+            }
+            drop(inside);
+        }
+
+        fn unmap(&self) {
+            self.leaf.store(false, Ordering::Relaxed);
+            self.readers.wait();
+            self.released.store(true, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn reader_never_touches_what_was_released_after_a_wait() {
+        shuttle::check_random(
+            || {
+                let pages = [Page::new(), Page::new()];
+                let readers = Arc::clone(&pages[0].readers);
+                let pages = pages.map(|page| {
+                    let page = Arc::into_inner(page).expect("the only one");
+                    Arc::new(Page { readers: Arc::clone(&readers), ..page })
+                });
+                let device = || {
+                    let pages = pages.clone();
+                    thread::spawn(move || {
+                        let mut reader = pages[0].readers.register();
+                        pages.iter().cycle().take(4).for_each(|page| page.dma(&mut reader));
+                    })
+                };
+                let devices = [device(), device()];
+                let unmaps = pages.clone().map(|page| thread::spawn(move || page.unmap()));
+                devices.into_iter().chain(unmaps).for_each(|thread| thread.join().expect("no failure"));
+                assert!(readers.is_empty());
+            },
+            3000,
+        );
+    }
+
+    #[test]
+    fn wait_with_a_reader_inside_ends_when_it_is_interrupted() {
+        struct Now;
+        impl Interrupt for Now {
+            fn interrupted(&self) -> bool {
+                true
+            }
+        }
+        shuttle::check_random(
+            || {
+                let set = Arc::new(ReaderSet::new());
+                let mut reader = set.register();
+                let inside = reader.enter();
+                assert_eq!(set.wait_unless(&Now), Err(Interrupted));
+                drop(inside);
+                assert_eq!(set.wait_unless(&Now), Ok(()));
+            },
+            10,
+        );
     }
 }
