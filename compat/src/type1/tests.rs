@@ -632,7 +632,7 @@ proptest! {
                         false if starts_inside => Ok(0),
                         _ => Ok(bytes),
                     };
-                    prop_assert_eq!(world.unmap(page, pages), expected.clone());
+                    prop_assert_eq!(world.unmap(page, pages), expected);
                     if expected == Ok(bytes) {
                         model.retain(|p, _| !gone.contains(p));
                     }
