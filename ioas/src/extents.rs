@@ -1,9 +1,9 @@
 //! Extents: which frames stand for which pages of which backing.
 //!
 //! An extent is a stretch of one backing with a stretch of frames, made when the first page in it is held and ended
-//! when the last is released. It is made generously (a whole file, whole GiBs of private memory), so that 64 GiB are
-//! one run and one entry in whatever counts frames. Extents of one backing do not overlap: while a page is held it has
-//! one frame.
+//! when the last is released. While frames are plenty it is made generously (a whole file, whole GiBs of private
+//! memory), so that 64 GiB are one run and one entry in whatever counts frames. Extents of one backing do not overlap:
+//! while a page is held it has one frame.
 //!
 //! An extent of a file is mapped into the arena when the first DMA touches it, in one piece. Guarded by the store's
 //! lock.
@@ -130,8 +130,9 @@ impl Extents {
             Backing::Private(_) => (Region::Private, GIB_PAGES, (at, end)),
             Backing::File(file) => (Region::Arena, file.unit_pages(), wished_of_file(file.size(), at, end)),
         };
-        // The second try is for what is needed alone, when frames are scarce.
-        for (from, to) in [wished, (at, end)] {
+        // Where frames are scarce, nobody takes more than is needed.
+        let tries = if space.is_roomy(region) { [wished, (at, end)] } else { [(at, end); 2] };
+        for (from, to) in tries {
             let coarse = if to - from >= GIB_PAGES { unit.max(GIB_PAGES) } else { unit };
             let index = (from & !(coarse - 1)).max(lowest);
             let stop = to.checked_next_multiple_of(coarse).unwrap_or(u64::MAX).min(highest);

@@ -61,6 +61,15 @@ impl FrameSpace {
         self.free(region).lock().take(pages, alignment, index)
     }
 
+    /// True while so much is free that more than what is needed may be taken.
+    pub(crate) fn is_roomy(&self, region: Region) -> bool {
+        let all = match region {
+            Region::Arena => self.arena.map_or(0, |arena| arena.length() >> PAGE_SHIFT),
+            Region::Private => (1 << FRAME_BITS) - PRIVATE_START,
+        };
+        self.free(region).lock().pages >= all / 4 * 3
+    }
+
     /// Gives a stretch back. Nothing is mapped there any more.
     pub(crate) fn release(&self, region: Region, first: u64, pages: u64) {
         self.free(region).lock().insert(first, first + pages);
@@ -74,37 +83,43 @@ impl FrameSpace {
     }
 }
 
-/// Free stretches, by first frame, to one past the last; never touching.
+/// Free stretches.
 #[derive(Debug, Default)]
-struct FreeRanges(BTreeMap<u64, u64>);
+struct FreeRanges {
+    /// By first frame, to one past the last; never touching.
+    ranges: BTreeMap<u64, u64>,
+    pages: u64,
+}
 
 impl FreeRanges {
     fn take(&mut self, pages: u64, alignment: u64, index: u64) -> Option<u64> {
         let place = |start: u64| start + (index.wrapping_sub(start) & (alignment - 1));
         let fits = |(&start, &end): (&u64, &u64)| (place(start).checked_add(pages)? <= end).then_some((start, end));
-        let (start, end) = self.0.iter().find_map(fits)?;
+        let (start, end) = self.ranges.iter().find_map(fits)?;
         let first = place(start);
-        self.0.remove(&start);
+        self.pages -= pages;
+        self.ranges.remove(&start);
         if start < first {
-            self.0.insert(start, first);
+            self.ranges.insert(start, first);
         }
         if first + pages < end {
-            self.0.insert(first + pages, end);
+            self.ranges.insert(first + pages, end);
         }
         Some(first)
     }
 
     fn insert(&mut self, mut start: u64, mut end: u64) {
-        if let Some((&before, &before_end)) = self.0.range(..start).next_back()
+        self.pages += end - start;
+        if let Some((&before, &before_end)) = self.ranges.range(..start).next_back()
             && before_end == start
         {
-            self.0.remove(&before);
+            self.ranges.remove(&before);
             start = before;
         }
-        if let Some(after_end) = self.0.remove(&end) {
+        if let Some(after_end) = self.ranges.remove(&end) {
             end = after_end;
         }
-        self.0.insert(start, end);
+        self.ranges.insert(start, end);
     }
 }
 
@@ -122,7 +137,7 @@ mod tests {
         assert_eq!(second % 4096, 0);
         free.insert(first, first + 1000);
         free.insert(second, second + 4096);
-        assert_eq!(free.0.into_iter().collect::<Vec<_>>(), [(512, 1 << 20)]);
+        assert_eq!(free.ranges.into_iter().collect::<Vec<_>>(), [(512, 1 << 20)]);
     }
 
     #[test]
