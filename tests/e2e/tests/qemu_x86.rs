@@ -80,7 +80,7 @@ fn traced_map(trace: &str) -> Vec<Span> {
     let mut map: Vec<Span> = Vec::new();
     for line in trace.lines() {
         let added = line.split_once("region_add [ram] ").map(|(_, rest)| rest);
-        let deleted = line.split_once("region_del ").map(|(_, rest)| rest);
+        let deleted = line.rsplit_once("region_del ").map(|(_, rest)| rest);
         if let Some(span) = added.and_then(span) {
             map.push(span);
         } else if let Some(gone) = deleted.and_then(span) {
