@@ -85,7 +85,7 @@ impl Fuse {
     ///
     /// # Errors
     /// When the mount cannot be reached or has gone. The file is closed.
-    pub(crate) fn open_descriptor(&self, file: Arc<OpenFile>) -> std::io::Result<OwnedFd> {
+    pub(crate) fn open_descriptor(&self, file: &Arc<OpenFile>) -> std::io::Result<OwnedFd> {
         let root = self.root.get().ok_or(std::io::ErrorKind::NotConnected)?;
         let name = self.tree.offer(file)?;
         let opened = openat(root, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());

@@ -10,13 +10,14 @@
 //! a request into our own mount. Ids are never reused.
 //!
 //! Beside the layout there are one-time names ([`Tree::offer`]): an open file that a client is to be given is opened
-//! by such a name, once.
+//! by such a name, once. The tree only refers to it: the kernel may remember the name long after the file has been
+//! closed, and that must not keep the file.
 //!
 //! Lock order: `names` is a leaf. Texts are produced, and the machine's directories read, under no lock.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
@@ -157,8 +158,8 @@ pub(crate) struct Known<F> {
 pub(crate) enum Found<F> {
     /// Something of the layout.
     Entry(Entry),
-    /// A file that was offered under a one-time name.
-    Offered(Arc<F>),
+    /// A file that was offered under a one-time name; gone when it has been closed.
+    Offered(Weak<F>),
 }
 
 /// Mode, owner and group that a client has set.
@@ -177,7 +178,7 @@ struct Names<F> {
     /// Ids of what has one id only.
     lasting: HashMap<Arc<str>, u64>,
     ownership: HashMap<Arc<str>, Ownership>,
-    offered: HashMap<String, Arc<F>>,
+    offered: HashMap<String, Weak<F>>,
     next: u64,
 }
 
@@ -203,19 +204,19 @@ impl<F> Tree<F> {
         Self { layout: Box::new(layout), owner, names: Mutex::new(names) }
     }
 
-    /// Offers an open file under a name in the root that nobody can guess and that works once.
-    pub(crate) fn offer(&self, file: Arc<F>) -> std::io::Result<String> {
+    /// Offers an open file under a name in the root that nobody can guess and that works once. The caller keeps the
+    /// file until the name has been opened.
+    pub(crate) fn offer(&self, file: &Arc<F>) -> std::io::Result<String> {
         let mut secret = [0; 16];
         std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut secret)?;
         let name = format!(".open-{:032x}", u128::from_ne_bytes(secret));
-        self.names.lock().offered.insert(name.clone(), file);
+        self.names.lock().offered.insert(name.clone(), Arc::downgrade(file));
         Ok(name)
     }
 
     /// Takes an offer back that nobody has looked up.
     pub(crate) fn withdraw(&self, name: &str) {
-        let offer = self.names.lock().offered.remove(name);
-        drop(offer);
+        self.names.lock().offered.remove(name);
     }
 
     /// Looks a name up and counts the lookup: the id and attributes.
@@ -262,15 +263,11 @@ impl<F> Tree<F> {
         if known.lookups > 0 {
             return;
         }
-        let gone = names.known.remove(&id);
-        if let Some(gone) = &gone
+        if let Some(gone) = names.known.remove(&id)
             && names.lasting.get(&gone.path) == Some(&id)
         {
             names.lasting.remove(&gone.path);
         }
-        // An offered file that was never opened is closed here: not under the lock.
-        drop(names);
-        drop(gone);
     }
 
     /// What a node is.
@@ -287,7 +284,7 @@ impl<F> Tree<F> {
         }
         match &self.names.lock().known.get(&id).ok_or(Errno(libc::ESTALE))?.what {
             Found::Entry(entry) => Ok(Found::Entry(entry.clone())),
-            Found::Offered(file) => Ok(Found::Offered(Arc::clone(file))),
+            Found::Offered(file) => Ok(Found::Offered(Weak::clone(file))),
         }
     }
 
@@ -423,8 +420,17 @@ mod tests {
     #[test]
     fn offered_file_is_found_once() {
         let tree = tree();
-        let name = tree.offer(Arc::new(())).expect("random bytes");
+        let name = tree.offer(&Arc::new(())).expect("random bytes");
         assert!(tree.look_up(ROOT_ID, name.as_bytes()).is_ok());
         assert_eq!(tree.look_up(ROOT_ID, name.as_bytes()).map(|found| found.0), Err(Errno(libc::ENOENT)));
+    }
+
+    #[test]
+    fn offered_file_that_was_closed_is_not_kept_by_a_name_the_kernel_remembers() {
+        let (tree, file) = (tree(), Arc::new(()));
+        let name = tree.offer(&file).expect("random bytes");
+        let (id, _) = tree.look_up(ROOT_ID, name.as_bytes()).expect("offered");
+        assert!(matches!(tree.what(id), Ok(Found::Offered(found)) if found.upgrade().is_some()));
+        assert_eq!(Arc::strong_count(&file), 1);
     }
 }

@@ -95,7 +95,7 @@ fn complete(
     match file.ioctl(client, cmd, arg) {
         Ok(IoctlReply::Value(value)) => respond(listener, id, Answer::Value(value.into())),
         Err(errno) => respond(listener, id, Answer::Error(errno.0)),
-        Ok(IoctlReply::NewFile { file, fd_flags }) => match fuse.open_descriptor(file) {
+        Ok(IoctlReply::NewFile { file, fd_flags }) => match fuse.open_descriptor(&file) {
             Ok(descriptor) => match answer_with_file(listener, id, descriptor.as_fd(), fd_flags) {
                 // The client's table of descriptors is full: its call fails with that.
                 Err(error) if error != Errno::ENOENT => respond(listener, id, Answer::Error(error as i32)),

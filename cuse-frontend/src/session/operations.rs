@@ -173,7 +173,7 @@ impl<E: Exports> Engine<E> {
                 let caller = Caller { call, files: &self.files };
                 (self.exports.open(kind, &caller)?, origin)
             }
-            Found::Offered(file) => (file, origin(None)),
+            Found::Offered(file) => (file.upgrade().ok_or(Errno(libc::ESTALE))?, origin(None)),
             Found::Entry(_) => return Err(Errno(libc::EISDIR)),
         };
         let backing = if mappable { self.back(&file) } else { None };
