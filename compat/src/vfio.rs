@@ -165,8 +165,14 @@ impl Vfio {
         }
     }
 
-    /// A device that nobody has open, and nobody can open any more, leaves its group.
-    pub(crate) fn forget(&self, device: &VfioDevice) {
+    /// A device that was to go has been closed.
+    pub(crate) fn closed(&self, device: &VfioDevice) {
+        let _changes = self.changes.lock();
+        self.forget(device);
+    }
+
+    /// A device that nobody has open, and nobody can open any more, leaves its group. `changes` is held.
+    fn forget(&self, device: &VfioDevice) {
         let Some(group) = self.group(device.group_id()) else { return };
         group.remove(device);
         if group.devices().is_empty() {

@@ -188,7 +188,7 @@ impl VfioDevice {
         let withdrawn = opens.withdrawn;
         drop(opens);
         if let (true, Some(vfio)) = (withdrawn, self.vfio.upgrade()) {
-            vfio.forget(self);
+            vfio.closed(self);
         }
     }
 
