@@ -81,13 +81,13 @@ impl Fuse {
         self.nodes.clients.caller(call.tid, Uid(uid), call)
     }
 
-    /// Opens a file that an ioctl has returned in our own tree. To be called on a thread that no request waits for.
+    /// Opens a file that an ioctl has returned to process `client` in our own tree. To be called on a thread that no request waits for.
     ///
     /// # Errors
     /// When the mount cannot be reached or has gone. The file is closed.
-    pub(crate) fn open_descriptor(&self, file: &Arc<OpenFile>) -> std::io::Result<OwnedFd> {
+    pub(crate) fn open_descriptor(&self, file: &Arc<OpenFile>, client: u32) -> std::io::Result<OwnedFd> {
         let root = self.root.get().ok_or(std::io::ErrorKind::NotConnected)?;
-        let name = self.tree.offer(file)?;
+        let name = self.tree.offer(file, client)?;
         let opened = openat(root, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
         self.tree.withdraw(&name);
         Ok(opened?)

@@ -153,13 +153,26 @@ pub(crate) struct Known<F> {
     lookups: u64,
 }
 
+/// A file that a client is to be given; gone when it has been closed.
+pub(crate) struct Offer<F> {
+    pub(crate) file: Weak<F>,
+    /// The process that it is for.
+    pub(crate) client: u32,
+}
+
+impl<F> Clone for Offer<F> {
+    fn clone(&self) -> Self {
+        Self { file: Weak::clone(&self.file), client: self.client }
+    }
+}
+
 /// What opening a known node gives.
 #[derive(Clone)]
 pub(crate) enum Found<F> {
     /// Something of the layout.
     Entry(Entry),
-    /// A file that was offered under a one-time name; gone when it has been closed.
-    Offered(Weak<F>),
+    /// A file that was offered under a one-time name.
+    Offered(Offer<F>),
 }
 
 /// Mode, owner and group that a client has set.
@@ -178,7 +191,7 @@ struct Names<F> {
     /// Ids of what has one id only.
     lasting: HashMap<Arc<str>, u64>,
     ownership: HashMap<Arc<str>, Ownership>,
-    offered: HashMap<String, Weak<F>>,
+    offered: HashMap<String, Offer<F>>,
     next: u64,
 }
 
@@ -206,11 +219,11 @@ impl<F> Tree<F> {
 
     /// Offers an open file under a name in the root that nobody can guess and that works once. The caller keeps the
     /// file until the name has been opened.
-    pub(crate) fn offer(&self, file: &Arc<F>) -> std::io::Result<String> {
+    pub(crate) fn offer(&self, file: &Arc<F>, client: u32) -> std::io::Result<String> {
         let mut secret = [0; 16];
         std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut secret)?;
         let name = format!(".open-{:032x}", u128::from_ne_bytes(secret));
-        self.names.lock().offered.insert(name.clone(), Arc::downgrade(file));
+        self.names.lock().offered.insert(name.clone(), Offer { file: Arc::downgrade(file), client });
         Ok(name)
     }
 
@@ -284,7 +297,7 @@ impl<F> Tree<F> {
         }
         match &self.names.lock().known.get(&id).ok_or(Errno(libc::ESTALE))?.what {
             Found::Entry(entry) => Ok(Found::Entry(entry.clone())),
-            Found::Offered(file) => Ok(Found::Offered(Weak::clone(file))),
+            Found::Offered(offer) => Ok(Found::Offered(offer.clone())),
         }
     }
 
@@ -420,7 +433,7 @@ mod tests {
     #[test]
     fn offered_file_is_found_once() {
         let tree = tree();
-        let name = tree.offer(&Arc::new(())).expect("random bytes");
+        let name = tree.offer(&Arc::new(()), 1).expect("random bytes");
         assert!(tree.look_up(ROOT_ID, name.as_bytes()).is_ok());
         assert_eq!(tree.look_up(ROOT_ID, name.as_bytes()).map(|found| found.0), Err(Errno(libc::ENOENT)));
     }
@@ -428,9 +441,9 @@ mod tests {
     #[test]
     fn offered_file_that_was_closed_is_not_kept_by_a_name_the_kernel_remembers() {
         let (tree, file) = (tree(), Arc::new(()));
-        let name = tree.offer(&file).expect("random bytes");
+        let name = tree.offer(&file, 1).expect("random bytes");
         let (id, _) = tree.look_up(ROOT_ID, name.as_bytes()).expect("offered");
-        assert!(matches!(tree.what(id), Ok(Found::Offered(found)) if found.upgrade().is_some()));
+        assert!(matches!(tree.what(id), Ok(Found::Offered(found)) if found.file.upgrade().is_some()));
         assert_eq!(Arc::strong_count(&file), 1);
     }
 }

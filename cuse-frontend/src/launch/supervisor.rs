@@ -3,14 +3,14 @@
 //! The kernel stops such a call before it begins and tells us ([`super::filter`]). The supervisor looks at the file
 //! that the call is about. If it is not ours, or this call of it returns none, the call goes on as if nobody had
 //! looked. If it is ours, the supervisor makes the call in the client's name; the new open file is opened in our tree
-//! by a one-time name, and the kernel puts that descriptor into the client and answers the call with its number, in
-//! one step. A client that was killed meanwhile gets nothing, and the new file is closed.
+//! by a one-time name, the kernel puts that descriptor into the client, and the call is answered with its number. A
+//! client that was killed meanwhile gets nothing, or takes the descriptor with it, and the new file is closed.
 //!
 //! Each call is served by a thread of its own, since it reads client memory, which can block for ever. Between being
 //! told of a call and opening anything of the client by its thread id, the id may have been given to somebody else:
 //! so it is asked again afterwards whether the call still waits.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -19,7 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::filter::GROUP_GET_DEVICE_FD;
 use crate::files::{ClientCall, IoctlReply, NodeKind, OpenFile};
 use crate::fuse::Fuse;
-use crate::sys::launch::{Answer, Notification, answer_with_file, next_notification, respond, still_waits};
+use crate::sys::launch::{Answer, Notification, install_file, next_notification, respond, still_waits};
 
 /// Serves `listener` on a thread of its own until no process is left that it could tell of.
 pub(super) fn start(listener: OwnedFd, fuse: Arc<Fuse>) -> std::io::Result<()> {
@@ -67,13 +67,11 @@ fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
     if !still_waits(listener.as_fd(), notification.id) {
         return;
     }
-    let done = match file {
-        Ok(Some(file)) if returns_descriptor(&file, cmd) => {
-            complete(listener, fuse, notification, &client, &file, (cmd, notification.args[2]))
-        }
-        _ => respond(listener.as_fd(), notification.id, Answer::GoOn),
+    let answer = match file {
+        Ok(Some(file)) if returns_descriptor(&file, cmd) => complete(fuse, &client, file, (cmd, notification.args[2])),
+        _ => Completed::Said(Answer::GoOn),
     };
-    if let Err(error) = done {
+    if let Err(error) = deliver(listener.as_fd(), notification.id, answer) {
         tracing::debug!(tid = notification.tid, %error, "the caller of a notified ioctl has gone");
     }
 }
@@ -83,28 +81,39 @@ fn returns_descriptor(file: &OpenFile, cmd: u32) -> bool {
     matches!(file.kind(), NodeKind::Group(_)) && cmd == GROUP_GET_DEVICE_FD
 }
 
-fn complete(
-    listener: &OwnedFd,
-    fuse: &Fuse,
-    notification: Notification,
-    client: &dyn ClientCall,
-    file: &OpenFile,
-    (cmd, arg): (u32, u64),
-) -> Result<(), Errno> {
-    let (listener, id) = (listener.as_fd(), notification.id);
+/// What a notified call is answered.
+enum Completed {
+    Said(Answer),
+    /// A new descriptor of the client's, and its flags.
+    Given(OwnedFd, i32),
+}
+
+/// Makes the call. When this returns, no file of the client's is kept by us but through the new descriptor: the client
+/// may close what it has as soon as it is answered, and expect that to be closed.
+fn complete(fuse: &Fuse, client: &dyn ClientCall, file: Arc<OpenFile>, (cmd, arg): (u32, u64)) -> Completed {
     match file.ioctl(client, cmd, arg) {
-        Ok(IoctlReply::Value(value)) => respond(listener, id, Answer::Value(value.into())),
-        Err(errno) => respond(listener, id, Answer::Error(errno.0)),
-        Ok(IoctlReply::NewFile { file, fd_flags }) => match fuse.open_descriptor(&file) {
-            Ok(descriptor) => match answer_with_file(listener, id, descriptor.as_fd(), fd_flags) {
-                // The client's table of descriptors is full: its call fails with that.
-                Err(error) if error != Errno::ENOENT => respond(listener, id, Answer::Error(error as i32)),
-                done => done,
-            },
+        Ok(IoctlReply::Value(value)) => Completed::Said(Answer::Value(value.into())),
+        Err(errno) => Completed::Said(Answer::Error(errno.0)),
+        Ok(IoctlReply::NewFile { file, fd_flags }) => match fuse.open_descriptor(&file, client.pid()) {
+            Ok(descriptor) => Completed::Given(descriptor, fd_flags),
             Err(error) => {
                 tracing::error!(%error, "a new file cannot be opened in our own tree");
-                respond(listener, id, Answer::Error(libc::EIO))
+                Completed::Said(Answer::Error(libc::EIO))
             }
         },
     }
+}
+
+/// Answers the caller. Our own copy of a new descriptor is closed before the caller goes on with its own.
+fn deliver(listener: BorrowedFd<'_>, id: u64, completed: Completed) -> Result<(), Errno> {
+    let answer = match completed {
+        Completed::Said(answer) => answer,
+        Completed::Given(descriptor, fd_flags) => match install_file(listener, id, descriptor.as_fd(), fd_flags) {
+            Ok(number) => Answer::Value(number.into()),
+            Err(Errno::ENOENT) => return Err(Errno::ENOENT),
+            // The client's table of descriptors is full: its call fails with that.
+            Err(error) => Answer::Error(error as i32),
+        },
+    };
+    respond(listener, id, answer)
 }

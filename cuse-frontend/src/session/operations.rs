@@ -173,7 +173,10 @@ impl<E: Exports> Engine<E> {
                 let caller = Caller { call, files: &self.files };
                 (self.exports.open(kind, &caller)?, origin)
             }
-            Found::Offered(file) => (file.upgrade().ok_or(Errno(libc::ESTALE))?, origin(None)),
+            Found::Offered(offer) => {
+                let file = offer.file.upgrade().ok_or(Errno(libc::ESTALE))?;
+                (file, Origin { kind: None, client: offer.client })
+            }
             Found::Entry(_) => return Err(Errno(libc::EISDIR)),
         };
         let backing = if mappable { self.back(&file) } else { None };

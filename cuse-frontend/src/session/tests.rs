@@ -260,7 +260,7 @@ fn file_offered_under_a_one_time_name_is_that_file() {
         let first = mounted.open("7");
         let inode = first.metadata().expect("attributes").ino();
         let file = mounted.toy.files.of_inode(inode).expect("ours");
-        let name = mounted.session.engine.tree.offer(&file).expect("random");
+        let name = mounted.session.engine.tree.offer(&file, 1).expect("random");
         let second = mounted.open(&name);
         let fd = u64::try_from(second.as_raw_fd()).expect("fd");
         assert_eq!(ioctl(&first, WHO, fd), Ok(i32::try_from(file.number).expect("small")));

@@ -97,26 +97,25 @@ pub(crate) enum Answer {
     GoOn,
 }
 
-/// Gives the caller of a notified call a copy of `file` with the descriptor flags `fd_flags`, and answers the call
-/// with its number, in one step: either the caller has both, or nothing.
+/// Puts a copy of `file` into the caller of a notified call that still waits. Returns its number there.
 ///
 /// # Errors
-/// ENOENT when the caller does not wait any more, EMFILE when it has no descriptor left.
-pub(crate) fn answer_with_file(
+/// ENOENT when the caller does not wait any more, EMFILE when it has no room.
+pub(crate) fn install_file(
     listener: BorrowedFd<'_>,
     id: u64,
     file: BorrowedFd<'_>,
     fd_flags: i32,
-) -> Result<(), Errno> {
+) -> Result<i32, Errno> {
     let addition = libc::seccomp_notif_addfd {
         id,
-        flags: libc::SECCOMP_ADDFD_FLAG_SEND as u32,
+        flags: 0,
         srcfd: file.as_raw_fd().cast_unsigned(),
         newfd: 0,
         newfd_flags: fd_flags.cast_unsigned(),
     };
     // SAFETY: the ioctl reads one struct seccomp_notif_addfd.
-    unsafe { ioctls::notif_addfd(listener.as_raw_fd(), &raw const addition) }.map(drop)
+    unsafe { ioctls::notif_addfd(listener.as_raw_fd(), &raw const addition) }
 }
 
 /// Takes over a descriptor that came in a message.
