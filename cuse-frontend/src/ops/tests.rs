@@ -6,13 +6,15 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use device_shim::probe::Probe;
+use hwpt::{DeviceProperties, Format};
 use ioas::UserAddr;
 use ioas::caller::{Caller, Capability, ClientFile, FdError, MemoryError, MemoryMap, Uid};
 use parking_lot::Mutex;
 
-use super::{Argument, Table, iommufd};
-use crate::files::{ClientCall, NodeKind, OpenFile};
-use crate::server::{Server, ServerOptions};
+use super::{Argument, Table, container, device, group, iommufd};
+use crate::files::{ClientCall, File, NodeKind, OpenFile};
+use crate::server::{DeviceSpec, Server, ServerOptions};
 use crate::uapi::command;
 
 const PAGE: u64 = 4096;
@@ -211,4 +213,128 @@ fn container_without_an_iommu_refuses_every_op_before_its_argument() {
     for nr in (0..=255).filter(|nr| !first_three.contains(nr)) {
         assert_eq!(errno(&file, &Memory::new(0), nr, 0), libc::EINVAL, "{nr}");
     }
+}
+
+/// A server with one device in group 7.
+fn server_with_device() -> Arc<Server> {
+    let server = Server::new(ServerOptions::default());
+    let spec = DeviceSpec {
+        bdf: "0000:c1:00.0".parse().expect("canonical"),
+        group: 7,
+        noiommu: false,
+        properties: DeviceProperties {
+            unit: "unit".to_owned(),
+            format: Format::x86(48).expect("a format"),
+            reserved: Vec::new(),
+            coherent: true,
+            dirty_tracking: true,
+        },
+        model: Probe::new().expect("a device"),
+    };
+    server.add_device(spec).expect("the first of its address");
+    server
+}
+
+/// A container with an IOMMU, and a device of its group.
+fn container_and_device(server: &Arc<Server>) -> (Arc<OpenFile>, Arc<OpenFile>) {
+    let caller = Memory::new(0);
+    let container_file = server.open(NodeKind::Container, &caller).expect("a container");
+    let group_file = server.open(NodeKind::Group(7), &caller).expect("a group");
+    let (File::Container(container), File::Group(group)) = (container_file.file(), group_file.file()) else {
+        panic!("opened as what they are");
+    };
+    group.set_container(&caller, Some(container)).expect("the first");
+    container.set_iommu(&caller, 3).expect("type1v2");
+    let device = group.device(&caller, "0000:c1:00.0").expect("in the group");
+    (container_file, server.device_file(0, device))
+}
+
+fn argsz<F: ?Sized, const N: usize>(table: &Table<F, N>) -> Vec<(&'static str, u8, u32)> {
+    let rows = table.ops().filter_map(|op| match op.argument {
+        Argument::Argsz { min } => Some((op.name, op.nr, min)),
+        _ => None,
+    });
+    rows.collect()
+}
+
+#[test]
+fn device_node_that_is_not_bound_answers_einval() {
+    let caller = Memory::new(0);
+    let file = server_with_device().open(NodeKind::Device(0), &caller).expect("there is a vfio0");
+    for nr in 0..=255 {
+        assert_eq!(errno(&file, &caller, nr, 0), libc::EINVAL, "{nr}");
+    }
+    assert_eq!(file.read(&caller, 0, &mut [0; 4]).err().map(|errno| errno.0), Some(libc::EINVAL));
+}
+
+#[test]
+fn vfio_struct_too_short_or_at_a_bad_address_is_refused() {
+    let server = server_with_device();
+    let (container_file, device_file) = container_and_device(&server);
+    let group_server = server_with_device();
+    let group_file = group_server.open(NodeKind::Group(7), &Memory::new(0)).expect("a group");
+    let files = [
+        (&container_file, argsz(&container::TABLE)),
+        (&group_file, argsz(&group::TABLE)),
+        (&device_file, argsz(&device::TABLE)),
+    ];
+    for (file, rows) in files {
+        for (name, nr, min) in rows {
+            for given in [0, min - 1] {
+                let memory = Memory::new(PAGE);
+                let at = memory.put(0, given);
+                assert_eq!(errno(file, &memory, nr, at), libc::EINVAL, "{name} of {given} bytes");
+            }
+            for address in [0, BASE + PAGE, u64::MAX] {
+                assert_eq!(errno(file, &Memory::new(PAGE), nr, address), libc::EFAULT, "{name} at {address:#x}");
+            }
+            let memory = Memory::new(PAGE);
+            let at = memory.put(PAGE - 4, min);
+            assert_eq!(errno(file, &memory, nr, at), libc::EFAULT, "{name} half on a missing page");
+        }
+    }
+}
+
+#[test]
+fn vfio_argsz_beyond_the_struct_means_nothing_to_the_size_rule() {
+    let server = server_with_device();
+    let (container_file, device_file) = container_and_device(&server);
+    for (file, rows) in [(&container_file, argsz(&container::TABLE)), (&device_file, argsz(&device::TABLE))] {
+        for (name, nr, min) in rows {
+            let answers = [min, min + 1, min + 200].map(|given| {
+                let memory = Memory::new(PAGE);
+                let at = memory.put(0, given);
+                errno(file, &memory, nr, at)
+            });
+            assert!(answers.iter().all(|answer| *answer == answers[0] || *answer == 0), "{name}: {answers:?}");
+            assert!(!answers.contains(&libc::E2BIG), "{name}");
+        }
+    }
+}
+
+#[test]
+fn numbers_mean_what_the_kind_of_file_says() {
+    let server = server_with_device();
+    let (container_file, device_file) = container_and_device(&server);
+    let memory = Memory::new(PAGE);
+    let at = memory.put(0, 12);
+    assert_eq!(errno(&device_file, &memory, 112, at), libc::ENOSPC, "hot-reset info without room");
+    let at = memory.put(0, 16);
+    assert_eq!(errno(&container_file, &memory, 112, at), 0, "IOMMU info");
+    for (file, unknown) in [(&container_file, 110), (&container_file, 121), (&device_file, 114), (&device_file, 103)] {
+        assert_eq!(errno(file, &memory, unknown, at), libc::ENOTTY, "{unknown}");
+    }
+}
+
+#[test]
+fn refusals_are_listed_with_their_reasons_but_not_the_question_for_a_terminal() {
+    let file = open(NodeKind::Iommufd);
+    let memory = Memory::new(PAGE);
+    let at = memory.put(0, 8);
+    assert_eq!(errno(&file, &memory, crate::uapi::iommufd::nr::DESTROY, at), libc::ENOENT);
+    assert!(file.ioctl(&memory, libc::TCGETS as u32, at).is_err());
+    let failures = file.server().failures().recent();
+    let listed: Vec<_> = failures.iter().map(|failure| (failure.op.as_str(), failure.errno)).collect();
+    assert_eq!(listed, [("IOMMU_DESTROY", libc::ENOENT)]);
+    assert_eq!(failures[0].reason, "no object has id 0");
 }
