@@ -17,7 +17,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use ioas::UserAddr;
-use ioas::caller::{Caller, Capability, ClientFile, FdError, MemoryError, MemoryMap, Uid};
+use ioas::caller::{Caller, Capability, ClientFile, FdError, MemoryError, MemoryMap, MmId, Uid, Vma};
 use parking_lot::Mutex;
 
 use crate::client::{OwnFiles, ProcessMemory, describe, whole};
@@ -29,8 +29,46 @@ use crate::sys::client as sys;
 #[derive(Debug, Clone, Default)]
 struct Pretended {
     uid: Option<Uid>,
-    memlock_limit: Option<u64>,
     capabilities: Option<Vec<Capability>>,
+}
+
+/// This process's memory map, with the limit that a test pretends it has.
+struct OwnMemory {
+    memory: ProcessMemory,
+    pretended_limit: Mutex<Option<u64>>,
+}
+
+impl OwnMemory {
+    fn limit(&self) -> Option<u64> {
+        let pretended = *self.pretended_limit.lock();
+        pretended.or_else(|| sys::memlock_limit(0).ok())
+    }
+}
+
+impl MemoryMap for OwnMemory {
+    fn id(&self) -> MmId {
+        self.memory.id()
+    }
+
+    fn vma(&self, address: UserAddr) -> Result<Vma, MemoryError> {
+        self.memory.vma(address)
+    }
+
+    fn open_file(&self, vma: &Vma) -> Result<ClientFile, MemoryError> {
+        self.memory.open_file(vma)
+    }
+
+    fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
+        self.memory.read(address, data)
+    }
+
+    fn write(&self, address: UserAddr, data: &[u8]) -> Result<(), MemoryError> {
+        self.memory.write(address, data)
+    }
+
+    fn memlock_limit(&self) -> Option<u64> {
+        self.limit()
+    }
 }
 
 /// An open file and what keeps its number.
@@ -42,7 +80,7 @@ struct Opened {
 /// A server's front end in this process.
 pub struct InProcess {
     server: Arc<Server>,
-    memory: Arc<ProcessMemory>,
+    memory: Arc<OwnMemory>,
     pid: i32,
     uid: Uid,
     files: Mutex<HashMap<i32, Opened>>,
@@ -69,7 +107,8 @@ impl InProcess {
     /// `/proc/self` cannot be opened.
     pub fn new(server: Arc<Server>) -> io::Result<Self> {
         let pid = std::process::id().cast_signed();
-        let memory = Arc::new(ProcessMemory::open(pid, Arc::new(NoMount))?);
+        let memory = ProcessMemory::open(pid, Arc::new(NoMount))?;
+        let memory = Arc::new(OwnMemory { memory, pretended_limit: Mutex::default() });
         let uid = Uid(nix::unistd::geteuid().as_raw());
         Ok(Self { server, memory, pid, uid, files: Mutex::default(), pretended: Mutex::default() })
     }
@@ -82,7 +121,7 @@ impl InProcess {
 
     /// From now on callers have this RLIMIT_MEMLOCK in bytes, whatever the process has.
     pub fn pretend_memlock_limit(&self, bytes: u64) {
-        self.pretended.lock().memlock_limit = Some(bytes);
+        *self.memory.pretended_limit.lock() = Some(bytes);
     }
 
     /// From now on callers have these capabilities and no others, whatever the process has.
@@ -210,8 +249,7 @@ impl Caller for InProcessCaller<'_> {
     }
 
     fn memlock_limit(&self) -> u64 {
-        let pretended = self.front.pretended.lock().memlock_limit;
-        pretended.unwrap_or_else(|| sys::memlock_limit(0).unwrap_or(0))
+        self.front.memory.limit().unwrap_or(0)
     }
 
     fn capable(&self, capability: Capability) -> bool {

@@ -244,7 +244,7 @@ fn container_and_device(server: &Arc<Server>) -> (Arc<OpenFile>, Arc<OpenFile>) 
         panic!("opened as what they are");
     };
     group.set_container(&caller, Some(container)).expect("the first");
-    container.set_iommu(&caller, 3).expect("type1v2");
+    container.set_iommu(&caller, 3_u32).expect("type1v2");
     let device = group.device(&caller, "0000:c1:00.0").expect("in the group");
     (container_file, server.device_file(0, device))
 }

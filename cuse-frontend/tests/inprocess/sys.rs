@@ -50,13 +50,13 @@ impl Mapping {
     pub(crate) fn byte(&self, offset: usize) -> u8 {
         assert!(offset < self.length.get());
         // SAFETY: inside this mapping, which is readable in the tests that look.
-        unsafe { self.start.as_ptr().cast::<u8>().add(offset).read_volatile() }
+        unsafe { self.start.as_ptr().cast::<u8>().wrapping_add(offset).read_volatile() }
     }
 
     pub(crate) fn set(&self, offset: usize, value: u8) {
         assert!(offset < self.length.get());
         // SAFETY: inside this mapping, which is writable in the tests that store.
-        unsafe { self.start.as_ptr().cast::<u8>().add(offset).write_volatile(value) }
+        unsafe { self.start.as_ptr().cast::<u8>().wrapping_add(offset).write_volatile(value) }
     }
 }
 
