@@ -15,6 +15,7 @@
 
 mod calls;
 mod channel;
+mod follow;
 mod opens;
 mod operations;
 
@@ -23,7 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ioas::caller::FdError;
 use parking_lot::Mutex;
@@ -162,6 +163,8 @@ struct Request<F> {
     body: Vec<u8>,
     /// What a RELEASE gives back.
     releasing: Option<Releasing<F>>,
+    /// When it was taken.
+    taken: Instant,
 }
 
 /// What the threads of a session share.
@@ -205,7 +208,9 @@ impl<E: Exports> Source for Engine<E> {
             self.queue.lock().push_back(job);
             return;
         }
+        let (caller, taken) = (job.call.tid, job.taken);
         self.answer(job);
+        follow::after(caller, taken);
         while let Some(job) = self.next_admitted() {
             self.answer(job);
         }
@@ -222,7 +227,7 @@ impl<E: Exports> Engine<E> {
             _ => None,
         };
         let releasing = handle.and_then(|handle| self.files.opens.begin_release(handle));
-        Request { header, call, body: body.to_vec(), releasing }
+        Request { header, call, body: body.to_vec(), releasing, taken: Instant::now() }
     }
 
     /// A request that waited and whose client has room now.

@@ -32,7 +32,7 @@ fn name(body: &[u8]) -> &[u8] {
 impl<E: Exports> Engine<E> {
     /// Does one request and answers it.
     pub(super) fn answer(&self, request: Request<E::File>) {
-        let Request { header, call, body, releasing } = request;
+        let Request { header, call, body, releasing, taken: _ } = request;
         let reply = self.calls.reply(call);
         match header.opcode {
             opcode::RELEASE => {
