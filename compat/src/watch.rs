@@ -99,7 +99,7 @@ impl Watcher {
             next_token: AtomicU64::new(STOP + 1),
         });
         shared.epoll.add(shared.stop.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, STOP))?;
-        let thread = std::thread::Builder::new().name("eventfds".into()).spawn({
+        let thread = ioas::thread::spawn("eventfds", {
             let shared = Arc::clone(&shared);
             move || shared.run()
         })?;

@@ -112,7 +112,7 @@ impl<S: Source> Crew<S> {
     fn spawn(self: &Arc<Self>, body: impl FnOnce(&Arc<Self>) + Send + 'static) -> std::io::Result<()> {
         self.threads.lock().alive += 1;
         let crew = Arc::clone(self);
-        let spawned = std::thread::Builder::new().name(self.name.into()).spawn(move || {
+        let spawned = ioas::thread::spawn(self.name, move || {
             let gone = Gone(&crew);
             body(&crew);
             drop(gone);

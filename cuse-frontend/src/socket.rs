@@ -30,7 +30,7 @@ pub(crate) fn serve(status: impl Fn() -> Value + Send + 'static) -> io::Result<(
             }
         }
     };
-    std::thread::Builder::new().name("status".into()).spawn(answer_all).map(drop)
+    ioas::thread::spawn("status", answer_all).map(drop)
 }
 
 fn answer(mut client: UnixStream, status: &impl Fn() -> Value) -> io::Result<()> {

@@ -74,7 +74,7 @@ impl Leaving {
     pub fn finish_unless(mut self, interrupt: &dyn Interrupt) -> Result<u64, IoasError> {
         if self.complete(interrupt).is_err() {
             // Where no thread can be had the work is done here after all, when `self` is dropped.
-            let _ = std::thread::Builder::new().name("ioas-leaving".into()).spawn(move || drop(self));
+            let _ = crate::thread::spawn("ioas-leaving", move || drop(self));
             return Err(IoasError::Interrupted);
         }
         match self.stopped {

@@ -29,6 +29,7 @@ mod store;
 #[allow(unsafe_code)]
 mod sys;
 pub mod table;
+pub mod thread;
 
 pub use addr::{
     Access, FRAME_BITS, Frame, FrameRun, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, RangeError, UserAddr, UserRange,

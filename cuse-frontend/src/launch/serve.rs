@@ -166,7 +166,7 @@ fn wait_for_the_end(fuse: &Arc<Fuse>, ends: &SigSet) -> Result<(), LaunchError> 
         // The process has one signal more to wait for, or has ended.
         let _ = kill(Pid::this(), Signal::SIGTERM);
     };
-    let thread = std::thread::Builder::new().name("unmounted".into()).spawn(wait);
+    let thread = ioas::thread::spawn("unmounted", wait);
     thread.map_err(|error| LaunchError::System("a thread", error))?;
     ends.wait().map(drop).map_err(system("sigwait"))
 }

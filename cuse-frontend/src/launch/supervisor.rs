@@ -24,7 +24,7 @@ use crate::sys::launch::{Answer, Notification, install_file, next_notification, 
 /// Serves `listener` on a thread of its own until no process is left that it could tell of.
 pub(super) fn start(listener: OwnedFd, fuse: Arc<Fuse>) -> std::io::Result<()> {
     let listener = Arc::new(listener);
-    std::thread::Builder::new().name("seccomp".into()).spawn(move || supervise(&listener, &fuse)).map(drop)
+    ioas::thread::spawn("seccomp", move || supervise(&listener, &fuse)).map(drop)
 }
 
 fn supervise(listener: &Arc<OwnedFd>, fuse: &Arc<Fuse>) {
@@ -51,7 +51,7 @@ fn supervise(listener: &Arc<OwnedFd>, fuse: &Arc<Fuse>) {
 fn serve_apart(listener: &Arc<OwnedFd>, fuse: &Arc<Fuse>, notification: Notification) {
     let (listener_there, fuse) = (Arc::clone(listener), Arc::clone(fuse));
     let work = move || serve(&listener_there, &fuse, notification);
-    if let Err(error) = std::thread::Builder::new().name("seccomp-call".into()).spawn(work) {
+    if let Err(error) = ioas::thread::spawn("seccomp-call", work) {
         tracing::error!(%error, "no thread for a notified call");
         // A caller that has gone needs no answer.
         let _ = respond(listener.as_fd(), notification.id, Answer::Error(libc::ENOMEM));

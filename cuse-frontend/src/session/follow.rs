@@ -7,64 +7,79 @@
 //!
 //! Looking costs about as much as a call (a line of `/proc`), so it is done when it is likely to be worth it: after a
 //! call that came when the session had been idle for a moment, as then the client is busy with its own work and does
-//! not wait for us; and in a tight loop once in [`LOOK_EVERY`] calls. Measured by benches/fuse.rs against one thread
-//! left alone, and against four threads reading side by side: docs/architecture.md has the numbers.
+//! not wait for us; and in a tight loop once in [`LOOK_EVERY`] calls. Where clients take turns there is nobody to
+//! follow, and the thread roams. What a bound thread starts is not bound ([`ioas::thread`]).
+//!
+//! Measured by benches/fuse.rs, also against the thread left alone and against four threads reading side by side.
 
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
-
 /// Calls of a tight loop between two looks.
 const LOOK_EVERY: u32 = 64;
+/// Calls in a row after which a caller is followed.
+const STEADY: u32 = 4;
+/// Changes of caller after which the thread roams again.
+const TURNS: u32 = 16;
 /// How long the session must have been idle before a call, for the client not to be in a tight loop.
 const IDLE: Duration = Duration::from_micros(50);
 
 /// What a thread remembers between calls.
 struct Place {
     caller: u32,
+    /// Calls in a row of that caller.
+    calls: u32,
+    /// Changes of caller since the thread was bound.
+    turns: u32,
     /// `/proc/TID/stat` of the caller.
     stat: Option<File>,
-    cpu: Option<usize>,
-    calls: u32,
+    bound: Option<usize>,
     last: Instant,
 }
 
 thread_local! {
-    static PLACE: RefCell<Place> =
-        RefCell::new(Place { caller: 0, stat: None, cpu: None, calls: 0, last: Instant::now() });
+    static PLACE: RefCell<Place> = RefCell::new(Place {
+        caller: 0, calls: 0, turns: 0, stat: None, bound: None, last: Instant::now(),
+    });
 }
 
 /// A call of `caller` has been answered by this thread; it was taken at `taken`.
 pub(super) fn after(caller: u32, taken: Instant) {
-    if std::env::var_os("FOLLOW").is_none() { return; }
     PLACE.with_borrow_mut(|place| {
         let idle = taken.saturating_duration_since(place.last) > IDLE;
-        place.calls = place.calls.wrapping_add(1);
-        if idle || place.caller != caller || place.calls % LOOK_EVERY == 0 {
-            place.look_at(caller);
+        if caller == place.caller {
+            place.calls = place.calls.saturating_add(1);
+        } else {
+            place.take_turns(caller);
+        }
+        if place.calls >= STEADY && (idle || place.calls % LOOK_EVERY == STEADY) {
+            place.look();
         }
         place.last = Instant::now();
     });
 }
 
 impl Place {
-    fn look_at(&mut self, caller: u32) {
-        if self.caller != caller {
-            self.caller = caller;
-            self.stat = File::open(format!("/proc/{caller}/stat")).ok();
+    fn take_turns(&mut self, caller: u32) {
+        (self.caller, self.calls, self.stat) = (caller, 0, None);
+        self.turns += 1;
+        if self.turns >= TURNS && self.bound.take().is_some() {
+            ioas::thread::roam();
+        }
+    }
+
+    /// Looks where the caller is, and goes there.
+    fn look(&mut self) {
+        if self.stat.is_none() {
+            self.stat = File::open(format!("/proc/{}/stat", self.caller)).ok();
         }
         let Some(cpu) = self.stat.as_ref().and_then(cpu_of) else { return };
-        if self.cpu == Some(cpu) {
-            return;
+        if self.bound != Some(cpu) && ioas::thread::bind(cpu) {
+            self.bound = Some(cpu);
         }
-        let mut set = CpuSet::new();
-        if set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).is_ok() {
-            self.cpu = Some(cpu);
-        }
+        self.turns = 0;
     }
 }
 
@@ -85,6 +100,6 @@ mod tests {
     fn own_cpu_is_one_that_this_thread_may_use() {
         let tid = nix::unistd::gettid();
         let cpu = cpu_of(&File::open(format!("/proc/{tid}/stat")).expect("ourselves")).expect("a CPU");
-        assert!(cpu < CpuSet::count());
+        assert!(cpu < nix::sched::CpuSet::count());
     }
 }

@@ -290,7 +290,7 @@ impl<E: Exports> Session<E> {
             buffer: Mutex::new(vec![0; MAX_WRITE + 4096]),
             passthrough: OnceLock::new(),
         });
-        let watcher = std::thread::Builder::new().name("fuse-kills".into()).spawn(move || calls.watch())?;
+        let watcher = ioas::thread::spawn("fuse-kills", move || calls.watch())?;
         let crew = Crew::start(Arc::clone(&engine), "fuse")?;
         let _ = engine.crew.set(Arc::downgrade(&crew));
         Ok(Self { engine, crew, watcher: Mutex::new(Some(watcher)) })

@@ -343,7 +343,7 @@ impl Probe {
         }
         let Some(lease) = self.shared.function.lease() else { return false };
         let (shared, own) = (self.shared.clone(), lease.clone());
-        let spawned = std::thread::Builder::new().name("dma-probe".to_owned()).spawn(move || shared.serve(&own));
+        let spawned = ioas::thread::spawn("dma-probe", move || shared.serve(&own));
         state.lease = spawned.is_ok().then_some(lease);
         spawned.is_ok()
     }

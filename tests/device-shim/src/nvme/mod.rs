@@ -342,7 +342,7 @@ impl Nvme {
         let session = Session::new(self.shared.function.lease()?, self.shared.function.clone(), doors);
         let start = Start { page_size, submission: registers.admin_submission, completion: registers.admin_completion };
         let controller = Controller::new(self.shared.clone(), session.clone(), start);
-        let spawned = std::thread::Builder::new().name("nvme".to_owned()).spawn(move || controller.run());
+        let spawned = ioas::thread::spawn("nvme", move || controller.run());
         spawned.inspect_err(|error| tracing::error!(%error, "nvme: no thread for the controller")).ok()?;
         Some(session)
     }
