@@ -194,8 +194,8 @@ fn watch(place: &Place, mut line: fs::File) {
     }
     match mounts_at(&place.nodes) {
         Some(number) if number == told => place.unmount(),
-        // A server that was started meanwhile has it.
-        Some(_) => return,
+        // Ours, if the server was killed before it could tell; or that of a server that was started meanwhile.
+        Some(_) => return place.clean_up(),
         None => {}
     }
     place.remove_names();

@@ -296,13 +296,15 @@ fn main() -> ExitCode {
         println!("test launch ... Skipped({reason}), {} tests", tests.len());
         return ExitCode::SUCCESS;
     }
-    let mut failed = 0;
+    let (mut passed, mut failed) = (0, 0);
     for (name, test) in
         tests.into_iter().filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|word| name.contains(*word)))
     {
-        let passed = std::panic::catch_unwind(test).is_ok();
-        println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
-        failed += u8::from(!passed);
+        let ok = std::panic::catch_unwind(test).is_ok();
+        println!("test {name} ... {}", if ok { "ok" } else { "FAILED" });
+        *if ok { &mut passed } else { &mut failed } += 1;
     }
+    let result = if failed == 0 { "ok" } else { "FAILED" };
+    println!("test result: {result}. {passed} passed; {failed} failed");
     ExitCode::from(failed)
 }
