@@ -13,6 +13,8 @@ use serde_json::Value;
 const BAR_CELLS: u64 = 64;
 /// How many areas and failures are listed before "and N more".
 const LIST_LIMIT: usize = 24;
+/// How many characters of the server's command are shown.
+const COMMAND_LIMIT: usize = 90;
 
 /// One server's answer.
 #[derive(Debug, Default, Deserialize)]
@@ -128,7 +130,7 @@ pub(crate) fn draw(answers: Vec<Value>) -> serde_json::Result<String> {
 }
 
 fn draw_server(out: &mut String, server: &Server) -> fmt::Result {
-    writeln!(out, "server {}  {}  over {}", server.pid, server.command, or_dash(&server.transport))?;
+    writeln!(out, "server {}  over {}  {}", server.pid, or_dash(&server.transport), shortened(&server.command))?;
     for device in &server.devices {
         let open = if device.open { "open" } else { "closed" };
         writeln!(out, "  device {}  {}  group {}  {open}", device.bdf, device.kind, device.group)?;
@@ -189,8 +191,8 @@ fn draw_store(out: &mut String, store: &Store) -> fmt::Result {
     writeln!(out, "  charged  {:>10}", Bytes(charged).to_string())?;
     for payer in &store.payers {
         let limit = match payer.limit {
-            None | Some(u64::MAX) => "no limit".to_owned(),
-            Some(limit) => format!("limit {}", Bytes(limit)),
+            None | Some(u64::MAX) => "RLIMIT_MEMLOCK unlimited".to_owned(),
+            Some(limit) => format!("RLIMIT_MEMLOCK {}", Bytes(limit)),
         };
         writeln!(out, "    {:>10}  to {}, {limit}", Bytes(payer.charged_bytes).to_string(), payer.payer)?;
     }
@@ -234,6 +236,14 @@ fn number(text: &str) -> Option<u64> {
 /// An address with all its 16 digits, so that columns line up; text that is none stays as it is.
 fn wide(text: &str) -> String {
     number(text).map_or_else(|| text.to_owned(), |address| format!("{address:#018x}"))
+}
+
+/// A command as far as it fits a line.
+fn shortened(command: &str) -> String {
+    if command.chars().count() <= COMMAND_LIMIT {
+        return command.to_owned();
+    }
+    command.chars().take(COMMAND_LIMIT).chain(['…']).collect()
 }
 
 fn or_dash(text: &str) -> &str {
@@ -290,7 +300,7 @@ mod tests {
         });
         let picture = draw(vec![answer]).expect("drawn");
         for part in [
-            "server 42  uiommufd run  over fuse",
+            "server 42  over fuse  uiommufd run",
             "device 0000:c1:00.0  nvme  group 0  open",
             "30 areas, 8 KiB mapped",
             "window  0x0000000000000000 - 0x00000000fedfffff",
@@ -299,7 +309,7 @@ mod tests {
             "1 leaf",
             "domain 1  4K  not coherent, dirty tracking  ← 0000:c1:00.0",
             "flushes: IOTLB 5, context cache 1",
-            "6 KiB  to mm 3 (pid 43), limit 64 KiB",
+            "6 KiB  to mm 3 (pid 43), RLIMIT_MEMLOCK 64 KiB",
             "VFIO_IOMMU_MAP_DMA of 43: EINVAL: not aligned",
         ] {
             assert!(picture.contains(part), "{part:?} is not in\n{picture}");
