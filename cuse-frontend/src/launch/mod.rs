@@ -1,4 +1,4 @@
-//! The launcher: how a command comes to see our nodes ([`run`]), and how the machine does ([`serve`]).
+//! The launcher: how a command comes to see our nodes ([`run()`]), and how the machine does ([`serve()`]).
 //!
 //! `run` keeps the nodes in the mount namespace of the command, and completes for it the ioctls that return a
 //! descriptor. `serve` mounts them where everybody sees them. Both begin a session over one FUSE mount whose root is
