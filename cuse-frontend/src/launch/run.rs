@@ -25,7 +25,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, pthread_sigmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, pthread_sigmask, raise};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
@@ -100,8 +100,8 @@ fn system(what: &'static str) -> impl Fn(Errno) -> LaunchError {
 
 /// The signals that reach COMMAND through us, and SIGCHLD.
 fn forwarded_signals() -> SigSet {
-    use Signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
-    [SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH].into_iter().collect()
+    use Signal::{SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGUSR1, SIGUSR2, SIGWINCH};
+    [SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGUSR1, SIGUSR2, SIGWINCH].into_iter().collect()
 }
 
 /// Makes the server, lets the child enter its namespace, and begins to supervise it.
@@ -241,6 +241,10 @@ fn wait_for(child: Pid, signals: &SigSet) -> Result<Exit, LaunchError> {
         {
             // COMMAND has just ended: the next turn of the loop sees that.
             let _ = kill(child, signal);
+        }
+        if signal == Some(Signal::SIGTSTP) {
+            // COMMAND stops of the same signal; whoever waits for us is to see a stopped job.
+            let _ = raise(Signal::SIGSTOP);
         }
     }
 }

@@ -76,6 +76,11 @@ impl Call {
         *self.tgid.get_or_init(|| process::tgid(self.tid).unwrap_or(self.tid))
     }
 
+    /// Says which process the kernel makes the call for.
+    pub(crate) fn on_behalf_of(&self, client: u32) {
+        let _ = self.tgid.set(client);
+    }
+
     /// True for the one who may answer.
     fn claim(&self) -> bool {
         !self.answered.swap(true, Ordering::AcqRel)
@@ -149,6 +154,11 @@ impl Calls {
     /// The obligation to answer a request that was noted.
     pub(crate) fn reply(&self, call: Arc<Call>) -> Reply<'_> {
         Reply { calls: self, call, done: false }
+    }
+
+    /// Drops a call whose caller was killed while it waited for its turn, and that has been answered for that reason.
+    pub(crate) fn forget(&self, call: &Call) {
+        self.live.lock().remove(&call.unique);
     }
 
     /// INTERRUPT has come for a request. One that is not live any more has been answered.

@@ -212,7 +212,11 @@ impl<E: Exports> Source for Engine<E> {
         self.answer(job);
         follow::after(caller, taken);
         while let Some(job) = self.next_admitted() {
-            self.answer(job);
+            if job.call.killed() {
+                self.calls.forget(&job.call);
+            } else {
+                self.answer(job);
+            }
         }
     }
 }
@@ -227,6 +231,10 @@ impl<E: Exports> Engine<E> {
             _ => None,
         };
         let releasing = handle.and_then(|handle| self.files.opens.begin_release(handle));
+        if let Some(releasing) = &releasing {
+            // The kernel makes this request, for the client that had the file opened.
+            call.on_behalf_of(releasing.open.origin.client);
+        }
         Request { header, call, body: body.to_vec(), releasing, taken: Instant::now() }
     }
 

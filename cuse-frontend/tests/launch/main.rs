@@ -89,7 +89,7 @@ struct Ready {
 
 impl Ready {
     fn start(mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).spawn().expect("started");
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("started");
         let mut output = BufReader::new(child.stdout.take().expect("piped"));
         let mut line = String::new();
         output.read_line(&mut line).expect("output");
@@ -147,6 +147,21 @@ fn signal_sent_to_run_reaches_command() {
         run.kill(signal);
         assert_eq!(run.rest().0.code(), Some(code));
     }
+}
+
+fn run_that_is_stopped_stops_command_and_both_go_on() {
+    let state = |pid: Pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("a living process");
+        stat.rsplit_once(") ").expect("a state").1.chars().next()
+    };
+    let mut run = Ready::start(itself(&["run", "sh", "-c", "echo ready; read line; exit 6"]));
+    let (ours, command) = (pid(&run.child), children(pid(&run.child))[0]);
+    run.kill(Signal::SIGTSTP);
+    eventually(|| state(ours) == Some('T') && state(command) == Some('T'), "both stop");
+    run.kill(Signal::SIGCONT);
+    eventually(|| state(ours) != Some('T') && state(command) != Some('T'), "both go on");
+    run.kill(Signal::SIGTERM);
+    assert_eq!(run.rest().0.signal(), Some(libc::SIGTERM));
 }
 
 fn sigpipe_is_as_it_was_for_command() {
@@ -282,6 +297,7 @@ fn main() -> ExitCode {
     let tests = tests![
         command_ends_and_run_ends_as_it_did,
         signal_sent_to_run_reaches_command,
+        run_that_is_stopped_stops_command_and_both_go_on,
         sigpipe_is_as_it_was_for_command,
         command_sees_nodes_facade_and_machine_and_outside_nothing_changes,
         device_descriptor_is_given_to_command,
