@@ -8,6 +8,8 @@ use crate::script::Flavour;
 use crate::way::Node;
 
 const DEVICES: &str = "/sys/bus/pci/devices";
+/// The IOMMU groups of the machine; none where there is no IOMMU.
+const GROUPS: &str = "/sys/kernel/iommu_groups";
 /// Class, subclass and interface of an NVMe controller.
 const NVME: &str = "0x010802";
 
@@ -70,12 +72,14 @@ impl Place {
         Ok(Self { devices })
     }
 
-    /// Binds every NVMe controller to vfio-pci. Right in a machine that was made for this; nowhere else.
+    /// Binds every NVMe controller to vfio-pci, in unsafe mode where there is no IOMMU. Right in a machine that was made for this; nowhere else.
     ///
     /// # Errors
     /// When sysfs refuses.
     pub fn bind() -> io::Result<()> {
-        fs::write("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "Y")?;
+        if fs::read_dir(GROUPS)?.next().is_none() {
+            fs::write("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "Y")?;
+        }
         // The IOMMU's complaints about aborted DMA would land between the answers on the VM's console.
         fs::write("/proc/sys/kernel/printk", "1")?;
         for path in controllers()? {
