@@ -105,7 +105,7 @@ impl Caller for ProcessCaller<'_> {
     fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
         if let Some(open_file) = self.transport.own_file(fd)? {
             let region = file::device_region(&open_file, true).map_err(|_| FdError::Denied)?;
-            return region.ok_or(FdError::Denied);
+            return region.map_or_else(|| file::nothing_to_hold().map_err(|_| FdError::Denied), Ok);
         }
         let copy = self.descriptor(fd)?;
         let stat = sys::stat(&copy).map_err(|_| FdError::Denied)?;

@@ -112,8 +112,29 @@ pub(crate) fn same_memory_map(one: i32, other: i32) -> Option<bool> {
     check(unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_VM, 0, 0) }).ok().map(|order| order == 0)
 }
 
-/// RLIMIT_MEMLOCK of a process in bytes; `u64::MAX` is no limit.
+/// RLIMIT_MEMLOCK of a process in bytes; `u64::MAX` is no limit. 0 is the calling process.
+///
+/// prlimit tells another user's limits to a server with CAP_SYS_RESOURCE only; `/proc/PID/limits` tells everybody.
 pub(crate) fn memlock_limit(pid: i32) -> io::Result<u64> {
+    match prlimit_memlock(pid) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            let limits = std::fs::read_to_string(format!("/proc/{pid}/limits"))?;
+            parse_memlock(&limits).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+        }
+        answer => answer,
+    }
+}
+
+/// The soft limit in the line `Max locked memory  SOFT  HARD  bytes`.
+fn parse_memlock(limits: &str) -> Option<u64> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"))?;
+    match line.split_ascii_whitespace().next()? {
+        "unlimited" => Some(u64::MAX),
+        bytes => bytes.parse().ok(),
+    }
+}
+
+fn prlimit_memlock(pid: i32) -> io::Result<u64> {
     let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: a null new limit changes nothing; the old one is written to our stack.
     let result = unsafe { libc::prlimit64(pid, libc::RLIMIT_MEMLOCK, std::ptr::null(), &raw mut limit) };
@@ -215,4 +236,18 @@ pub(crate) fn write_memory(pid: i32, address: u64, data: &[u8]) -> io::Result<us
     // write to, as it would to a kernel.
     let copied = unsafe { libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0) };
     usize::try_from(check(copied as libc::c_long)?).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_memlock;
+
+    #[test]
+    fn memlock_limit_in_proc_limits_is_the_soft_one() {
+        let line =
+            |soft| format!("Limit  Soft Limit  Hard Limit  Units\nMax locked memory         {soft}  123  bytes\n");
+        assert_eq!(parse_memlock(&line("65536")), Some(65_536));
+        assert_eq!(parse_memlock(&line("unlimited")), Some(u64::MAX));
+        assert_eq!(parse_memlock("Max processes 1 1 processes"), None);
+    }
 }
