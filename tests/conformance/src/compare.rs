@@ -2,8 +2,8 @@
 //!
 //! `divergences.txt` holds the lines in which we differ, word for word, under `[heading]` lines; each heading is a
 //! section of docs/divergences.md that gives the reason. So a divergence is pinned as firmly as an agreement: an
-//! answer that changes is a failure in either case. A line under a way's own section, `[heading @ WAY]`, counts for
-//! that way alone.
+//! answer that changes is a failure in either case. A line under `[heading @ WAY]` counts for ways whose name ends so
+//! alone.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -66,7 +66,7 @@ impl Judge {
             return Verdict::Skipped(answer[at + 8..].trim_end_matches(')').to_owned());
         }
         let here = |divergence: &&Divergence| {
-            divergence.row == row && divergence.way.as_deref().is_none_or(|only| only == way)
+            divergence.row == row && divergence.way.as_deref().is_none_or(|only| way.ends_with(only))
         };
         match self.ours.iter().filter(here).find(|divergence| divergence.answer == answer) {
             Some(divergence) => Verdict::Diverges(divergence.heading.clone()),

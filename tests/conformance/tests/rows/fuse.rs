@@ -17,16 +17,19 @@ pub(crate) fn run(tally: &mut Tally) {
     }
     let rows = tally.rows();
     let like_linux = ["--accounting", "linux", "--dirty", "linux"];
-    one_server(tally, "fuse", &like_linux, &rows);
+    let (noiommu, behind): (Vec<String>, Vec<String>) =
+        rows.iter().cloned().partition(|row| row.starts_with("noiommu/"));
+    one_server(tally, "fuse", &like_linux, "", &behind);
+    one_server(tally, "fuse", &like_linux, ",noiommu=on", &noiommu);
     let chosen: Vec<String> = rows.into_iter().filter(|row| CHOICES.iter().any(|part| row.contains(part))).collect();
-    one_server(tally, "fuse by default", &[], &chosen);
+    one_server(tally, "fuse by default", &[], "", &chosen);
 }
 
-fn one_server(tally: &mut Tally, way: &str, options: &[&str], rows: &[String]) {
+fn one_server(tally: &mut Tally, way: &str, options: &[&str], keys: &str, rows: &[String]) {
     if rows.is_empty() {
         return;
     }
-    match answers(options, rows) {
+    match answers(options, keys, rows) {
         Ok((answers, stderr)) if answers.is_empty() => {
             tally.fail(way, &format!("no row was answered; the server and the client said:\n{stderr}"));
         }
@@ -42,12 +45,12 @@ fn one_server(tally: &mut Tally, way: &str, options: &[&str], rows: &[String]) {
     }
 }
 
-fn answers(options: &[&str], rows: &[String]) -> Result<(BTreeMap<String, String>, String)> {
+fn answers(options: &[&str], keys: &str, rows: &[String]) -> Result<(BTreeMap<String, String>, String)> {
     let disks = [tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?];
     let mut words: Vec<String> = options.iter().map(|word| (*word).to_owned()).collect();
     for (disk, bdf) in disks.iter().zip(["0000:c1:00.0", "0000:c2:00.0"]) {
         disk.as_file().set_len(1 << 20)?;
-        words.extend(["--device".to_owned(), format!("nvme@{bdf},file={}", disk.path().display())]);
+        words.extend(["--device".to_owned(), format!("nvme@{bdf},file={}{keys}", disk.path().display())]);
     }
     let mut command = vec![env!("CARGO_BIN_EXE_conformance-client").to_owned()];
     command.extend(rows.iter().cloned());

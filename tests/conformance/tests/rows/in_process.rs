@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use conformance::place::{Device, Place};
 use conformance::rows::SUITES;
-use conformance::script::Script;
+use conformance::script::{Flavour, Script};
 use conformance::way::{Node, Way};
 use cuse_frontend::files::{Errno, NodeKind};
 use cuse_frontend::{DeviceSpec, InProcess, Server, ServerOptions};
@@ -29,26 +29,27 @@ pub(crate) fn run(tally: &mut Tally) {
         let rows = tally.rows();
         let chosen = |row: &String| all || CHOICES.iter().any(|part| row.contains(part));
         let rows: Vec<String> = rows.into_iter().filter(chosen).collect();
-        if let Err(error) = one_server(tally, way, options, &rows) {
-            tally.fail(way, &format!("{error:#}"));
+        for noiommu in [false, true] {
+            if let Err(error) = one_server(tally, way, &Server::new(options.clone()), noiommu, &rows) {
+                tally.fail(way, &format!("{error:#}"));
+            }
         }
     }
 }
 
-fn one_server(tally: &mut Tally, way: &str, options: ServerOptions, rows: &[String]) -> Result<()> {
-    let disks = [tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?];
-    let server = Server::new(options);
+/// Runs the rows of one kind of device: behind an IOMMU, or not.
+fn one_server(tally: &mut Tally, way: &str, server: &Arc<Server>, noiommu: bool, rows: &[String]) -> Result<()> {
+    let disks = [tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?];
     let mut place = Place::default();
     for (nth, disk) in (0..).zip(&disks) {
         disk.as_file().set_len(1 << 20)?;
-        place.devices.push(add(&server, nth, disk.path())?);
+        place.devices.push(add(server, nth, noiommu, disk.path())?);
     }
-    for suite in SUITES {
-        let place = place.only_for(suite.flavour);
+    for suite in SUITES.iter().filter(|suite| (suite.flavour == Flavour::NoIommu) == noiommu) {
         for row in suite.tables.iter().copied().flatten() {
             let name = format!("{}/{}", suite.name, row.name);
             if rows.contains(&name) {
-                let front = Front(InProcess::new(Arc::clone(&server))?);
+                let front = Front(InProcess::new(Arc::clone(server))?);
                 let answer = Script::run(row, &front, &place, suite.flavour);
                 tally.take(way, &name, &answer);
             }
@@ -57,9 +58,9 @@ fn one_server(tally: &mut Tally, way: &str, options: ServerOptions, rows: &[Stri
     Ok(())
 }
 
-/// Adds an NVMe controller behind an x86 server's IOMMU, the third behind none.
-fn add(server: &Arc<Server>, nth: u32, disk: &std::path::Path) -> Result<Device> {
-    let (group, noiommu) = (10 + nth, nth == 2);
+/// Adds an NVMe controller, behind an x86 server's IOMMU or behind none.
+fn add(server: &Arc<Server>, nth: u32, noiommu: bool, disk: &std::path::Path) -> Result<Device> {
+    let group = 10 + nth;
     let bdf = format!("0000:c{}:00.0", nth + 1);
     let reserved = IovaRange::new(Iova(0xfee0_0000), 0x10_0000).context("the MSI window")?;
     let properties = DeviceProperties {
