@@ -7,12 +7,13 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::calls::PER_CLIENT;
 use super::*;
 use crate::tree::{Entry, Layout};
 
@@ -22,6 +23,8 @@ const WHO: u32 = 0x3b65;
 struct Toy {
     opened: AtomicUsize,
     closed: Arc<AtomicUsize>,
+    blocked: AtomicUsize,
+    let_go: AtomicBool,
     interrupted: AtomicUsize,
     mappable: OnceLock<bool>,
     files: Arc<Files<ToyFile>>,
@@ -66,8 +69,10 @@ impl Exports for Toy {
 
     fn read(&self, file: &ToyFile, caller: &Caller<'_, Self>, at: u64, data: &mut [u8]) -> Result<usize, Errno> {
         if file.kind == NodeKind::Container {
+            self.blocked.fetch_add(1, Ordering::SeqCst);
             let start = Instant::now();
-            while !caller.killed() && start.elapsed() < Duration::from_secs(20) {
+            let done = || caller.killed() || self.let_go.load(Ordering::SeqCst);
+            while !done() && start.elapsed() < Duration::from_secs(20) {
                 std::thread::sleep(Duration::from_millis(5));
             }
             self.interrupted.fetch_add(1, Ordering::SeqCst);
@@ -134,6 +139,8 @@ fn with_mount(body: impl FnOnce(&Mounted) + Send + 'static) {
         let toy = Arc::new(Toy {
             opened: AtomicUsize::new(0),
             closed: Arc::default(),
+            blocked: AtomicUsize::new(0),
+            let_go: AtomicBool::new(false),
             interrupted: AtomicUsize::new(0),
             mappable: OnceLock::new(),
             files: Files::new(),
@@ -251,6 +258,30 @@ fn client_killed_in_a_blocked_request_ends_and_others_do_not_wait_for_it() {
             std::thread::sleep(Duration::from_millis(10));
         }
         assert_eq!(mounted.toy.interrupted.load(Ordering::SeqCst), 3, "who waited for them has been told");
+    });
+}
+
+#[test]
+fn client_with_many_blocked_threads_has_a_bounded_number_of_ours_and_all_are_answered() {
+    with_mount(|mounted| {
+        let files: Vec<_> = (0..40).map(|_| mounted.open("vfio")).collect();
+        let threads: Vec<_> =
+            files.into_iter().map(|file| std::thread::spawn(move || file.read_at(&mut [0], 0))).collect();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while mounted.toy.blocked.load(Ordering::SeqCst) < PER_CLIENT && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let other = Command::new("cat").arg(mounted.root.join("sys/limit")).output().expect("cat");
+        assert_eq!(other.stdout, b"65535\n", "other clients are served");
+        std::thread::sleep(Duration::from_millis(100));
+        let blocked = mounted.toy.blocked.load(Ordering::SeqCst);
+        // Nobody is counted before the session is crowded.
+        assert!((PER_CLIENT..=PER_CLIENT + CROWDED).contains(&blocked), "{blocked} requests are worked on");
+        mounted.toy.let_go.store(true, Ordering::SeqCst);
+        for thread in threads {
+            assert!(thread.join().expect("a thread").is_err(), "answered, by EINTR");
+        }
+        assert_eq!(mounted.toy.blocked.load(Ordering::SeqCst), 40);
     });
 }
 
