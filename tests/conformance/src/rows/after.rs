@@ -11,9 +11,11 @@ use nix::mount::{MsFlags, mount, umount};
 use super::memory::{IOVA, PAGE, Stage, anonymous, huge, memfd, shared, skipped, stage};
 use crate::arg::{self, Arg};
 use crate::nvme::MARK;
-use crate::script::{Outcome, RW, Row, Script, stopped};
+use crate::script::{Outcome, RW, Row, Script, Stopped, stopped};
 use crate::sys::{Mapping, Memory};
 
+/// A pool with more free huge pages than this is not taken from its owner, not even for a moment.
+const LARGE_POOL: usize = 512;
 const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Whether a page that the device writes at `iova` arrives in `view`.
@@ -297,11 +299,11 @@ pub(super) const ROWS: &[Row] = &[
         run: |s| {
             let mut taken = Vec::new();
             while let Ok(memory) = huge(1, libc::MAP_PRIVATE) {
+                if taken.len() == LARGE_POOL {
+                    return Err(Stopped::Skipped("the pool of huge pages is large, so it is in use".to_owned()));
+                }
                 memory.poke(0, 1);
                 taken.push(memory);
-                if taken.len() == 4096 {
-                    break;
-                }
             }
             if taken.is_empty() {
                 return skipped("no huge pages", Errno::ENOMEM);
