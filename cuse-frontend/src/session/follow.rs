@@ -10,8 +10,10 @@
 //! not wait for us; and in a tight loop once in [`LOOK_EVERY`] calls. Where clients take turns there is nobody to
 //! follow, and the thread roams. What a bound thread starts is not bound ([`ioas::thread`]).
 //!
-//! benches/fuse.rs prints what a call costs. On a 2-CPU virtual machine with both CPUs busy the median fell from 21-26 us
-//! for a thread left alone to 10-13 us; in a tight loop on a quiet CPU the two are equal.
+//! benches/fuse.rs prints what a call costs. Medians on a 2-CPU virtual machine that was compiling meanwhile, thread left
+//! alone (2 runs) | following (5 runs): both CPUs kept busy by the client 21-26 | 10-14 us; tight loop 10-11 | 10-15 us;
+//! 300 us of the client's own work between calls 23 | 26-27 us. So it pays where CPUs are contended, and costs a little
+//! where they are not; on a quiet machine it has not been measured, nor against several readers.
 
 use std::cell::RefCell;
 use std::fs::File;
