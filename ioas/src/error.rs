@@ -1,9 +1,10 @@
 //! Why a call on an IOAS was refused: one enum, with the numbers that a reader of the log needs, and its projection
 //! onto the errno that Linux gives for the same cause.
 
-use crate::addr::{IovaRange, UserAddr};
+use crate::addr::{Access, IovaRange, UserAddr};
 use crate::caller::{FileId, FileKind, MemoryError};
 use crate::payer::PayerName;
+use crate::store::StoreError;
 use crate::table::TableFull;
 
 /// Linux's numbers for the errnos this crate gives; the same on every architecture but where noted there.
@@ -24,6 +25,8 @@ pub mod errno {
     pub const EEXIST: i32 = 17;
     /// Invalid argument.
     pub const EINVAL: i32 = 22;
+    /// Would wait for ever.
+    pub const EDEADLK: i32 = 35;
     /// No room left.
     pub const ENOSPC: i32 = 28;
     /// A sum passes the end of its type.
@@ -58,6 +61,9 @@ pub enum FaultReason {
     /// Memory that cannot be held at all.
     #[error("memory of kind {0:?} cannot be mapped here")]
     Unpinnable(FileKind),
+    /// The memory is held, but its bytes cannot be reached any more.
+    #[error("{0}")]
+    Store(StoreError),
     /// A fail point.
     #[error("fail point")]
     Injected,
@@ -132,6 +138,44 @@ pub enum IoasError {
     /// Another thread is unmapping there.
     #[error("IOVA {0} is being unmapped by another call")]
     Busy(IovaRange),
+    /// An access has pinned pages of the area, and lets them go when it is told to.
+    #[error("pages of area {0} are pinned")]
+    Pinned(IovaRange),
+    /// An access has been told to let pages of the area go, again and again, and has not.
+    #[error("an access does not unpin its pages of area {0}")]
+    PinsStay(IovaRange),
+    /// Another object needs pages of the area.
+    #[error("pages of area {0} are locked by another object")]
+    Locked(IovaRange),
+    /// The area is being unmapped: no access gets in any more.
+    #[error("area {0} is being unmapped")]
+    Shut(IovaRange),
+    /// An area with pinned pages cannot be divided.
+    #[error("pages of area {0} are pinned: it cannot be divided")]
+    CannotSplit(IovaRange),
+    /// An area was not mapped for what an access wants.
+    #[error("area {range} was not mapped {needed:?}")]
+    NotPermitted {
+        /// The area.
+        range: IovaRange,
+        /// What it lacks.
+        needed: Access,
+    },
+    /// The access is attached to an IOAS already.
+    #[error("the access is attached already")]
+    AccessAttached,
+    /// The access is attached to no IOAS, or is being moved to another.
+    #[error("the access is attached to no IOAS")]
+    AccessDetached,
+    /// Another call moves the access.
+    #[error("the access is being moved by another call")]
+    AccessMoving,
+    /// The access only copies.
+    #[error("the access does not pin pages")]
+    NoPins,
+    /// A mapping whose memory was not named by descriptor cannot change its process.
+    #[error("area {0} is no mapping of a file")]
+    NotOfFile(IovaRange),
     /// An area or an allowed range lies where something is to be reserved, or has an alignment that a table cannot
     /// take.
     #[error("IOVA {range} is in use by {user}")]
@@ -206,13 +250,19 @@ impl IoasError {
             | Self::Reserved { .. }
             | Self::PageTooLarge(_)
             | Self::AlreadyMapped
+            | Self::Shut(_)
+            | Self::CannotSplit(_)
+            | Self::AccessAttached
+            | Self::NoPins
+            | Self::NotOfFile(_)
             | Self::BadFile { .. } => errno::EINVAL,
             Self::Overflow { .. } => errno::EOVERFLOW,
             Self::Overlap { .. } => errno::EEXIST,
             Self::NoSpace { .. } => errno::ENOSPC,
-            Self::ReadOnly => errno::EPERM,
-            Self::NotMapped(_) | Self::Bisects { .. } => errno::ENOENT,
-            Self::Busy(_) => errno::EBUSY,
+            Self::ReadOnly | Self::NotPermitted { .. } => errno::EPERM,
+            Self::NotMapped(_) | Self::Bisects { .. } | Self::AccessDetached => errno::ENOENT,
+            Self::Busy(_) | Self::Pinned(_) | Self::Locked(_) | Self::AccessMoving => errno::EBUSY,
+            Self::PinsStay(_) => errno::EDEADLK,
             Self::InUse { .. } => errno::EADDRINUSE,
             Self::Fault { .. } => errno::EFAULT,
             Self::Limit { .. } | Self::NoFrames { .. } | Self::Table(_) | Self::Injected(_) => errno::ENOMEM,

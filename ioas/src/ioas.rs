@@ -34,6 +34,10 @@ use crate::resolve::Rights;
 use crate::store::PageStore;
 use crate::table::PageTable;
 
+mod accesses;
+
+use accesses::AccessEntry;
+
 /// A table and the reservation of what it cannot translate.
 struct TableEntry {
     table: Arc<dyn PageTable>,
@@ -44,6 +48,7 @@ struct TableEntry {
 #[derive(Default)]
 struct Tables {
     list: Vec<TableEntry>,
+    accesses: Vec<AccessEntry>,
     /// Kept so that a map need not allocate it.
     runs: Vec<FrameRun>,
 }
@@ -196,16 +201,18 @@ impl Ioas {
     ///
     /// # Errors
     /// [`IoasError::NotMapped`]; [`IoasError::Bisects`] at the first area that is not wholly inside: the areas before
-    /// it are unmapped (as Linux); [`IoasError::Busy`] while another call unmaps there.
+    /// it are unmapped (as Linux); [`IoasError::Busy`] while another call unmaps there; [`IoasError::Locked`],
+    /// [`IoasError::PinsStay`].
     #[doc(alias = "iopt_unmap_iova")]
     pub fn unmap(&self, range: IovaRange) -> Result<u64, IoasError> {
         self.start_unmap(range).finish()
     }
 
     /// The first half of [`Self::unmap`]: on return no new DMA reaches the areas. [`Leaving::bytes`] is what was
-    /// taken, [`Leaving::finish`] does the rest and gives the errors.
+    /// taken, [`Leaving::finish`] does the rest and gives the errors. Where pages are pinned it calls the accesses.
     pub fn start_unmap(&self, range: IovaRange) -> Leaving {
         let mut leaving = self.start_taking(range, Taking::UntilCut);
+        self.unmap_pinned(range, &mut leaving);
         if leaving.bytes() == 0 && range != IovaRange::everything() {
             leaving.stop(IoasError::NotMapped(range));
         }
@@ -282,12 +289,22 @@ impl Ioas {
     /// Makes an area boundary at `at`. Nothing when there is one, or no area.
     ///
     /// # Errors
-    /// EINVAL for a misaligned boundary, ENOMEM from a table; nothing has changed.
+    /// EBUSY for an area that is being unmapped, EINVAL for a misaligned boundary and for pinned pages, ENOMEM from a
+    /// table; nothing has changed.
     #[doc(alias = "iopt_area_split")]
     pub fn split(&self, at: Iova) -> Result<(), IoasError> {
         let tables = self.tables.lock();
         let alignment = self.alignment();
         let Some(area) = self.area_at(at).filter(|area| area.range.start() != at) else { return Ok(()) };
+        let (shut, pinned) = self
+            .map
+            .lock()
+            .overlapping(area.range)
+            .next()
+            .map_or((false, false), |(_, area)| (area.shut, area.pins != 0));
+        if shut {
+            return Err(IoasError::Busy(area.range));
+        }
         let (AreaMemory::User(UserAddr(start)) | AreaMemory::File { offset: start, .. }) = area.memory;
         let address = start.wrapping_add(at.0 - area.range.start().0);
         if (at.0 | (address & (PAGE_SIZE - 1))) & (alignment - 1) != 0 {
@@ -296,6 +313,9 @@ impl Ioas {
         if at.0 & (PAGE_SIZE - 1) != 0 || address & (PAGE_SIZE - 1) != 0 {
             // Both halves would fill the page in the middle; no caller of Linux's cut does that.
             return Err(IoasError::Misaligned { address: at.0, alignment: PAGE_SIZE });
+        }
+        if pinned {
+            return Err(IoasError::CannotSplit(area.range));
         }
         for entry in &tables.list {
             entry.table.split(at)?;
@@ -456,11 +476,7 @@ impl Ioas {
             let entry = tables.list.remove(at);
             entry.table.unmap(IovaRange::everything());
             self.unreserve(entry.outside);
-            let mut map = self.map.lock();
-            let huge_pages = map.huge_pages();
-            // A smaller alignment suits every area.
-            let _ = map.set_alignment(alignment_of(&tables, huge_pages));
-            drop(map);
+            self.relax_alignment(&tables);
             if tables.list.is_empty() {
                 releases = self.all_filled();
             }
@@ -590,7 +606,8 @@ const fn fault_at(address: UserAddr, error: MemoryError) -> IoasError {
 
 fn alignment_of(tables: &Tables, huge_pages: bool) -> u64 {
     let base = if huge_pages { 1 } else { PAGE_SIZE };
-    tables.list.iter().map(|entry| entry.table.min_page_size()).fold(base, u64::max)
+    let of_tables = tables.list.iter().map(|entry| entry.table.min_page_size());
+    of_tables.chain(tables.accesses.iter().map(|entry| entry.alignment)).fold(base, u64::max)
 }
 
 /// The ranges of areas, those that touch joined.

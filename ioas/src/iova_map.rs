@@ -26,6 +26,42 @@ pub(crate) struct Area {
     pub(crate) at: u64,
     pub(crate) access: Access,
     pub(crate) vaddr_valid: bool,
+    /// It is being unmapped as soon as its pins are gone: no access gets in any more.
+    pub(crate) shut: bool,
+    /// Pins of accesses.
+    pub(crate) pins: u32,
+}
+
+/// What a range has of one area.
+#[derive(Debug, Clone)]
+pub(crate) struct Span {
+    /// First IOVA of the area.
+    pub(crate) start: u64,
+    pub(crate) area: Area,
+    /// First IOVA of the span.
+    pub(crate) first: u64,
+    /// Its last IOVA.
+    pub(crate) last: u64,
+}
+
+impl Span {
+    pub(crate) fn length(&self) -> u64 {
+        self.last - self.first + 1
+    }
+
+    /// Bytes from the start of the mapping that made the pages.
+    fn at(&self) -> u64 {
+        self.area.at + (self.first - self.start)
+    }
+
+    /// User address or file offset of its first byte.
+    pub(crate) fn address(&self) -> u64 {
+        self.area.pages.address(self.at())
+    }
+
+    pub(crate) fn slice(&self) -> Slice {
+        self.area.pages.slice(self.at(), self.length())
+    }
 }
 
 impl Area {
@@ -81,6 +117,10 @@ pub(crate) enum Taking {
 pub(crate) struct IovaMap {
     areas: BTreeMap<u64, Area>,
     mapped_bytes: u64,
+    /// Pins of all areas.
+    pins: u64,
+    /// How often each area, by first IOVA, is pinned so that it cannot be unmapped.
+    locks: BTreeMap<u64, u32>,
     /// Few; in no order.
     reserved: Vec<(IovaRange, ReservationOwner)>,
     /// Sorted, not overlapping; empty allows all.
@@ -99,6 +139,8 @@ impl IovaMap {
         Self {
             areas: BTreeMap::new(),
             mapped_bytes: 0,
+            pins: 0,
+            locks: BTreeMap::new(),
             reserved: Vec::new(),
             allowed: Vec::new(),
             leaving: BTreeMap::new(),
@@ -240,7 +282,8 @@ impl IovaMap {
         let mut at = start.0;
         for piece in pieces {
             let last = at + (piece.length - 1);
-            let area = Area { last, pages: Arc::clone(&piece.pages), at: piece.at, access, vaddr_valid: true };
+            let (pages, vaddr_valid, shut) = (Arc::clone(&piece.pages), true, false);
+            let area = Area { last, pages, at: piece.at, access, vaddr_valid, shut, pins: 0 };
             self.areas.insert(at, area);
             self.mapped_bytes += piece.length;
             self.note_used(at, last);
@@ -250,24 +293,69 @@ impl IovaMap {
 
     /// The pieces of memory behind `wanted`, all of which must be mapped.
     pub(crate) fn pieces(&self, wanted: IovaRange) -> Result<Vec<Piece>, IoasError> {
-        let mut pieces = Vec::new();
-        let mut next = wanted.start().0;
+        let (spans, complete) = self.spans(wanted);
+        if !complete {
+            return Err(IoasError::NotMapped(wanted));
+        }
+        let piece = |span: Span| Piece { at: span.at(), length: span.length(), pages: span.area.pages };
+        Ok(spans.into_iter().map(piece).collect())
+    }
+
+    /// What `wanted` has of areas, ascending, up to the first hole, and whether that is all of it.
+    pub(crate) fn spans(&self, wanted: IovaRange) -> (Vec<Span>, bool) {
+        let mut spans = Vec::new();
+        let mut first = wanted.start().0;
         for (start, area) in self.overlapping(wanted) {
-            if start > next {
+            if start > first {
                 break;
             }
             let last = area.last.min(wanted.last().0);
-            pieces.push(Piece {
-                pages: Arc::clone(&area.pages),
-                at: area.at + (next - start),
-                length: last - next + 1,
-            });
+            spans.push(Span { start, area: area.clone(), first, last });
             if last == wanted.last().0 {
-                return Ok(pieces);
+                return (spans, true);
             }
-            next = last + 1;
+            first = last + 1;
         }
-        Err(IoasError::NotMapped(wanted))
+        (spans, false)
+    }
+
+    /// Counts a pin of `range`, all of which is mapped, in each of its areas, or takes it off again.
+    pub(crate) fn count_pins(&mut self, range: IovaRange, pin: bool, lock: bool) {
+        let starts: Vec<u64> = self.overlapping(range).map(|(start, _)| start).collect();
+        for start in starts {
+            let Some(area) = self.areas.get_mut(&start) else { continue };
+            let locks = lock.then(|| self.locks.entry(start).or_insert(0));
+            if pin {
+                area.pins += 1;
+                self.pins += 1;
+                locks.into_iter().for_each(|locks| *locks += 1);
+            } else {
+                area.pins -= 1;
+                self.pins -= 1;
+                locks.into_iter().for_each(|locks| *locks -= 1);
+            }
+            if self.locks.get(&start) == Some(&0) {
+                self.locks.remove(&start);
+            }
+        }
+    }
+
+    /// The first area in `wanted` that an access keeps from being unmapped, and why; it is shut. An area that is cut
+    /// comes before that.
+    fn first_kept(&mut self, wanted: IovaRange) -> Option<(IovaRange, IoasError)> {
+        if self.pins == 0 {
+            return None;
+        }
+        let kept = |(start, area): &(u64, &Area)| area.pins != 0 || !wanted.covers(area.range(*start));
+        let (start, range) = self.overlapping(wanted).find(kept).map(|(start, area)| (start, area.range(start)))?;
+        if self.locks.contains_key(&start) {
+            return Some((range, IoasError::Locked(range)));
+        }
+        if !wanted.covers(range) {
+            return None;
+        }
+        self.areas.get_mut(&start)?.shut = true;
+        Some((range, IoasError::Pinned(range)))
     }
 
     /// Takes areas out of the map; their IOVAs stay taken until [`Self::left`]. The areas come back ascending, with
@@ -277,6 +365,13 @@ impl IovaMap {
             && let Some(busy) = self.first_leaving(wanted)
         {
             return (Vec::new(), Some(IoasError::Busy(busy)));
+        }
+        if taking == Taking::UntilCut
+            && let Some((kept, reason)) = self.first_kept(wanted)
+        {
+            let before = kept.start().0.checked_sub(1).filter(|before| *before >= wanted.start().0);
+            let before = before.map(|before| self.take(range(wanted.start().0, before), Taking::Inside).0);
+            return (before.unwrap_or_default(), Some(reason));
         }
         let first = self.overlapping(wanted).next().map(|(start, area)| (start, area.range(start)));
         let Some((mut first_start, first)) = first else { return (Vec::new(), None) };

@@ -47,6 +47,21 @@ impl Leaving {
         self.stopped.get_or_insert(reason);
     }
 
+    /// Sets why no more was taken, whatever was the reason before.
+    pub(crate) fn stop_instead(&mut self, reason: Option<IoasError>) {
+        self.stopped = reason;
+    }
+
+    /// Takes over what `next` has, which went on where this one stopped.
+    pub(crate) fn go_on(&mut self, mut next: Self) {
+        self.ranges.append(&mut next.ranges);
+        self.releases.append(&mut next.releases);
+        self.bytes += next.bytes;
+        self.stopped = next.stopped.take();
+        // Nothing is left for it to wait for.
+        next.ioas = None;
+    }
+
     /// Bytes of the areas.
     #[must_use]
     pub const fn bytes(&self) -> u64 {

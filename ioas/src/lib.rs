@@ -4,6 +4,7 @@
 //! [`caller`], and what it fills it fills through [`table`].
 #![deny(unsafe_code)]
 
+mod access;
 mod addr;
 mod backing;
 pub mod caller;
@@ -31,6 +32,7 @@ mod sys;
 pub mod table;
 pub mod thread;
 
+pub use access::{AccessKind, AccessMode, AccessUser, IoasAccess};
 pub use addr::{
     Access, FRAME_BITS, Frame, FrameRun, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, RangeError, UserAddr, UserRange,
 };

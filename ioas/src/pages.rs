@@ -20,7 +20,7 @@ use crate::payer::PayerName;
 use crate::rank::{PAGES, Ranked};
 use crate::request::{AreaMemory, PayerMode};
 use crate::resolve::{self, Rights};
-use crate::store::{Bill, Held, PageStore};
+use crate::store::{Bill, Held, PageStore, Wanted};
 
 /// Whether held pages are charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +55,14 @@ pub(crate) enum Limit {
 pub(crate) struct Slice {
     pub(crate) first: u64,
     pub(crate) pages: u64,
+}
+
+/// Frames of pages for a while, whoever else holds them.
+#[derive(Debug)]
+pub(crate) struct Lent {
+    pub(crate) runs: Vec<FrameRun>,
+    /// What had to be held for it, uncharged, and must be released.
+    pub(crate) held: Vec<Held>,
 }
 
 /// The memory of one user mapping.
@@ -224,6 +232,55 @@ impl Pages {
     }
 
     fn hold(&self, store: &PageStore, slice: Slice, limit: Limit) -> Result<Vec<Held>, IoasError> {
+        store.hold(&self.wanted(store, slice)?, self.bill(limit))
+    }
+
+    /// The frames of `slice`: what is filled as it is, the rest held and not charged.
+    ///
+    /// # Errors
+    /// EFAULT, EINVAL of a file, ENOMEM; nothing has changed.
+    pub(crate) fn lend(&self, store: &PageStore, slice: Slice) -> Result<Lent, IoasError> {
+        let mut fill = self.fill.lock();
+        let parts = fill.make_parts(self.all().pages);
+        let mut lent = Lent { runs: Vec::new(), held: Vec::new() };
+        let mut by_page: BTreeMap<u64, FrameRun> = BTreeMap::new();
+        let mut outcome = Ok(());
+        for gap in gaps(parts, slice) {
+            match self.wanted(store, gap).and_then(|wanted| store.hold(&wanted, None)) {
+                Ok(held) => {
+                    let mut at = gap.first;
+                    for Held { run, .. } in &held {
+                        by_page.insert(at, *run);
+                        at += run.pages;
+                    }
+                    lent.held.extend(held);
+                }
+                Err(error) => {
+                    outcome = Err(error);
+                    break;
+                }
+            }
+        }
+        let end = slice.first + slice.pages;
+        let before = parts.range(..slice.first).next_back().map_or(slice.first, |(at, _)| *at);
+        for (&at, segment) in parts.range(before..end) {
+            let (from, to) = (at.max(slice.first), (at + segment.pages).min(end));
+            if from < to {
+                let first = Frame(segment.first.0 + (from - at));
+                by_page.insert(from, FrameRun { first, pages: to - from });
+            }
+        }
+        fill.tidy(slice, self.all().pages);
+        drop(fill);
+        if let Err(error) = outcome {
+            store.release(&lent.held, None);
+            return Err(error);
+        }
+        by_page.into_values().for_each(|run| append(&mut lent.runs, run));
+        Ok(lent)
+    }
+
+    fn wanted(&self, store: &PageStore, slice: Slice) -> Result<Vec<Wanted>, IoasError> {
         let mut wanted = Vec::with_capacity(1);
         let start = (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT);
         match &self.file {
@@ -237,7 +294,7 @@ impl Pages {
                 &mut wanted,
             )?,
         }
-        store.hold(&wanted, self.bill(limit))
+        Ok(wanted)
     }
 
     /// Appends the frames of `slice`, which is filled, to `runs`.

@@ -1,6 +1,7 @@
 //! IOASes over real memory: this process plays the client, and a table made of a map plays the device's.
 #![deny(unsafe_code)]
 
+mod access;
 mod kinds;
 mod lifetimes;
 mod model;
