@@ -8,8 +8,6 @@ use compat::VfioError;
 use ioas::caller::{Capability, FdError, MemoryError};
 use ioas::{IoasError, ObjectError, RangeError};
 
-use crate::personality::Refusal;
-
 /// Why an ioctl was refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OpError {
@@ -41,9 +39,6 @@ pub(crate) enum OpError {
     /// No device has this node (ENODEV).
     #[error("there is no device vfio{0}")]
     NoDevice(u32),
-    /// No path leads to such a file (ENXIO).
-    #[error("files of this kind cannot be opened")]
-    NoNode,
     /// A file of this kind has no such call (EINVAL).
     #[error("a file of this kind is neither read nor written")]
     NoData,
@@ -121,9 +116,6 @@ pub(crate) enum OpError {
         /// Elements of the client's array.
         room: usize,
     },
-    /// From an op of a personality.
-    #[error(transparent)]
-    Personality(Refusal),
     /// From a container, a group or a device.
     #[error(transparent)]
     Vfio(#[from] VfioError),
@@ -145,7 +137,6 @@ impl OpError {
             | Self::NoData
             | Self::Invalid { .. }
             | Self::Range(RangeError::Zero) => libc::EINVAL,
-            Self::NoNode => libc::ENXIO,
             Self::TooLong { .. } => libc::E2BIG,
             Self::UnknownOp(_) => libc::ENOTTY,
             Self::Unsupported { .. } => libc::EOPNOTSUPP,
@@ -159,7 +150,6 @@ impl OpError {
             Self::Fd(FdError::Bad(_)) => libc::EBADF,
             Self::Fd(FdError::Denied) => libc::EACCES,
             Self::NoRoom { .. } => libc::ENOSPC,
-            Self::Personality(refusal) => refusal.errno,
             Self::Vfio(error) => error.errno(),
             Self::Ioas(error) => error.errno(),
             Self::Object(error) => error.errno(),

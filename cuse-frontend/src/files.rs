@@ -19,7 +19,6 @@ use ioas::caller::{Caller, FdError};
 use crate::error::OpError;
 use crate::iommufd::Context;
 use crate::ops;
-use crate::personality::PersonalityFile;
 use crate::server::Server;
 use crate::uapi::is_ours;
 
@@ -52,8 +51,6 @@ pub enum NodeKind {
     Group(u32),
     /// `/dev/vfio/devices/vfioN`: the N.
     Device(u32),
-    /// A file of a personality's, which no path leads to.
-    Personality,
 }
 
 /// The answer to an ioctl that did not fail.
@@ -105,8 +102,6 @@ pub(crate) enum File {
     Device(Arc<DeviceFile>),
     /// `/dev/vfio/devices/vfioN` before an iommufd is bound to it: nothing works but the binding.
     UnboundDevice,
-    /// What an op of a personality gave out.
-    Personality(Arc<dyn PersonalityFile>),
 }
 
 /// One open of a node, or a descriptor that an ioctl returned.
@@ -156,12 +151,11 @@ impl OpenFile {
     pub fn ioctl(&self, caller: &dyn ClientCall, cmd: u32, arg: u64) -> Result<IoctlReply, Errno> {
         let server = &self.server;
         let (name, answer) = match &self.file {
-            File::Iommufd(context) => ops::iommufd::answer(server, context, caller, cmd, arg),
+            File::Iommufd(context) => ops::iommufd::TABLE.answer(server, context, caller, cmd, arg),
             File::Container(container) => ops::container::TABLE.answer(server, container, caller, cmd, arg),
             File::Group(group) => ops::group::TABLE.answer(server, group, caller, cmd, arg),
             File::Device(device) => ops::device::TABLE.answer(server, device, caller, cmd, arg),
             File::UnboundDevice => ("ioctl", Err(OpError::NotBound)),
-            File::Personality(_) => ("ioctl", Err(OpError::UnknownOp(cmd))),
         };
         // Programs ask every file whether it is a terminal; that is no failure of theirs.
         answer.map_err(|error| if is_ours(cmd) { self.refused(caller, name, &error) } else { Errno(error.errno()) })
@@ -181,7 +175,7 @@ impl OpenFile {
         let answer = match &self.file {
             File::Device(device) => device.read(offset, data).map_err(OpError::from),
             File::UnboundDevice => Err(OpError::NotBound),
-            File::Iommufd(_) | File::Container(_) | File::Group(_) | File::Personality(_) => Err(OpError::NoData),
+            File::Iommufd(_) | File::Container(_) | File::Group(_) => Err(OpError::NoData),
         };
         answer.map_err(|error| self.refused(caller, "read", &error))
     }
@@ -194,7 +188,7 @@ impl OpenFile {
         let answer = match &self.file {
             File::Device(device) => device.write(offset, data).map_err(OpError::from),
             File::UnboundDevice => Err(OpError::NotBound),
-            File::Iommufd(_) | File::Container(_) | File::Group(_) | File::Personality(_) => Err(OpError::NoData),
+            File::Iommufd(_) | File::Container(_) | File::Group(_) => Err(OpError::NoData),
         };
         answer.map_err(|error| self.refused(caller, "write", &error))
     }
@@ -211,7 +205,6 @@ impl OpenFile {
     pub fn mapping(&self) -> Option<BorrowedFd<'_>> {
         match &self.file {
             File::Device(device) => device.backing(),
-            File::Personality(file) => file.mapping(),
             _ => None,
         }
     }

@@ -16,7 +16,6 @@ mod inprocess;
 mod iommufd;
 pub mod launch;
 mod ops;
-pub mod personality;
 mod process;
 mod server;
 mod session;

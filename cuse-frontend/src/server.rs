@@ -23,7 +23,6 @@ pub use compat::DeviceSpec;
 use crate::error::OpError;
 use crate::files::{ClientCall, Errno, File, NodeKind, OpenFile};
 use crate::iommufd::Context;
-use crate::personality::{PersonalityFile, PersonalityOp};
 use crate::status;
 
 /// What the operator chose for a whole server.
@@ -77,8 +76,6 @@ pub struct Server {
     opens: Mutex<Vec<Weak<OpenFile>>>,
     /// How many files have been opened; names them in the status.
     serial: AtomicU64,
-    /// Rows that a personality adds to `/dev/iommu`. Immutable.
-    personality: Vec<PersonalityOp>,
 }
 
 /// The list of recent failures, of calls and of DMA.
@@ -96,24 +93,13 @@ impl Server {
     /// A server without devices.
     #[must_use]
     pub fn new(options: ServerOptions) -> Arc<Self> {
-        Self::with_personality(options, Vec::new())
-    }
-
-    /// A server without devices whose `/dev/iommu` has more ops than Linux's of every day.
-    ///
-    /// # Panics
-    /// When a struct of an op is larger than [`PersonalityOp::LARGEST`], or its minimum smaller than its size word.
-    #[must_use]
-    pub fn with_personality(options: ServerOptions, personality: Vec<PersonalityOp>) -> Arc<Self> {
-        let fits = |op: &PersonalityOp| 4 <= op.min && op.min <= op.size && op.size as usize <= PersonalityOp::LARGEST;
-        assert!(personality.iter().all(fits), "an op's struct has a size that no struct can have");
         let ServerOptions { accounting, dirty, dma_entry_limit } = options;
         let store = PageStore::new(accounting);
         let failures = Arc::new(FailureLog::default());
         let faults = Arc::clone(&failures) as Arc<dyn FaultSink>;
         let vfio = Vfio::new(VfioOptions { store: Arc::clone(&store), dma_entry_limit, dirty, faults });
         let (devices, opens) = (RwLock::default(), Mutex::default());
-        Arc::new(Self { store, vfio, failures, devices, opens, serial: AtomicU64::new(0), personality })
+        Arc::new(Self { store, vfio, failures, devices, opens, serial: AtomicU64::new(0) })
     }
 
     /// The devices and groups.
@@ -191,7 +177,6 @@ impl Server {
             NodeKind::Group(id) => File::Group(self.vfio.open_group(caller, id)?),
             NodeKind::Device(index) if self.devices().iter().any(|entry| entry.index == index) => File::UnboundDevice,
             NodeKind::Device(index) => return Err(OpError::NoDevice(index)),
-            NodeKind::Personality => return Err(OpError::NoNode),
         })
     }
 
@@ -200,16 +185,6 @@ impl Server {
         let bdf = device.device().bdf();
         let index = self.devices.read().iter().find(|entry| entry.bdf == bdf).map_or(u32::MAX, |entry| entry.index);
         self.opened(NodeKind::Device(index), pid, File::Device(device))
-    }
-
-    /// The rows that were added to `/dev/iommu`.
-    pub(crate) fn personality(&self) -> &[PersonalityOp] {
-        &self.personality
-    }
-
-    /// The open file of what a personality gives out.
-    pub(crate) fn personality_file(self: &Arc<Self>, pid: u32, file: Arc<dyn PersonalityFile>) -> Arc<OpenFile> {
-        self.opened(NodeKind::Personality, pid, File::Personality(file))
     }
 
     fn opened(self: &Arc<Self>, kind: NodeKind, pid: u32, file: File) -> Arc<OpenFile> {

@@ -20,7 +20,6 @@ use super::filter::GROUP_GET_DEVICE_FD;
 use crate::files::{ClientCall, IoctlReply, NodeKind, OpenFile};
 use crate::fuse::Fuse;
 use crate::sys::launch::{Answer, Notification, install_file, next_notification, respond, still_waits};
-use crate::uapi::command;
 
 /// Serves `listener` on a thread of its own until no process is left that it could tell of.
 pub(super) fn start(listener: OwnedFd, fuse: Arc<Fuse>) -> std::io::Result<()> {
@@ -79,11 +78,7 @@ fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
 
 /// True for the calls of our files that are completed here, and must not go on to FUSE as well.
 fn returns_descriptor(file: &OpenFile, cmd: u32) -> bool {
-    match file.kind() {
-        NodeKind::Group(_) => cmd == GROUP_GET_DEVICE_FD,
-        NodeKind::Iommufd => file.server().personality().iter().any(|op| command(op.nr) == cmd),
-        _ => false,
-    }
+    matches!(file.kind(), NodeKind::Group(_)) && cmd == GROUP_GET_DEVICE_FD
 }
 
 /// What a notified call is answered.

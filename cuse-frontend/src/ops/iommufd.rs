@@ -5,7 +5,6 @@
 //! Sources: drivers/iommu/iommufd/main.c, ioas.c, hw_pagetable.c, vfio_compat.c.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
 use zerocopy::{FromZeros, IntoBytes};
@@ -14,9 +13,6 @@ use super::{Argument, Call, DONE, Op, OpResult, Table, always};
 use crate::error::OpError;
 use crate::files::ClientCall;
 use crate::iommufd::Context;
-use crate::personality::PersonalityCall;
-use crate::server::Server;
-use crate::uapi::command;
 use crate::uapi::iommufd::{
     Destroy, HwptAlloc, IoasAlloc, IoasAllowIovas, IoasCopy, IoasIovaRanges, IoasMap, IoasMapFile, IoasUnmap, Opt,
     VfioIoas, WireRange, map_flags, nr, option_id, option_op, vfio_ioas_op,
@@ -54,22 +50,6 @@ pub(crate) static TABLE: Table<Context, SLOTS> = Table::new(
         op(nr::HWPT_ALLOC, "IOMMU_HWPT_ALLOC", size_of::<HwptAlloc>(), 24, hwpt_alloc),
     ],
 );
-
-/// Answers an ioctl of `/dev/iommu`: by the table, else by a row that a personality has added.
-pub(crate) fn answer(
-    server: &Arc<Server>,
-    context: &Context,
-    caller: &dyn ClientCall,
-    cmd: u32,
-    arg: u64,
-) -> (&'static str, OpResult) {
-    let Some(op) = server.personality().iter().find(|op| command(op.nr) == cmd) else {
-        return TABLE.answer(server, context, caller, cmd, arg);
-    };
-    let answer = Call::copied_in(op.argument(), server, context, caller, arg)
-        .and_then(|call| (op.run)(&PersonalityCall::new(&call)).map_err(OpError::Personality));
-    (op.name, answer)
-}
 
 /// Linux reads the size word of any command whose number lies in its table.
 fn size_is_readable(_: &Context, caller: &dyn ClientCall, cmd: u32, arg: u64) -> Result<(), OpError> {

@@ -34,7 +34,7 @@ use crate::server::Server;
 use crate::uapi::command;
 
 /// The bytes of the largest struct of any row.
-pub(crate) const LARGEST: usize = 80;
+const LARGEST: usize = 64;
 /// How much of a long tail is looked at in one copy; also the alignment of those copies.
 const TAIL_CHUNK: u64 = 4096;
 
@@ -162,24 +162,13 @@ impl<'a, F: ?Sized> Call<'a, F> {
     /// Runs `op`: the state it needs, the copy in, the size rule, the handler.
     fn dispatch(op: &Op<F>, server: &'a Arc<Server>, file: &'a F, caller: &'a dyn ClientCall, arg: u64) -> OpResult {
         (op.ready)(file)?;
-        (op.run)(&Self::copied_in(op.argument, server, file, caller, arg)?)
-    }
-
-    /// A call whose argument has been copied in.
-    pub(crate) fn copied_in(
-        argument: Argument,
-        server: &'a Arc<Server>,
-        file: &'a F,
-        caller: &'a dyn ClientCall,
-        arg: u64,
-    ) -> Result<Self, OpError> {
         let mut call = Self { server, file, caller, arg, given: 0, buffer: Buffer([0; LARGEST]) };
-        match argument {
+        match op.argument {
             Argument::Plain => {}
             Argument::Sized { size, min } => call.copy_in_sized(size, min)?,
             Argument::Argsz { min } => call.copy_in_argsz(min)?,
         }
-        Ok(call)
+        (op.run)(&call)
     }
 
     /// One copy of the whole struct, which is what nearly every client has there; the size word alone when that

@@ -338,25 +338,3 @@ fn refusals_are_listed_with_their_reasons_but_not_the_question_for_a_terminal() 
     assert_eq!(listed, [("IOMMU_DESTROY", libc::ENOENT)]);
     assert_eq!(failures[0].reason, "no object has id 0");
 }
-
-#[test]
-fn op_of_a_personality_is_a_row_like_any_other() {
-    use crate::files::IoctlReply;
-    use crate::personality::{PersonalityCall, PersonalityOp};
-
-    let run = |call: &PersonalityCall<'_>| {
-        let [_, value] = call.get::<[u32; 2]>();
-        Ok(IoctlReply::Value(value.cast_signed()))
-    };
-    let op = PersonalityOp { nr: 0xa0, name: "TEST", size: 8, min: 4, run: Arc::new(run) };
-    let server = Server::with_personality(ServerOptions::default(), vec![op]);
-    let memory = Memory::new(PAGE);
-    let file = server.open(NodeKind::Iommufd, &memory).expect("the node is there");
-    let at = memory.put(0, 8);
-    memory.bytes.lock()[4] = 7;
-    let answer = file.ioctl(&memory, command(0xa0), at);
-    assert!(matches!(answer, Ok(IoctlReply::Value(7))));
-    assert_eq!(errno(&file, &memory, 0xa0, memory.put(0, 3)), libc::EINVAL);
-    assert_eq!(errno(&file, &memory, 0xa1, at), libc::ENOTTY);
-    assert_eq!(errno(&open(NodeKind::Iommufd), &memory, 0xa0, at), libc::ENOTTY);
-}
