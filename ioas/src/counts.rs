@@ -91,6 +91,18 @@ impl CountMap {
         self.join(start, end);
     }
 
+    /// How many frames from `first` on, at most `pages`, have the same count, and that count.
+    pub(crate) fn stretch(&self, first: Frame, pages: u64) -> (u64, u32) {
+        let end = first.0 + pages;
+        if let Some((_, stretch)) =
+            self.stretches.range(..=first.0).next_back().filter(|(_, found)| found.end > first.0)
+        {
+            return (stretch.end.min(end) - first.0, stretch.count);
+        }
+        let next = self.stretches.range(first.0..end).next();
+        (next.map_or(end, |(next, _)| *next) - first.0, 0)
+    }
+
     /// True when nothing is counted.
     pub(crate) fn is_empty(&self) -> bool {
         self.stretches.is_empty()

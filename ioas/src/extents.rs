@@ -79,6 +79,12 @@ impl Extent {
     }
 }
 
+/// Pages of a backing that follow each other, with the frame of the first where an extent has them.
+pub(crate) struct Stretch {
+    pub(crate) pages: u64,
+    pub(crate) frame: Option<Frame>,
+}
+
 /// All extents of a store.
 #[derive(Default)]
 pub(crate) struct Extents {
@@ -112,6 +118,17 @@ impl Extents {
             at = stop;
         }
         Some(())
+    }
+
+    /// The pages of `backing` from `at` on, before `end`, that lie in one extent or in none.
+    pub(crate) fn stretch(&self, backing: &Backing, at: u64, end: u64) -> Stretch {
+        let key = backing.key();
+        if let Some(extent) = self.covering(key, at).map(|first| &self.by_frame[&first]) {
+            let pages = end.min(extent.index + extent.pages) - at;
+            return Stretch { pages, frame: Some(Frame(extent.first + (at - extent.index))) };
+        }
+        let next = self.by_page.range((key, at)..(key, end)).next();
+        Stretch { pages: next.map_or(end, |((_, index), _)| *index) - at, frame: None }
     }
 
     fn covering(&self, key: BackingKey, page: u64) -> Option<u64> {

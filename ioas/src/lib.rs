@@ -47,4 +47,4 @@ pub use request::{
     AreaMemory, AreaSnapshot, AreaView, IoasSnapshot, IovaChoice, IpcLock, MapRequest, PayerMode, ReservationOwner,
     Source,
 };
-pub use store::{BackingSnapshot, PageStore, StoreError, StoreSnapshot};
+pub use store::{BackingSnapshot, HeldRun, PageStore, StoreError, StoreSnapshot};

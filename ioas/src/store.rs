@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr};
+use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr, UserRange};
 use crate::backing::{Backing, FileBacking};
 use crate::caller::{Caller, ClientFile, FileId, MemoryError, MemoryMap};
 use crate::client::{Client, Clients};
@@ -30,6 +30,7 @@ use crate::frames::{FrameSpace, PRIVATE_START};
 use crate::payer::{Account, Accounting, PayerName, PayerSnapshot};
 use crate::rank::{Ranked, STORE};
 use crate::registry::Registry;
+use crate::resolve::{self, Rights};
 use crate::sys::CopyFault;
 
 /// Why bytes of a held page could not be reached.
@@ -72,6 +73,17 @@ pub struct StoreSnapshot {
     pub backings: Vec<BackingSnapshot>,
     /// Who pays.
     pub payers: Vec<PayerSnapshot>,
+}
+
+/// Pages of a client that follow each other, and who holds them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldRun {
+    /// How many.
+    pub pages: u64,
+    /// The frame of the first, those of the others follow; `None` when nothing holds them.
+    pub first: Option<Frame>,
+    /// How many hold each of them.
+    pub holders: u32,
 }
 
 /// Pages of one backing that are to be held.
@@ -257,6 +269,23 @@ impl PageStore {
         }
     }
 
+    /// Who holds the pages that the caller has at `range` now, in order, and in which frames. For tests that look for
+    /// pages that are held too often or not at all.
+    ///
+    /// # Errors
+    /// EFAULT when the caller could not read some of it.
+    pub fn held_at(&self, caller: &dyn Caller, range: UserRange) -> Result<Vec<HeldRun>, IoasError> {
+        let memory =
+            caller.memory_map().map_err(|error| IoasError::Fault { address: range.start(), reason: error.into() })?;
+        let first = range.start().0 >> PAGE_SHIFT;
+        let pages = (range.last().0 >> PAGE_SHIFT) - first + 1;
+        let rights = Rights { writable: false, device_regions: true };
+        let mut wanted = Vec::new();
+        resolve::user_memory(self, &memory, UserAddr(first << PAGE_SHIFT), pages, rights, &mut wanted)?;
+        let inner = self.inner.lock();
+        Ok(wanted.iter().flat_map(|wanted| inner.held_of(wanted)).collect())
+    }
+
     /// The backing of a client's file; one for all who name the same file.
     pub(crate) fn adopt_file(&self, file: ClientFile) -> Arc<FileBacking> {
         let mut inner = self.inner.lock();
@@ -346,6 +375,22 @@ impl Inner {
         let Some(failure) = failure else { return Ok(all) };
         all.iter().for_each(|held| self.release(held.run, ended));
         Err(failure)
+    }
+
+    /// Who holds the pages of `wanted`, in order.
+    fn held_of(&self, wanted: &Wanted) -> Vec<HeldRun> {
+        let (mut held, end) = (Vec::new(), wanted.index + wanted.pages);
+        let mut at = wanted.index;
+        while at < end {
+            let stretch = self.extents.stretch(&wanted.backing, at, end);
+            let (run, holders) = match stretch.frame {
+                Some(first) => self.holds.stretch(first, stretch.pages),
+                None => (stretch.pages, 0),
+            };
+            held.push(HeldRun { pages: run, first: stretch.frame.filter(|_| holders > 0), holders });
+            at += run;
+        }
+        held
     }
 
     fn hold_run(&mut self, run: FrameRun) {

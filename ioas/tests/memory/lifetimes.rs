@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ioas::{
     Access, Accounting, Ioas, IoasError, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PAGE_SIZE, PageStore,
-    Source, StoreError, errno,
+    Source, StoreError, UserAddr, UserRange, errno,
 };
 use nix::sys::mman::MapFlags;
 
@@ -41,6 +41,23 @@ fn tables_second_takes_the_same_pages_and_last_to_go_releases() {
     bench.ioas.remove_table(&(second as Arc<dyn ioas::table::PageTable>));
     bench.assert_empty();
     assert_eq!(bench.ioas.area_count(), 1);
+}
+
+#[test]
+fn holders_of_a_page_are_its_mappings_that_a_table_fills() {
+    let bench = Bench::new();
+    let mapping = Mapping::private(4);
+    let range = UserRange::new(UserAddr(mapping.address()), 4 * PAGE_SIZE).expect("in the address space");
+    let holders = || {
+        let runs = bench.store.held_at(&bench.client, range).expect("memory");
+        runs.iter().map(|run| (run.pages, run.holders, run.first.is_some())).collect::<Vec<_>>()
+    };
+    assert_eq!(holders(), [(4, 0, false)]);
+    bench.map(user(mapping.address(), 3, 0, RW)).expect("mapped");
+    bench.map(user(mapping.address(), 1, 0x10_0000, RW)).expect("mapped");
+    assert_eq!(holders(), [(1, 2, true), (2, 1, true), (1, 0, false)]);
+    bench.ioas.unmap(IovaRange::everything()).expect("unmapped");
+    assert_eq!(holders(), [(4, 0, false)]);
 }
 
 #[test]
