@@ -7,14 +7,16 @@
 //! What the device is attached to lies in a [`Current`], which its DMA reads without a lock. The device refuses to
 //! know who drives it; faults go to a sink it was given.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 
 use ioas::{Ioas, IoasError, IovaRange, PageStore, ReaderSet, ReservationOwner};
 use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::dma::Dma;
+use crate::driver::{IommuDriver, Unit};
 use crate::fault::{DmaCause, FaultSink};
 use crate::format::Format;
 use crate::hwpt::Hwpt;
@@ -88,16 +90,25 @@ impl Drop for Reserved {
     }
 }
 
+/// The unit of devices that nobody says anything about.
+fn unit() -> Arc<dyn IommuDriver> {
+    static UNIT: LazyLock<Arc<dyn IommuDriver>> = LazyLock::new(|| Arc::new(Unit::default()));
+    Arc::clone(&UNIT)
+}
+
 /// A device that does DMA.
 pub struct Device {
     /// Immutable, never used twice: finds the device's lane in a thread.
     id: u64,
-    /// Immutable, as the next two.
+    /// Immutable, as the next three.
     name: Arc<str>,
     faults: Arc<dyn FaultSink>,
     hook: Option<AttachHook>,
+    driver: Arc<dyn IommuDriver>,
     /// Guarded by itself; a leaf lock.
     properties: Mutex<DeviceProperties>,
+    /// What stands for its DMA with a PASID. A leaf lock.
+    pasids: Mutex<BTreeMap<u32, Arc<Self>>>,
     /// Follows `state`.
     current: Current<Attachment>,
     state: Mutex<State>,
@@ -114,7 +125,18 @@ impl Device {
     /// A device, attached to nothing. `name` is for people: a PCI address.
     #[must_use]
     pub fn new(name: impl Into<Arc<str>>, properties: DeviceProperties, faults: Arc<dyn FaultSink>) -> Arc<Self> {
-        Self::build(name.into(), properties, faults, None)
+        Self::build(name.into(), properties, faults, None, unit())
+    }
+
+    /// A device behind a unit of its own kind. Devices behind one unit share its driver.
+    #[must_use]
+    pub fn behind(
+        driver: Arc<dyn IommuDriver>,
+        name: impl Into<Arc<str>>,
+        properties: DeviceProperties,
+        faults: Arc<dyn FaultSink>,
+    ) -> Arc<Self> {
+        Self::build(name.into(), properties, faults, None, driver)
     }
 
     /// A device whose properties change by attaching it: `hook` gives the new ones.
@@ -125,7 +147,7 @@ impl Device {
         faults: Arc<dyn FaultSink>,
         hook: AttachHook,
     ) -> Arc<Self> {
-        Self::build(name.into(), properties, faults, Some(hook))
+        Self::build(name.into(), properties, faults, Some(hook), unit())
     }
 
     fn build(
@@ -133,6 +155,7 @@ impl Device {
         properties: DeviceProperties,
         faults: Arc<dyn FaultSink>,
         hook: Option<AttachHook>,
+        driver: Arc<dyn IommuDriver>,
     ) -> Arc<Self> {
         static IDS: AtomicU64 = AtomicU64::new(0);
         Arc::new(Self {
@@ -140,7 +163,9 @@ impl Device {
             name,
             faults,
             hook,
+            driver,
             properties: Mutex::new(properties),
+            pasids: Mutex::default(),
             current: Current::nothing(),
             state: Mutex::default(),
         })
@@ -163,6 +188,27 @@ impl Device {
         *self.properties.lock() = properties;
     }
 
+    /// The driver of the unit it sits behind.
+    #[must_use]
+    pub const fn driver(&self) -> &Arc<dyn IommuDriver> {
+        &self.driver
+    }
+
+    /// What stands for its DMA with `pasid`: attached on its own, with nothing reserved. For PASID 0, which is no
+    /// PASID, the device itself.
+    #[must_use]
+    pub fn of_pasid(self: &Arc<Self>, pasid: u32) -> Arc<Self> {
+        if pasid == 0 {
+            return Arc::clone(self);
+        }
+        let made = || {
+            let properties = DeviceProperties { reserved: Vec::new(), ..self.properties() };
+            let name = format!("{} PASID {pasid}", self.name);
+            Self::build(name.into(), properties, Arc::clone(&self.faults), None, Arc::clone(&self.driver))
+        };
+        Arc::clone(self.pasids.lock().entry(pasid).or_insert_with(made))
+    }
+
     /// A handle for its DMA, for any number of threads.
     #[must_use]
     pub fn dma(self: &Arc<Self>) -> Dma {
@@ -177,6 +223,8 @@ impl Device {
 
     /// Freezes its DMA, or thaws it: while frozen, every DMA is aborted. When it returns, none is under way.
     pub fn set_frozen(&self, frozen: bool) {
+        let pasids: Vec<_> = self.pasids.lock().values().cloned().collect();
+        pasids.iter().for_each(|pasid| pasid.set_frozen(frozen));
         let mut state = self.state.lock();
         if state.frozen != frozen {
             state.frozen = frozen;

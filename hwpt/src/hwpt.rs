@@ -10,6 +10,7 @@
 //! **The context cache** of a device is what its threads remember of its attachment (`sys::Lane`). A device that
 //! leaves an HWPT makes them forget it, with the IOTLB entries they had; `context_flushes` counts that.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -19,6 +20,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::dirty::{self, DirtySet};
+use crate::driver::IommuDriver;
 use crate::error::AttachError;
 use crate::format::Format;
 use crate::list::HwptList;
@@ -87,6 +89,7 @@ pub struct Hwpt {
     coherent: bool,
     automatic: bool,
     flags: HwptFlags,
+    owner: Option<Owner>,
     list: Weak<HwptList>,
     generation: AtomicU64,
     iotlb_flushes: AtomicU64,
@@ -105,14 +108,21 @@ pub(crate) struct HwptParts {
     pub(crate) coherent: bool,
     pub(crate) automatic: bool,
     pub(crate) flags: HwptFlags,
+    pub(crate) owner: Option<Owner>,
     pub(crate) list: Weak<HwptList>,
+}
+
+/// The unit whose driver described a page table, and says which devices it suits.
+pub(crate) struct Owner {
+    pub(crate) driver: Arc<dyn IommuDriver>,
+    pub(crate) tag: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Hwpt {
     /// A new HWPT, which hears of unmaps of its table at once.
     pub(crate) fn new(parts: HwptParts) -> Arc<Self> {
         static IDS: AtomicU64 = AtomicU64::new(1);
-        let HwptParts { ioas, table, coherent, automatic, flags, list } = parts;
+        let HwptParts { ioas, table, coherent, automatic, flags, owner, list } = parts;
         let hwpt = Arc::new(Self {
             id: HwptId(IDS.fetch_add(1, Ordering::Relaxed)),
             dirty: DirtySet::new(table.format()),
@@ -121,6 +131,7 @@ impl Hwpt {
             coherent,
             automatic,
             flags,
+            owner,
             list,
             generation: AtomicU64::new(1),
             iotlb_flushes: AtomicU64::new(0),
@@ -166,6 +177,18 @@ impl Hwpt {
     #[must_use]
     pub const fn flags(&self) -> HwptFlags {
         self.flags
+    }
+
+    /// The unit whose driver described it; `None` for one that was made for a group.
+    #[must_use]
+    pub fn driver(&self) -> Option<&Arc<dyn IommuDriver>> {
+        self.owner.as_ref().map(|owner| &owner.driver)
+    }
+
+    /// What its driver wants to find again.
+    #[must_use]
+    pub fn tag(&self) -> Option<&Arc<dyn Any + Send + Sync>> {
+        self.owner.as_ref()?.tag.as_ref()
     }
 
     /// How often its caches were emptied.

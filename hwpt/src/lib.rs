@@ -11,24 +11,34 @@
 mod device;
 mod dirty;
 mod dma;
+pub mod driver;
 mod error;
+mod events;
 mod fault;
 mod format;
 mod group;
 mod hwpt;
 mod iotlb;
 mod list;
+mod page_requests;
 mod radix;
 #[allow(unsafe_code)]
 mod sys;
 mod table;
+mod watchers;
 
 pub use device::{AttachHook, Device, DeviceProperties};
 pub use dma::Dma;
+pub use driver::{DriverError, IommuDriver};
 pub use error::AttachError;
+pub use events::{Event, EventQueue, EventSink};
 pub use fault::{DmaCause, DmaFault, FaultSink, IgnoreFaults};
 pub use format::{Format, FormatError, LEVEL_BITS};
 pub use group::Group;
 pub use hwpt::{FlushCounters, Hwpt, HwptFlags, HwptId, HwptSnapshot};
 pub use list::{HwptList, ListSnapshot, TableSnapshot};
+pub use page_requests::{
+    Answer, FaultQueue, FaultRoute, PageRequest, Permission, Read, RequestFlags, Response,
+};
 pub use radix::{RadixTable, Translation};
+pub use watchers::{Watcher, Watchers};

@@ -27,10 +27,11 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::device::{Attachment, Device, Reserved};
+use crate::driver::{IommuDriver, Paging};
 use crate::error::{AttachError, step};
 use crate::format::Format;
 use crate::group::Group;
-use crate::hwpt::{Hwpt, HwptFlags, HwptParts, HwptSnapshot};
+use crate::hwpt::{Hwpt, HwptFlags, HwptParts, HwptSnapshot, Owner};
 use crate::table::Table;
 
 /// How often a group may become something else by being attached.
@@ -127,7 +128,10 @@ impl Needs {
 
     /// Why the HWPT cannot serve the group at all.
     fn mismatch(&self, hwpt: &Hwpt) -> Option<&'static str> {
-        if *hwpt.format() != self.format {
+        if hwpt.driver().is_some() {
+            // Its driver was asked.
+            None
+        } else if *hwpt.format() != self.format {
             Some("another format")
         } else if hwpt.coherent() != self.coherent {
             Some("another coherency")
@@ -271,7 +275,26 @@ impl HwptList {
         if flags.contains(HwptFlags::DIRTY_TRACKING) && !needs.dirty_tracking {
             return Err(AttachError::NoDirtyTracking(Arc::clone(device.name())));
         }
-        self.create(&needs, false, flags)
+        self.create(&needs, false, flags, None)
+    }
+
+    /// Makes an HWPT that `driver` has described, to attach what the driver lets to by [`Self::attach_to`]. It stays
+    /// until [`Self::destroy`].
+    ///
+    /// # Errors
+    /// As filling a table fails; nothing has changed.
+    #[doc(alias = "iommufd_hwpt_paging_alloc")]
+    pub fn alloc_described(
+        &self,
+        driver: &Arc<dyn IommuDriver>,
+        paging: Paging,
+        coherent: bool,
+        flags: HwptFlags,
+    ) -> Result<Arc<Hwpt>, AttachError> {
+        let _changes = self.changes.lock();
+        let Paging { format, tag } = paging;
+        let needs = Needs { format, coherent, dirty_tracking: flags.contains(HwptFlags::DIRTY_TRACKING) };
+        self.create(&needs, false, flags, Some(Owner { driver: Arc::clone(driver), tag }))
     }
 
     /// Destroys an HWPT that [`Self::alloc`] made.
@@ -371,7 +394,7 @@ impl HwptList {
                 if let Some(found) = self.members.lock().fitting(&needs) {
                     return Ok(found);
                 }
-                self.create(&needs, true, needs.flags())
+                self.create(&needs, true, needs.flags(), None)
             }
         }
     }
@@ -429,7 +452,13 @@ impl HwptList {
     }
 
     /// A new HWPT for `needs`; with `automatic`, a use of it is counted.
-    fn create(&self, needs: &Needs, automatic: bool, flags: HwptFlags) -> Result<Arc<Hwpt>, AttachError> {
+    fn create(
+        &self,
+        needs: &Needs,
+        automatic: bool,
+        flags: HwptFlags,
+        owner: Option<Owner>,
+    ) -> Result<Arc<Hwpt>, AttachError> {
         step("hwpt: a new HWPT")?;
         let table = self.table(&needs.format)?;
         let hwpt = Hwpt::new(HwptParts {
@@ -438,6 +467,7 @@ impl HwptList {
             coherent: needs.coherent,
             automatic,
             flags,
+            owner,
             list: Weak::clone(&self.me),
         });
         self.members.lock().hwpts.push(Member { hwpt: Arc::clone(&hwpt), groups: usize::from(automatic) });
