@@ -5,12 +5,13 @@
 //! or a descriptor names nothing.
 
 use compat::VfioError;
+use hwpt::{AttachError, DriverError};
 use ioas::caller::{Capability, FdError, MemoryError};
 use ioas::{IoasError, ObjectError, RangeError};
 
 /// Why an ioctl was refused.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum OpError {
+pub enum OpError {
     /// The argument, or memory that it points to, could not be copied.
     #[error("argument memory: {0}")]
     Memory(#[from] MemoryError),
@@ -39,6 +40,9 @@ pub(crate) enum OpError {
     /// No device has this node (ENODEV).
     #[error("there is no device vfio{0}")]
     NoDevice(u32),
+    /// No path leads to files of this kind (ENXIO).
+    #[error("files of this kind cannot be opened")]
+    NoNode,
     /// A file of this kind has no such call (EINVAL).
     #[error("a file of this kind is neither read nor written")]
     NoData,
@@ -116,6 +120,32 @@ pub(crate) enum OpError {
         /// Elements of the client's array.
         room: usize,
     },
+    /// The device, or this PASID of it, is attached already.
+    #[error("device {device} is attached already")]
+    Attached {
+        /// Its id.
+        device: u32,
+    },
+    /// The device, or this PASID of it, is not attached.
+    #[error("device {device} is not attached")]
+    NotAttached {
+        /// Its id.
+        device: u32,
+    },
+    /// The driver of the device's IOMMU refuses.
+    #[error(transparent)]
+    Driver(DriverError),
+    /// From a page table or a group.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// An added row refuses, with an errno of its own.
+    #[error("{reason}")]
+    Extra {
+        /// The errno, positive.
+        errno: i32,
+        /// Why, for people.
+        reason: &'static str,
+    },
     /// From a container, a group or a device.
     #[error(transparent)]
     Vfio(#[from] VfioError),
@@ -129,7 +159,8 @@ pub(crate) enum OpError {
 
 impl OpError {
     /// The errno that Linux gives for this cause.
-    pub(crate) fn errno(&self) -> i32 {
+    #[must_use]
+    pub fn errno(&self) -> i32 {
         match self {
             Self::Memory(_) => libc::EFAULT,
             Self::TooShort { .. }
@@ -137,11 +168,17 @@ impl OpError {
             | Self::NoData
             | Self::Invalid { .. }
             | Self::Range(RangeError::Zero) => libc::EINVAL,
+            Self::NoNode => libc::ENXIO,
             Self::TooLong { .. } => libc::E2BIG,
             Self::UnknownOp(_) => libc::ENOTTY,
             Self::Unsupported { .. } => libc::EOPNOTSUPP,
             Self::Overflow { .. } | Self::Range(RangeError::Overflow) => libc::EOVERFLOW,
             Self::NoObject { .. } => libc::ENOENT,
+            Self::Attached { .. } => libc::EBUSY,
+            Self::NotAttached { .. } => libc::EINVAL,
+            Self::Driver(error) => error.errno(),
+            Self::Attach(error) => error.errno(),
+            Self::Extra { errno, .. } => *errno,
             Self::NoCompatIoas | Self::NoDevice(_) => libc::ENODEV,
             Self::HasObjects { .. } => libc::EBUSY,
             Self::TooSmall { .. } => libc::EMSGSIZE,

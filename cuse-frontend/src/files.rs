@@ -9,11 +9,14 @@
 //! transport therefore makes each call on a thread that nobody else waits for. [`ClientCall::interrupted`] is how a
 //! long wait learns that its caller has been killed.
 
+use std::any::Any;
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use compat::{Container, DeviceFile, GroupFile};
+use hwpt::Watchers;
+use ioas::UserAddr;
 use ioas::caller::{Caller, FdError};
 
 use crate::error::OpError;
@@ -51,20 +54,71 @@ pub enum NodeKind {
     Group(u32),
     /// `/dev/vfio/devices/vfioN`: the N.
     Device(u32),
+    /// What only an ioctl returns; no path leads to it.
+    Returned,
 }
 
 /// The answer to an ioctl that did not fail.
 pub enum IoctlReply {
     /// The ioctl returns this number, 0 or more.
     Value(i32),
-    /// The ioctl returns a new descriptor of `file`. A transport that cannot give the client one drops the file,
-    /// which undoes the call, and answers ENOTTY.
-    NewFile {
-        /// What the descriptor stands for.
-        file: Arc<OpenFile>,
-        /// `O_CLOEXEC` or 0, for the descriptor.
-        fd_flags: i32,
-    },
+    /// The ioctl gives the client a new descriptor. A transport that cannot do that drops this, which undoes the call,
+    /// and answers ENOTTY.
+    NewFile(NewFile),
+}
+
+/// A descriptor that a client is about to get.
+pub struct NewFile {
+    /// What it stands for.
+    pub file: Arc<OpenFile>,
+    /// `O_CLOEXEC` or 0.
+    pub fd_flags: i32,
+    /// What else the client gets with it.
+    pub promise: Promise,
+}
+
+impl NewFile {
+    /// A descriptor whose number the ioctl returns.
+    #[must_use]
+    pub fn returned(file: Arc<OpenFile>, fd_flags: i32) -> Self {
+        Self { file, fd_flags, promise: Promise { at: None, undo: None } }
+    }
+
+    /// A descriptor whose number is written to `at`, where the rest of the answer lies already. If the client does not
+    /// get it, `undo` is called.
+    #[must_use]
+    pub fn written(file: Arc<OpenFile>, fd_flags: i32, at: UserAddr, undo: impl FnOnce() + Send + 'static) -> Self {
+        Self { file, fd_flags, promise: Promise { at: Some(at), undo: Some(Box::new(undo)) } }
+    }
+}
+
+/// That a client gets a descriptor; dropped unkept, what the call did is undone.
+pub struct Promise {
+    /// Where the client wants the number, 32 bits that have been found writable; the ioctl then returns 0. `None` when
+    /// the ioctl returns the number.
+    at: Option<UserAddr>,
+    undo: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl Promise {
+    /// The client has the descriptor `fd`: writes its number where the client wants it. Returns what the ioctl returns.
+    ///
+    /// # Errors
+    /// EFAULT when the client has unmapped its answer meanwhile. It keeps the descriptor.
+    pub fn keep(mut self, caller: &dyn ClientCall, fd: i32) -> Result<i32, Errno> {
+        self.undo = None;
+        let Some(at) = self.at else { return Ok(fd) };
+        caller.write(at, &fd.to_ne_bytes()).map_err(|_| Errno(libc::EFAULT))?;
+        Ok(0)
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        if let Some(undo) = self.undo.take() {
+            undo();
+        }
+    }
 }
 
 /// Who makes a call of an open file, and what only the transport knows about the caller's descriptors.
@@ -90,10 +144,53 @@ pub trait ClientCall: Caller {
     fn interrupted(&self) -> bool;
 }
 
+/// A file that only an ioctl returns: a queue, or something of an added row. It has no position, and nothing of it
+/// blocks.
+pub trait ReturnedFile: Any + Send + Sync {
+    /// read(2). Returns how many bytes were read, 0 when there is nothing now.
+    ///
+    /// # Errors
+    /// As Linux's file of the kind gives.
+    fn read(&self, data: &mut [u8]) -> Result<usize, OpError> {
+        let _ = data;
+        Err(OpError::NoData)
+    }
+
+    /// write(2). Returns how many bytes were taken.
+    ///
+    /// # Errors
+    /// As Linux's file of the kind gives.
+    fn write(&self, data: &[u8]) -> Result<usize, OpError> {
+        let _ = data;
+        Err(OpError::NoData)
+    }
+
+    /// The poll(2) events that hold now.
+    fn poll(&self) -> u32 {
+        ALWAYS_READY
+    }
+
+    /// Who is told when [`Self::poll`] may say more. `None` when it never does.
+    fn watchers(&self) -> Option<&Watchers> {
+        None
+    }
+
+    /// A memfd that an mmap of the file maps.
+    fn mapping(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// As the type it is.
+    fn as_any(&self) -> &(dyn Any + Send + Sync);
+}
+
+/// What poll(2) says of a file that has no events of its own.
+const ALWAYS_READY: u32 = (libc::POLLIN | libc::POLLOUT | libc::POLLRDNORM | libc::POLLWRNORM) as u32;
+
 /// What an open file is, by kind.
 pub(crate) enum File {
     /// `/dev/iommu`.
-    Iommufd(Context),
+    Iommufd(Arc<Context>),
     /// `/dev/vfio/vfio`.
     Container(Arc<Container>),
     /// `/dev/vfio/N`.
@@ -102,6 +199,8 @@ pub(crate) enum File {
     Device(Arc<DeviceFile>),
     /// `/dev/vfio/devices/vfioN` before an iommufd is bound to it: nothing works but the binding.
     UnboundDevice,
+    /// What only an ioctl returns.
+    Returned(Arc<dyn ReturnedFile>),
 }
 
 /// One open of a node, or a descriptor that an ioctl returned.
@@ -151,14 +250,34 @@ impl OpenFile {
     pub fn ioctl(&self, caller: &dyn ClientCall, cmd: u32, arg: u64) -> Result<IoctlReply, Errno> {
         let server = &self.server;
         let (name, answer) = match &self.file {
-            File::Iommufd(context) => ops::iommufd::TABLE.answer(server, context, caller, cmd, arg),
+            File::Iommufd(context) => match server.added_row(cmd) {
+                Some(row) => row.answer(server, context, caller, arg),
+                None => ops::iommufd::TABLE.answer(server, context, caller, cmd, arg),
+            },
             File::Container(container) => ops::container::TABLE.answer(server, container, caller, cmd, arg),
             File::Group(group) => ops::group::TABLE.answer(server, group, caller, cmd, arg),
             File::Device(device) => ops::device::TABLE.answer(server, device, caller, cmd, arg),
             File::UnboundDevice => ("ioctl", Err(OpError::NotBound)),
+            File::Returned(_) => ("ioctl", Err(OpError::UnknownOp(cmd))),
         };
         // Programs ask every file whether it is a terminal; that is no failure of theirs.
         answer.map_err(|error| if is_ours(cmd) { self.refused(caller, name, &error) } else { Errno(error.errno()) })
+    }
+
+    /// Whether an ioctl of this file may return a descriptor: then only a transport that can give the client one may
+    /// answer it.
+    #[must_use]
+    pub fn returns_file(&self, cmd: u32) -> bool {
+        match &self.file {
+            File::Iommufd(_) => match self.server.added_row(cmd) {
+                Some(row) => row.may_return_file(),
+                None => ops::iommufd::TABLE.returns_file(cmd),
+            },
+            File::Container(_) => ops::container::TABLE.returns_file(cmd),
+            File::Group(_) => ops::group::TABLE.returns_file(cmd),
+            File::Device(_) => ops::device::TABLE.returns_file(cmd),
+            File::UnboundDevice | File::Returned(_) => false,
+        }
     }
 
     fn refused(&self, caller: &dyn ClientCall, name: &'static str, error: &OpError) -> Errno {
@@ -174,6 +293,7 @@ impl OpenFile {
     pub fn read(&self, caller: &dyn ClientCall, offset: u64, data: &mut [u8]) -> Result<usize, Errno> {
         let answer = match &self.file {
             File::Device(device) => device.read(offset, data).map_err(OpError::from),
+            File::Returned(file) => file.read(data),
             File::UnboundDevice => Err(OpError::NotBound),
             File::Iommufd(_) | File::Container(_) | File::Group(_) => Err(OpError::NoData),
         };
@@ -187,6 +307,7 @@ impl OpenFile {
     pub fn write(&self, caller: &dyn ClientCall, offset: u64, data: &[u8]) -> Result<usize, Errno> {
         let answer = match &self.file {
             File::Device(device) => device.write(offset, data).map_err(OpError::from),
+            File::Returned(file) => file.write(data),
             File::UnboundDevice => Err(OpError::NotBound),
             File::Iommufd(_) | File::Container(_) | File::Group(_) => Err(OpError::NoData),
         };
@@ -196,7 +317,34 @@ impl OpenFile {
     /// The poll(2) events that hold now. What has no events of its own is always readable and writable.
     #[must_use]
     pub fn poll(&self) -> u32 {
-        (libc::POLLIN | libc::POLLOUT | libc::POLLRDNORM | libc::POLLWRNORM).cast_unsigned().into()
+        match &self.file {
+            File::Returned(file) => file.poll(),
+            _ => ALWAYS_READY,
+        }
+    }
+
+    /// Who is told when [`Self::poll`] may say more. `None` when it never does.
+    #[must_use]
+    pub fn watchers(&self) -> Option<&Watchers> {
+        match &self.file {
+            File::Returned(file) => file.watchers(),
+            _ => None,
+        }
+    }
+
+    /// Whether it is a stream, without positions: what only an ioctl returns.
+    #[must_use]
+    pub fn is_stream(&self) -> bool {
+        matches!(&self.file, File::Returned(file) if file.mapping().is_none())
+    }
+
+    /// What an ioctl returned, if it is that.
+    #[must_use]
+    pub fn returned(&self) -> Option<&Arc<dyn ReturnedFile>> {
+        match &self.file {
+            File::Returned(file) => Some(file),
+            _ => None,
+        }
     }
 
     /// The file that an mmap of this one maps: a memfd whose byte offsets are this file's offsets (region index
@@ -205,6 +353,7 @@ impl OpenFile {
     pub fn mapping(&self) -> Option<BorrowedFd<'_>> {
         match &self.file {
             File::Device(device) => device.backing(),
+            File::Returned(file) => file.mapping(),
             _ => None,
         }
     }

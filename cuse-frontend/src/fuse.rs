@@ -159,7 +159,7 @@ impl Exports for Nodes {
         match file.ioctl(&self.client(caller), cmd, arg)? {
             IoctlReply::Value(value) => Ok(value),
             // Dropping the file undoes the call.
-            IoctlReply::NewFile { .. } => {
+            IoctlReply::NewFile(_) => {
                 tracing::warn!(cmd, tid = caller.tid(), "only `uiommufd run` can give a client a new descriptor");
                 Err(Errno(libc::ENOTTY))
             }

@@ -170,8 +170,9 @@ impl InProcess {
     /// # Errors
     /// What ioctl(2) gives.
     pub fn ioctl(&self, fd: i32, cmd: u32, arg: u64) -> Result<i32, Errno> {
-        let answer = self.file(fd)?.ioctl(&self.caller(), cmd, arg)?;
-        self.answered(answer)
+        let caller = self.caller();
+        let answer = self.file(fd)?.ioctl(&caller, cmd, arg)?;
+        self.answered(&caller, answer)
     }
 
     /// ioctl(2) with its struct in `argument`, which no other thread touches meanwhile.
@@ -183,13 +184,16 @@ impl InProcess {
         let file = self.file(fd)?;
         let caller = InProcessCaller { front: self, argument: Some((arg, Mutex::new(argument))) };
         let answer = file.ioctl(&caller, cmd, arg)?;
-        self.answered(answer)
+        self.answered(&caller, answer)
     }
 
-    fn answered(&self, answer: IoctlReply) -> Result<i32, Errno> {
+    fn answered(&self, caller: &dyn ClientCall, answer: IoctlReply) -> Result<i32, Errno> {
         match answer {
             IoctlReply::Value(value) => Ok(value),
-            IoctlReply::NewFile { file, .. } => self.insert(file),
+            IoctlReply::NewFile(new) => {
+                let fd = self.insert(new.file)?;
+                new.promise.keep(caller, fd)
+            }
         }
     }
 

@@ -13,7 +13,7 @@ mod facade;
 pub mod files;
 mod fuse;
 mod inprocess;
-mod iommufd;
+pub mod iommufd;
 pub mod launch;
 mod ops;
 mod process;
@@ -27,5 +27,7 @@ mod tree;
 pub mod uapi;
 mod wire;
 
+pub use error::OpError;
 pub use inprocess::InProcess;
+pub use ops::{OpRow, RowCall};
 pub use server::{DeviceEntry, DeviceSpec, Node, Server, ServerOptions};

@@ -21,8 +21,9 @@ use parking_lot::{Mutex, RwLock};
 pub use compat::DeviceSpec;
 
 use crate::error::OpError;
-use crate::files::{ClientCall, Errno, File, NodeKind, OpenFile};
+use crate::files::{ClientCall, Errno, File, NodeKind, OpenFile, ReturnedFile};
 use crate::iommufd::Context;
+use crate::ops::OpRow;
 use crate::status;
 
 /// What the operator chose for a whole server.
@@ -34,12 +35,14 @@ pub struct ServerOptions {
     pub dirty: DirtyMode,
     /// How many mappings a container may have.
     pub dma_entry_limit: u32,
+    /// Rows added to the op table of `/dev/iommu`, for ioctls that it does not have.
+    pub added_rows: Vec<OpRow>,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
         let (accounting, dirty) = (Accounting::Once, DirtyMode::Exact);
-        Self { accounting, dirty, dma_entry_limit: compat::DMA_ENTRY_LIMIT }
+        Self { accounting, dirty, dma_entry_limit: compat::DMA_ENTRY_LIMIT, added_rows: Vec::new() }
     }
 }
 
@@ -72,6 +75,8 @@ pub struct Server {
     store: Arc<PageStore>,
     vfio: Arc<Vfio>,
     failures: Arc<FailureLog>,
+    /// Immutable.
+    added_rows: Vec<OpRow>,
     devices: RwLock<Vec<DeviceEntry>>,
     opens: Mutex<Vec<Weak<OpenFile>>>,
     /// How many files have been opened; names them in the status.
@@ -93,13 +98,18 @@ impl Server {
     /// A server without devices.
     #[must_use]
     pub fn new(options: ServerOptions) -> Arc<Self> {
-        let ServerOptions { accounting, dirty, dma_entry_limit } = options;
+        let ServerOptions { accounting, dirty, dma_entry_limit, added_rows } = options;
         let store = PageStore::new(accounting);
         let failures = Arc::new(FailureLog::default());
         let faults = Arc::clone(&failures) as Arc<dyn FaultSink>;
         let vfio = Vfio::new(VfioOptions { store: Arc::clone(&store), dma_entry_limit, dirty, faults });
         let (devices, opens) = (RwLock::default(), Mutex::default());
-        Arc::new(Self { store, vfio, failures, devices, opens, serial: AtomicU64::new(0) })
+        Arc::new(Self { store, vfio, failures, added_rows, devices, opens, serial: AtomicU64::new(0) })
+    }
+
+    /// The added row of an ioctl of `/dev/iommu`.
+    pub(crate) fn added_row(&self, cmd: u32) -> Option<&OpRow> {
+        self.added_rows.iter().find(|row| row.is_for(cmd))
     }
 
     /// The devices and groups.
@@ -172,11 +182,12 @@ impl Server {
 
     fn open_kind(&self, kind: NodeKind, caller: &dyn ClientCall) -> Result<File, OpError> {
         Ok(match kind {
-            NodeKind::Iommufd => File::Iommufd(Context::new(Arc::clone(&self.store))),
+            NodeKind::Iommufd => File::Iommufd(Arc::new(Context::new(Arc::clone(&self.store)))),
             NodeKind::Container => File::Container(Container::new(&self.vfio, Flavour::Native)),
             NodeKind::Group(id) => File::Group(self.vfio.open_group(caller, id)?),
             NodeKind::Device(index) if self.devices().iter().any(|entry| entry.index == index) => File::UnboundDevice,
             NodeKind::Device(index) => return Err(OpError::NoDevice(index)),
+            NodeKind::Returned => return Err(OpError::NoNode),
         })
     }
 
@@ -185,6 +196,12 @@ impl Server {
         let bdf = device.device().bdf();
         let index = self.devices.read().iter().find(|entry| entry.bdf == bdf).map_or(u32::MAX, |entry| entry.index);
         self.opened(NodeKind::Device(index), pid, File::Device(device))
+    }
+
+    /// The open file of what an ioctl of process `pid` returns.
+    #[must_use]
+    pub fn returned_file(self: &Arc<Self>, pid: u32, file: Arc<dyn ReturnedFile>) -> Arc<OpenFile> {
+        self.opened(NodeKind::Returned, pid, File::Returned(file))
     }
 
     fn opened(self: &Arc<Self>, kind: NodeKind, pid: u32, file: File) -> Arc<OpenFile> {

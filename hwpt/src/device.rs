@@ -20,6 +20,7 @@ use crate::driver::{IommuDriver, Unit};
 use crate::fault::{DmaCause, FaultSink};
 use crate::format::Format;
 use crate::hwpt::Hwpt;
+use crate::page_requests::FaultRoute;
 use crate::sys::{Current, Guarded};
 
 /// What a device's IOMMU can do, and what the device keeps for itself.
@@ -112,6 +113,8 @@ pub struct Device {
     /// Follows `state`.
     current: Current<Attachment>,
     state: Mutex<State>,
+    /// Where a DMA that finds no page asks for it, and waits. A leaf lock.
+    fault_route: Mutex<Option<Arc<FaultRoute>>>,
 }
 
 #[derive(Default)]
@@ -168,6 +171,7 @@ impl Device {
             pasids: Mutex::default(),
             current: Current::nothing(),
             state: Mutex::default(),
+            fault_route: Mutex::default(),
         })
     }
 
@@ -207,6 +211,18 @@ impl Device {
             Self::build(name.into(), properties, Arc::clone(&self.faults), None, Arc::clone(&self.driver))
         };
         Arc::clone(self.pasids.lock().entry(pasid).or_insert_with(made))
+    }
+
+    /// Lets DMA that finds no page ask for it, and wait for the answer; `None` ends that for DMA to come. Closing the
+    /// route ends it for DMA that waits.
+    pub fn set_fault_route(&self, route: Option<Arc<FaultRoute>>) {
+        *self.fault_route.lock() = route;
+    }
+
+    /// Where DMA that finds no page asks for it.
+    #[must_use]
+    pub fn fault_route(&self) -> Option<Arc<FaultRoute>> {
+        self.fault_route.lock().clone()
     }
 
     /// A handle for its DMA, for any number of threads.

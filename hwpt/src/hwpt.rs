@@ -288,7 +288,8 @@ impl Hwpt {
     }
 
     /// The list it is on, while that lives.
-    pub(crate) fn list(&self) -> Option<Arc<HwptList>> {
+    #[must_use]
+    pub fn list(&self) -> Option<Arc<HwptList>> {
         self.list.upgrade()
     }
 

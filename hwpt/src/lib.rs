@@ -37,8 +37,6 @@ pub use format::{Format, FormatError, LEVEL_BITS};
 pub use group::Group;
 pub use hwpt::{FlushCounters, Hwpt, HwptFlags, HwptId, HwptSnapshot};
 pub use list::{HwptList, ListSnapshot, TableSnapshot};
-pub use page_requests::{
-    Answer, FaultQueue, FaultRoute, PageRequest, Permission, Read, RequestFlags, Response,
-};
+pub use page_requests::{Answer, FaultQueue, FaultRoute, PageRequest, Permission, Read, RequestFlags, Response};
 pub use radix::{RadixTable, Translation};
 pub use watchers::{Watcher, Watchers};

@@ -139,9 +139,44 @@ impl<T> ObjectTable<T> {
         ids.release(id).map(|object| RemovedObject { object }).ok_or(ObjectError::NoEntry(id))
     }
 
-    /// Takes out every object that nothing refers to, until only used ones are left, and returns how many are left.
-    /// For the close of a file, when no call runs any more: users go before what they use.
+    /// Gives a kept reference back and takes the object out if that was the last one; else it stays.
+    #[doc(alias = "iommufd_object_put_and_try_destroy")]
+    pub fn release(&self, user: ObjectUser<T>) -> Option<RemovedObject<T>> {
+        let id = user.id();
+        let object = Arc::clone(&user.object);
+        let mut ids = self.ids.lock();
+        drop(user);
+        let here = ids.entries.get(&id).and_then(Option::as_ref).is_some_and(|here| Arc::ptr_eq(here, &object));
+        if !here || object.users.load(Ordering::Acquire) != 0 {
+            return None;
+        }
+        ids.release(id).map(|object| RemovedObject { object })
+    }
+
+    /// Takes an object out whose owner holds `user`, whoever else may be looking at it for the length of a call. With
+    /// `bury` its id is never used again: who still knows it must not meet another object.
+    #[doc(alias = "iommufd_object_destroy_user")]
+    #[doc(alias = "iommufd_object_tombstone_user")]
+    pub fn take(&self, user: ObjectUser<T>, bury: bool) -> Option<RemovedObject<T>> {
+        let id = user.id();
+        let mut ids = self.ids.lock();
+        let here = ids.entries.get(&id).and_then(Option::as_ref).is_some_and(|here| Arc::ptr_eq(here, &user.object));
+        if !here {
+            return None;
+        }
+        drop(user);
+        let object = if bury { ids.entries.insert(id, None).flatten() } else { ids.release(id) };
+        object.map(|object| RemovedObject { object })
+    }
+
+    /// Takes out every object that nothing refers to, until only used ones are left, and returns how many ids are
+    /// left. For the close of a file, when no call runs any more: users go before what they use.
     pub fn clear(&self) -> usize {
+        self.clear_with(drop)
+    }
+
+    /// As [`Self::clear`], giving each object to `end`.
+    pub fn clear_with(&self, mut end: impl FnMut(RemovedObject<T>)) -> usize {
         loop {
             let idle: Vec<u32> = {
                 let ids = self.ids.lock();
@@ -153,7 +188,9 @@ impl<T> ObjectTable<T> {
                 return self.len();
             }
             for id in idle {
-                drop(self.remove(id));
+                if let Ok(removed) = self.remove(id) {
+                    end(removed);
+                }
             }
         }
     }
@@ -269,6 +306,14 @@ pub struct RemovedObject<T> {
     object: Arc<Object<T>>,
 }
 
+impl<T> RemovedObject<T> {
+    /// The id it had.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.object.id
+    }
+}
+
 impl<T> Deref for RemovedObject<T> {
     type Target = T;
 
@@ -312,6 +357,27 @@ mod tests {
         assert_eq!(table.remove(1).err(), Some(ObjectError::Busy { id: 1, users: 1 }));
         drop(user);
         assert_eq!(*table.remove(1).expect("unused"), "ioas");
+    }
+
+    #[test]
+    fn release_of_the_last_user_takes_the_object_out() {
+        let table = ObjectTable::new();
+        table.reserve().expect("an id").publish("hwpt");
+        let user = || table.get(1).expect("published").user();
+        let (first, last) = (user(), user());
+        assert!(table.release(first).is_none());
+        assert_eq!(table.release(last).map(|removed| removed.id()), Some(1));
+        assert!(table.is_empty());
+    }
+
+    #[test]
+    fn buried_id_is_never_used_again() {
+        let table = ObjectTable::new();
+        table.reserve().expect("an id").publish("vdevice");
+        let user = table.get(1).expect("published").user();
+        assert!(table.take(user, true).is_some());
+        assert_eq!(table.remove(1).err(), Some(ObjectError::NoEntry(1)));
+        assert_eq!(table.reserve().expect("an id").id(), 2);
     }
 
     #[test]

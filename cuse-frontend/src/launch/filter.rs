@@ -10,14 +10,21 @@
 
 use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
 
+use crate::uapi::iommufd::nr as iommufd;
+use crate::uapi::vfio::nr;
+
 /// The base of VFIO's and iommufd's ioctl numbers: `_IO(';', 0)`.
 const TYPE: u32 = (b';' as u32) << 8;
 
-/// VFIO_GROUP_GET_DEVICE_FD, `_IO(';', 106)` (include/uapi/linux/vfio.h).
-pub(super) const GROUP_GET_DEVICE_FD: u32 = TYPE | 106;
-
-/// The ioctl numbers that may return a descriptor.
-pub(super) const RETURN_DESCRIPTORS: [u32; 1] = [GROUP_GET_DEVICE_FD];
+/// The ioctl numbers that may return a descriptor, `_IO(';', nr)` each. A test compares them with the op tables.
+const RETURN_DESCRIPTORS: [u32; 5] = [
+    TYPE | nr::GROUP_GET_DEVICE_FD as u32,
+    TYPE | nr::DEVICE_FEATURE as u32,
+    TYPE | iommufd::FAULT_QUEUE_ALLOC as u32,
+    TYPE | iommufd::VEVENTQ_ALLOC as u32,
+    // IOMMU_TEST_CMD, which a test personality adds.
+    TYPE | iommufd::TEST_CMD as u32,
+];
 
 /// An architecture as seccomp names it (include/uapi/linux/audit.h), and its number of ioctl.
 struct Abi {
@@ -105,7 +112,9 @@ mod tests {
     #[test]
     fn ioctl_that_returns_a_descriptor_is_notified_on_every_abi() {
         for abi in ABIS {
-            assert_eq!(run(abi.arch, abi.ioctl, GROUP_GET_DEVICE_FD), libc::SECCOMP_RET_USER_NOTIF);
+            for cmd in RETURN_DESCRIPTORS {
+                assert_eq!(run(abi.arch, abi.ioctl, cmd), libc::SECCOMP_RET_USER_NOTIF);
+            }
         }
     }
 
@@ -113,8 +122,8 @@ mod tests {
     fn everything_else_is_allowed() {
         for abi in ABIS {
             assert_eq!(run(abi.arch, abi.ioctl, TYPE | 113), libc::SECCOMP_RET_ALLOW);
-            assert_eq!(run(abi.arch, abi.ioctl + 1, GROUP_GET_DEVICE_FD), libc::SECCOMP_RET_ALLOW);
+            assert_eq!(run(abi.arch, abi.ioctl + 1, RETURN_DESCRIPTORS[0]), libc::SECCOMP_RET_ALLOW);
         }
-        assert_eq!(run(0x1234_5678, ABIS[0].ioctl, GROUP_GET_DEVICE_FD), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(run(0x1234_5678, ABIS[0].ioctl, RETURN_DESCRIPTORS[0]), libc::SECCOMP_RET_ALLOW);
     }
 }

@@ -16,8 +16,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::filter::GROUP_GET_DEVICE_FD;
-use crate::files::{ClientCall, IoctlReply, NodeKind, OpenFile};
+use crate::files::{ClientCall, IoctlReply, NewFile, OpenFile, Promise};
 use crate::fuse::Fuse;
 use crate::sys::launch::{Answer, Notification, install_file, next_notification, respond, still_waits};
 
@@ -68,24 +67,19 @@ fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
         return;
     }
     let answer = match file {
-        Ok(Some(file)) if returns_descriptor(&file, cmd) => complete(fuse, &client, file, (cmd, notification.args[2])),
+        Ok(Some(file)) if file.returns_file(cmd) => complete(fuse, &client, file, (cmd, notification.args[2])),
         _ => Completed::Said(Answer::GoOn),
     };
-    if let Err(error) = deliver(listener.as_fd(), notification.id, answer) {
+    if let Err(error) = deliver(listener.as_fd(), notification.id, &client, answer) {
         tracing::debug!(tid = notification.tid, %error, "the caller of a notified ioctl has gone");
     }
-}
-
-/// True for the calls of our files that are completed here, and must not go on to FUSE as well.
-fn returns_descriptor(file: &OpenFile, cmd: u32) -> bool {
-    matches!(file.kind(), NodeKind::Group(_)) && cmd == GROUP_GET_DEVICE_FD
 }
 
 /// What a notified call is answered.
 enum Completed {
     Said(Answer),
-    /// A new descriptor of the client's, and its flags.
-    Given(OwnedFd, i32),
+    /// A new descriptor of the client's, its flags, and what comes with it.
+    Given(OwnedFd, i32, Promise),
 }
 
 /// Makes the call. When this returns, no file of the client's is kept by us but through the new descriptor: the client
@@ -94,8 +88,9 @@ fn complete(fuse: &Fuse, client: &dyn ClientCall, file: Arc<OpenFile>, (cmd, arg
     match file.ioctl(client, cmd, arg) {
         Ok(IoctlReply::Value(value)) => Completed::Said(Answer::Value(value.into())),
         Err(errno) => Completed::Said(Answer::Error(errno.0)),
-        Ok(IoctlReply::NewFile { file, fd_flags }) => match fuse.open_descriptor(&file, client.pid()) {
-            Ok(descriptor) => Completed::Given(descriptor, fd_flags),
+        Ok(IoctlReply::NewFile(NewFile { file, fd_flags, promise })) => match fuse.open_descriptor(&file, client.pid())
+        {
+            Ok(descriptor) => Completed::Given(descriptor, fd_flags, promise),
             Err(error) => {
                 tracing::error!(%error, "a new file cannot be opened in our own tree");
                 Completed::Said(Answer::Error(libc::EIO))
@@ -105,15 +100,20 @@ fn complete(fuse: &Fuse, client: &dyn ClientCall, file: Arc<OpenFile>, (cmd, arg
 }
 
 /// Answers the caller. Our own copy of a new descriptor is closed before the caller goes on with its own.
-fn deliver(listener: BorrowedFd<'_>, id: u64, completed: Completed) -> Result<(), Errno> {
+fn deliver(listener: BorrowedFd<'_>, id: u64, client: &dyn ClientCall, completed: Completed) -> Result<(), Errno> {
     let answer = match completed {
         Completed::Said(answer) => answer,
-        Completed::Given(descriptor, fd_flags) => match install_file(listener, id, descriptor.as_fd(), fd_flags) {
-            Ok(number) => Answer::Value(number.into()),
-            Err(Errno::ENOENT) => return Err(Errno::ENOENT),
-            // The client's table of descriptors is full: its call fails with that.
-            Err(error) => Answer::Error(error as i32),
-        },
+        Completed::Given(descriptor, fd_flags, promise) => {
+            match install_file(listener, id, descriptor.as_fd(), fd_flags) {
+                Ok(number) => match promise.keep(client, number) {
+                    Ok(value) => Answer::Value(value.into()),
+                    Err(errno) => Answer::Error(errno.0),
+                },
+                Err(Errno::ENOENT) => return Err(Errno::ENOENT),
+                // The client's table of descriptors is full: its call fails with that.
+                Err(error) => Answer::Error(error as i32),
+            }
+        }
     };
     respond(listener, id, answer)
 }

@@ -21,7 +21,7 @@ const SLOTS: usize = (nr::IOMMU_DIRTY_PAGES - nr::GET_API_VERSION) as usize + 1;
 const INFO_MIN: usize = std::mem::offset_of!(Type1Info, cap_offset);
 
 const fn plain(nr: u8, name: &'static str, run: fn(&Call<'_, Container>) -> OpResult) -> Op<Container> {
-    Op { nr, name, argument: Argument::Plain, ready: always, run }
+    Op { nr, name, argument: Argument::Plain, ready: always, returns_file: false, run }
 }
 
 const fn op(
@@ -31,7 +31,7 @@ const fn op(
     ready: fn(&Container) -> Result<(), OpError>,
     run: fn(&Call<'_, Container>) -> OpResult,
 ) -> Op<Container> {
-    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready, run }
+    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready, returns_file: false, run }
 }
 
 /// Number, name, minimum size, what must hold before the argument is read, handler.

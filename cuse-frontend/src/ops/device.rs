@@ -25,7 +25,7 @@ const SLOTS: usize = (nr::DEVICE_FEATURE - nr::DEVICE_GET_INFO) as usize + 1;
 const INFO_MIN: usize = std::mem::offset_of!(DeviceInfo, cap_offset);
 
 const fn op(nr: u8, name: &'static str, min: usize, run: fn(&Call<'_, Device>) -> OpResult) -> Op<Device> {
-    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: always, run }
+    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: always, returns_file: false, run }
 }
 
 /// Number, name, minimum size, handler.
@@ -37,7 +37,14 @@ pub(crate) static TABLE: Table<Device, SLOTS> = Table::new(
         op(nr::DEVICE_GET_REGION_INFO, "VFIO_DEVICE_GET_REGION_INFO", size_of::<RegionInfo>(), get_region_info),
         op(nr::DEVICE_GET_IRQ_INFO, "VFIO_DEVICE_GET_IRQ_INFO", size_of::<IrqInfo>(), get_irq_info),
         op(nr::DEVICE_SET_IRQS, "VFIO_DEVICE_SET_IRQS", size_of::<IrqSet>(), set_irqs),
-        Op { nr: nr::DEVICE_RESET, name: "VFIO_DEVICE_RESET", argument: Argument::Plain, ready: always, run: reset },
+        Op {
+            nr: nr::DEVICE_RESET,
+            name: "VFIO_DEVICE_RESET",
+            argument: Argument::Plain,
+            ready: always,
+            returns_file: false,
+            run: reset,
+        },
         op(
             nr::DEVICE_GET_PCI_HOT_RESET_INFO,
             "VFIO_DEVICE_GET_PCI_HOT_RESET_INFO",

@@ -7,7 +7,7 @@ use zerocopy::IntoBytes;
 
 use super::{Argument, Call, DONE, Op, OpResult, Table, always};
 use crate::error::OpError;
-use crate::files::{ClientCall, File, IoctlReply};
+use crate::files::{ClientCall, File, IoctlReply, NewFile};
 use crate::uapi::vfio::{GroupStatus, group_flags, nr};
 
 const SLOTS: usize = (nr::GROUP_GET_DEVICE_FD - nr::GROUP_GET_STATUS) as usize + 1;
@@ -17,7 +17,7 @@ const NAME_MOST: usize = 4096;
 type Group = std::sync::Arc<GroupFile>;
 
 const fn plain(nr: u8, name: &'static str, run: fn(&Call<'_, Group>) -> OpResult) -> Op<Group> {
-    Op { nr, name, argument: Argument::Plain, ready: always, run }
+    Op { nr, name, argument: Argument::Plain, ready: always, returns_file: false, run }
 }
 
 /// Number, name, argument, handler.
@@ -30,11 +30,12 @@ pub(crate) static TABLE: Table<Group, SLOTS> = Table::new(
             name: "VFIO_GROUP_GET_STATUS",
             argument: Argument::Argsz { min: size_of::<GroupStatus>() as u32 },
             ready: always,
+            returns_file: false,
             run: get_status,
         },
         plain(nr::GROUP_SET_CONTAINER, "VFIO_GROUP_SET_CONTAINER", set_container),
         plain(nr::GROUP_UNSET_CONTAINER, "VFIO_GROUP_UNSET_CONTAINER", unset_container),
-        plain(nr::GROUP_GET_DEVICE_FD, "VFIO_GROUP_GET_DEVICE_FD", get_device_fd),
+        Op { returns_file: true, ..plain(nr::GROUP_GET_DEVICE_FD, "VFIO_GROUP_GET_DEVICE_FD", get_device_fd) },
     ],
 );
 
@@ -67,7 +68,8 @@ fn unset_container(call: &Call<'_, Group>) -> OpResult {
 fn get_device_fd(call: &Call<'_, Group>) -> OpResult {
     let name = read_name(call.caller, call.arg)?;
     let device = call.file.device(call.caller, &String::from_utf8_lossy(&name))?;
-    Ok(IoctlReply::NewFile { file: call.server.device_file(call.caller.pid(), device), fd_flags: libc::O_CLOEXEC })
+    let file = call.server.device_file(call.caller.pid(), device);
+    Ok(IoctlReply::NewFile(NewFile::returned(file, libc::O_CLOEXEC)))
 }
 
 /// A zero-terminated string of the client, read no further than the page in which it ends.

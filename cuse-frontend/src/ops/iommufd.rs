@@ -5,6 +5,7 @@
 //! Sources: drivers/iommu/iommufd/main.c, ioas.c, hw_pagetable.c, vfio_compat.c.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
 use zerocopy::{FromZeros, IntoBytes};
@@ -27,13 +28,20 @@ const fn op(
     name: &'static str,
     size: usize,
     min: usize,
-    run: fn(&Call<'_, Context>) -> OpResult,
-) -> Op<Context> {
-    Op { nr, name, argument: Argument::Sized { size: size as u32, min: min as u32 }, ready: always, run }
+    run: fn(&Call<'_, Arc<Context>>) -> OpResult,
+) -> Op<Arc<Context>> {
+    Op {
+        nr,
+        name,
+        argument: Argument::Sized { size: size as u32, min: min as u32 },
+        ready: always,
+        returns_file: false,
+        run,
+    }
 }
 
 /// Number, name, size, minimum size (up to the last field of the op's first version), handler.
-pub(crate) static TABLE: Table<Context, SLOTS> = Table::new(
+pub(crate) static TABLE: Table<Arc<Context>, SLOTS> = Table::new(
     nr::BASE,
     size_is_readable,
     &[
@@ -52,7 +60,7 @@ pub(crate) static TABLE: Table<Context, SLOTS> = Table::new(
 );
 
 /// Linux reads the size word of any command whose number lies in its table.
-fn size_is_readable(_: &Context, caller: &dyn ClientCall, cmd: u32, arg: u64) -> Result<(), OpError> {
+fn size_is_readable(_: &Arc<Context>, caller: &dyn ClientCall, cmd: u32, arg: u64) -> Result<(), OpError> {
     let number = cmd as u8;
     if (nr::BASE..=nr::LAST).contains(&number) {
         caller.read(UserAddr(arg), &mut [0; 4])?;
@@ -88,12 +96,12 @@ fn choice(flags: u32, iova: u64) -> IovaChoice {
 
 const MAP_FLAGS: u32 = map_flags::FIXED_IOVA | map_flags::WRITEABLE | map_flags::READABLE;
 
-fn destroy(call: &Call<'_, Context>) -> OpResult {
+fn destroy(call: &Call<'_, Arc<Context>>) -> OpResult {
     call.file.destroy(call.get::<Destroy>().id)?;
     DONE
 }
 
-fn ioas_alloc(call: &Call<'_, Context>) -> OpResult {
+fn ioas_alloc(call: &Call<'_, Arc<Context>>) -> OpResult {
     let mut cmd: IoasAlloc = call.get();
     none_of("flags", cmd.flags)?;
     let ioas = call.file.new_ioas()?;
@@ -103,7 +111,7 @@ fn ioas_alloc(call: &Call<'_, Context>) -> OpResult {
     DONE
 }
 
-fn iova_ranges(call: &Call<'_, Context>) -> OpResult {
+fn iova_ranges(call: &Call<'_, Arc<Context>>) -> OpResult {
     let mut cmd: IoasIovaRanges = call.get();
     none_of("reserved", cmd.reserved)?;
     let ioas = call.file.ioas(cmd.ioas_id)?;
@@ -126,7 +134,7 @@ fn iova_ranges(call: &Call<'_, Context>) -> OpResult {
     DONE
 }
 
-fn allow_iovas(call: &Call<'_, Context>) -> OpResult {
+fn allow_iovas(call: &Call<'_, Arc<Context>>) -> OpResult {
     let cmd: IoasAllowIovas = call.get();
     none_of("reserved", cmd.reserved)?;
     let ioas = call.file.ioas(cmd.ioas_id)?;
@@ -137,7 +145,7 @@ fn allow_iovas(call: &Call<'_, Context>) -> OpResult {
 
 /// Reads the list as Linux does, one range after the other: the first bad range, or the first hole in the client's
 /// memory, decides. Nothing is allocated for what has not been read.
-fn load_allowed(call: &Call<'_, Context>, array: u64, count: u32) -> Result<Vec<IovaRange>, OpError> {
+fn load_allowed(call: &Call<'_, Arc<Context>>, array: u64, count: u32) -> Result<Vec<IovaRange>, OpError> {
     const BATCH: usize = 256;
     let mut sorted = BTreeMap::new();
     let mut batch = [WireRange::new_zeroed(); BATCH];
@@ -179,7 +187,7 @@ fn allow_one(sorted: &mut BTreeMap<u64, IovaRange>, wire: WireRange) -> Result<(
 
 /// What iommufd's two map ops ask of an IOAS.
 fn request(
-    call: &Call<'_, Context>,
+    call: &Call<'_, Arc<Context>>,
     source: Source,
     length: u64,
     flags: u32,
@@ -196,7 +204,7 @@ fn request(
     })
 }
 
-fn ioas_map(call: &Call<'_, Context>) -> OpResult {
+fn ioas_map(call: &Call<'_, Arc<Context>>) -> OpResult {
     let mut cmd: IoasMap = call.get();
     none_of("flags", cmd.flags & !MAP_FLAGS)?;
     none_of("reserved", cmd.reserved)?;
@@ -210,7 +218,7 @@ fn ioas_map(call: &Call<'_, Context>) -> OpResult {
     DONE
 }
 
-fn ioas_map_file(call: &Call<'_, Context>) -> OpResult {
+fn ioas_map_file(call: &Call<'_, Arc<Context>>) -> OpResult {
     let mut cmd: IoasMapFile = call.get();
     none_of("flags", cmd.flags & !MAP_FLAGS)?;
     below_the_last("iova", cmd.iova)?;
@@ -226,7 +234,7 @@ fn ioas_map_file(call: &Call<'_, Context>) -> OpResult {
     DONE
 }
 
-fn ioas_copy(call: &Call<'_, Context>) -> OpResult {
+fn ioas_copy(call: &Call<'_, Arc<Context>>) -> OpResult {
     let mut cmd: IoasCopy = call.get();
     none_of("flags", cmd.flags & !MAP_FLAGS)?;
     below_the_last("length", cmd.length)?;
@@ -241,7 +249,7 @@ fn ioas_copy(call: &Call<'_, Context>) -> OpResult {
     DONE
 }
 
-fn ioas_unmap(call: &Call<'_, Context>) -> OpResult {
+fn ioas_unmap(call: &Call<'_, Arc<Context>>) -> OpResult {
     let mut cmd: IoasUnmap = call.get();
     let ioas = call.file.ioas(cmd.ioas_id)?;
     let range = if cmd.iova == 0 && cmd.length == u64::MAX {
@@ -256,7 +264,7 @@ fn ioas_unmap(call: &Call<'_, Context>) -> OpResult {
     DONE
 }
 
-fn option(call: &Call<'_, Context>) -> OpResult {
+fn option(call: &Call<'_, Arc<Context>>) -> OpResult {
     let cmd: Opt = call.get();
     none_of("reserved", cmd.reserved)?;
     let value = match cmd.option_id {
@@ -268,7 +276,7 @@ fn option(call: &Call<'_, Context>) -> OpResult {
     DONE
 }
 
-fn option_rlimit_mode(call: &Call<'_, Context>, cmd: &Opt) -> Result<u64, OpError> {
+fn option_rlimit_mode(call: &Call<'_, Arc<Context>>, cmd: &Opt) -> Result<u64, OpError> {
     none_of("object_id", cmd.object_id)?;
     match cmd.op {
         option_op::GET => Ok((call.file.payer() == PayerMode::MemoryMap).into()),
@@ -277,7 +285,7 @@ fn option_rlimit_mode(call: &Call<'_, Context>, cmd: &Opt) -> Result<u64, OpErro
     }
 }
 
-fn option_huge_pages(call: &Call<'_, Context>, cmd: &Opt) -> Result<u64, OpError> {
+fn option_huge_pages(call: &Call<'_, Arc<Context>>, cmd: &Opt) -> Result<u64, OpError> {
     let ioas = call.file.ioas(cmd.object_id)?;
     match (cmd.op, cmd.val64) {
         (option_op::GET, _) => Ok(ioas.huge_pages().into()),
@@ -290,7 +298,7 @@ fn option_huge_pages(call: &Call<'_, Context>, cmd: &Opt) -> Result<u64, OpError
     }
 }
 
-fn vfio_ioas(call: &Call<'_, Context>) -> OpResult {
+fn vfio_ioas(call: &Call<'_, Arc<Context>>) -> OpResult {
     let mut cmd: VfioIoas = call.get();
     none_of("reserved", cmd.reserved)?;
     match cmd.op {
@@ -307,7 +315,7 @@ fn vfio_ioas(call: &Call<'_, Context>) -> OpResult {
 
 /// A page table of one's own for a bound device. A device gets an id of an iommufd by VFIO_DEVICE_BIND_IOMMUFD; as
 /// long as nothing answers that, no id names one.
-fn hwpt_alloc(call: &Call<'_, Context>) -> OpResult {
+fn hwpt_alloc(call: &Call<'_, Arc<Context>>) -> OpResult {
     let cmd: HwptAlloc = call.get();
     none_of("reserved", cmd.reserved)?;
     if (cmd.data_type == 0) != (cmd.data_len == 0) {

@@ -14,6 +14,7 @@
 //! Sources: drivers/iommu/iommufd/main.c (`iommufd_fops_ioctl`), lib/usercopy.c (`copy_struct_from_user`),
 //! drivers/vfio.
 
+mod added;
 mod caps;
 pub(crate) mod container;
 pub(crate) mod device;
@@ -33,8 +34,10 @@ use crate::files::{ClientCall, IoctlReply};
 use crate::server::Server;
 use crate::uapi::command;
 
+pub use added::{OpRow, RowCall};
+
 /// The bytes of the largest struct of any row.
-const LARGEST: usize = 64;
+const LARGEST: usize = 80;
 /// How much of a long tail is looked at in one copy; also the alignment of those copies.
 const TAIL_CHUNK: u64 = 4096;
 
@@ -61,6 +64,8 @@ pub(crate) struct Op<F: ?Sized + 'static> {
     pub(crate) argument: Argument,
     /// What must hold before the argument is looked at.
     pub(crate) ready: fn(&F) -> Result<(), OpError>,
+    /// It may return a descriptor, so that only a transport that can give one answers it.
+    pub(crate) returns_file: bool,
     pub(crate) run: fn(&Call<'_, F>) -> OpResult,
 }
 
@@ -128,6 +133,11 @@ impl<F: ?Sized, const SLOTS: usize> Table<F, SLOTS> {
         self.rows.get(slot)?.as_ref().filter(|op| command(op.nr) == cmd)
     }
 
+    /// Whether an ioctl may return a descriptor.
+    pub(crate) fn returns_file(&self, cmd: u32) -> bool {
+        self.find(cmd).is_some_and(|op| op.returns_file)
+    }
+
     /// All rows, for tests that walk the table.
     #[cfg(test)]
     pub(crate) fn ops(&self) -> impl Iterator<Item = &Op<F>> {
@@ -161,6 +171,18 @@ pub(crate) struct Call<'a, F: ?Sized> {
 impl<'a, F: ?Sized> Call<'a, F> {
     /// Runs `op`: the state it needs, the copy in, the size rule, the handler.
     fn dispatch(op: &Op<F>, server: &'a Arc<Server>, file: &'a F, caller: &'a dyn ClientCall, arg: u64) -> OpResult {
+        Self::dispatch_to(op, server, file, caller, arg, op.run)
+    }
+
+    /// As [`Self::dispatch`], with another handler.
+    fn dispatch_to(
+        op: &Op<F>,
+        server: &'a Arc<Server>,
+        file: &'a F,
+        caller: &'a dyn ClientCall,
+        arg: u64,
+        run: impl FnOnce(&Call<'_, F>) -> OpResult,
+    ) -> OpResult {
         (op.ready)(file)?;
         let mut call = Self { server, file, caller, arg, given: 0, buffer: Buffer([0; LARGEST]) };
         match op.argument {
@@ -168,7 +190,7 @@ impl<'a, F: ?Sized> Call<'a, F> {
             Argument::Sized { size, min } => call.copy_in_sized(size, min)?,
             Argument::Argsz { min } => call.copy_in_argsz(min)?,
         }
-        (op.run)(&call)
+        run(&call)
     }
 
     /// One copy of the whole struct, which is what nearly every client has there; the size word alone when that

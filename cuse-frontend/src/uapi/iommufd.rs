@@ -16,9 +16,22 @@ pub mod nr {
     pub const OPTION: u8 = 0x87;
     pub const VFIO_IOAS: u8 = 0x88;
     pub const HWPT_ALLOC: u8 = 0x89;
+    pub const GET_HW_INFO: u8 = 0x8a;
+    pub const HWPT_SET_DIRTY_TRACKING: u8 = 0x8b;
+    pub const HWPT_GET_DIRTY_BITMAP: u8 = 0x8c;
+    pub const HWPT_INVALIDATE: u8 = 0x8d;
+    pub const FAULT_QUEUE_ALLOC: u8 = 0x8e;
     pub const IOAS_MAP_FILE: u8 = 0x8f;
-    /// The last number of Linux 7.3: IOMMU_IOAS_NOIOMMU_GET_PA.
-    pub const LAST: u8 = 0x95;
+    pub const VIOMMU_ALLOC: u8 = 0x90;
+    pub const VDEVICE_ALLOC: u8 = 0x91;
+    pub const IOAS_CHANGE_PROCESS: u8 = 0x92;
+    pub const VEVENTQ_ALLOC: u8 = 0x93;
+    pub const HW_QUEUE_ALLOC: u8 = 0x94;
+    pub const IOAS_NOIOMMU_GET_PA: u8 = 0x95;
+    /// The last number of Linux 7.3.
+    pub const LAST: u8 = IOAS_NOIOMMU_GET_PA;
+    /// Not in the table: IOMMU_TEST_CMD, where a test personality adds it.
+    pub const TEST_CMD: u8 = 0xa0;
 }
 
 /// `flags` of [`IoasMap`], [`IoasMapFile`] and [`IoasCopy`].

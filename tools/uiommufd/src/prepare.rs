@@ -44,6 +44,7 @@ pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
             Dirty::Linux => compat::DirtyMode::Linux,
         },
         dma_entry_limit: options.dma_entry_limit,
+        ..cuse_frontend::ServerOptions::default()
     };
     Ok(Prepared { options, specs })
 }

@@ -1,25 +1,23 @@
-//! One open `/dev/iommu`: its objects by id, and what is set for the whole descriptor.
+//! `Context`: one open `/dev/iommu`: its objects by id, and what is set for the whole descriptor.
 //!
 //! The ids of one open file mean nothing to another. An object is published in the table once nothing can fail any
-//! more; whoever depends on it keeps it from being destroyed. When the file is closed the table is emptied from the
-//! leaves of that graph inwards.
+//! more; whoever depends on it keeps it from being destroyed. When the file is closed, and the descriptors of its
+//! queues with it, the table is emptied from the leaves of that graph inwards.
 //!
 //! Lock order: `settings`, then the object table (a leaf). Neither is held while memory of a client is touched.
 //! Source: drivers/iommu/iommufd/main.c, ioas.c, vfio_compat.c.
 
 use std::sync::Arc;
 
+use hwpt::driver::{Paging, UserData};
+use hwpt::{Device, Group, Hwpt, HwptFlags};
 use ioas::caller::{Caller, Capability};
-use ioas::{Ioas, ObjectError, ObjectRef, ObjectTable, PageStore, PayerMode, Reservation};
+use ioas::{Ioas, ObjectError, ObjectRef, ObjectTable, PageStore, PayerMode, RemovedObject, Reservation};
 use parking_lot::Mutex;
 
+use super::binding::Together;
+use super::object::{IoasObject, Object};
 use crate::error::OpError;
-
-/// What an id can name.
-pub(crate) enum Object {
-    /// An I/O address space.
-    Ioas(Arc<Ioas>),
-}
 
 /// What holds for the whole descriptor.
 struct Settings {
@@ -30,14 +28,16 @@ struct Settings {
 }
 
 /// One open `/dev/iommu`.
-pub(crate) struct Context {
+pub struct Context {
     store: Arc<PageStore>,
-    objects: ObjectTable<Object>,
+    pub(super) objects: ObjectTable<Object>,
     settings: Mutex<Settings>,
+    /// The groups of bound devices. A leaf lock.
+    groups: Mutex<Vec<Arc<Together>>>,
 }
 
 /// An IOAS for the length of one call.
-pub(crate) struct IoasRef {
+pub struct IoasRef {
     // Keeps the object from being destroyed while the call runs.
     _object: ObjectRef<Object>,
     ioas: Arc<Ioas>,
@@ -52,20 +52,21 @@ impl std::ops::Deref for IoasRef {
 }
 
 /// An IOAS with an id that nobody sees yet.
-pub(crate) struct NewIoas<'a> {
+pub struct NewIoas<'a> {
     reservation: Reservation<'a, Object>,
     ioas: Arc<Ioas>,
 }
 
 impl NewIoas<'_> {
     /// The id it will have.
-    pub(crate) fn id(&self) -> u32 {
+    #[must_use]
+    pub fn id(&self) -> u32 {
         self.reservation.id()
     }
 
     /// Lets everybody see it.
-    pub(crate) fn publish(self) {
-        self.reservation.publish(Object::Ioas(self.ioas));
+    pub fn publish(self) {
+        self.reservation.publish(Object::Ioas(IoasObject::new(self.ioas)));
     }
 }
 
@@ -73,25 +74,84 @@ impl Context {
     /// A context without objects that charges the user.
     pub(crate) fn new(store: Arc<PageStore>) -> Self {
         let settings = Settings { payer: PayerMode::User, compat_ioas: None };
-        Self { store, objects: ObjectTable::new(), settings: Mutex::new(settings) }
+        Self { store, objects: ObjectTable::new(), settings: Mutex::new(settings), groups: Mutex::default() }
+    }
+
+    /// The store that holds all memory.
+    #[must_use]
+    pub const fn store(&self) -> &Arc<PageStore> {
+        &self.store
+    }
+
+    /// Takes the lowest free id, for an object that is made while nobody sees it.
+    ///
+    /// # Errors
+    /// ENOMEM when there is none.
+    pub fn reserve(&self) -> Result<Reservation<'_, Object>, OpError> {
+        Ok(self.objects.reserve()?)
+    }
+
+    /// An object, for the length of one call.
+    #[must_use]
+    pub fn get(&self, id: u32) -> Option<ObjectRef<Object>> {
+        self.objects.get(id)
+    }
+
+    /// What the bound devices of a group share.
+    pub(super) fn together(&self, group: &Arc<Group>) -> Arc<Together> {
+        let mut groups = self.groups.lock();
+        if let Some(found) = groups.iter().find(|together| together.is_for(group)) {
+            return Arc::clone(found);
+        }
+        let new = Together::new(group);
+        groups.push(Arc::clone(&new));
+        new
+    }
+
+    /// Forgets groups of which no device is bound any more.
+    pub(super) fn forget_groups(&self) {
+        self.groups.lock().retain(|together| Arc::strong_count(together) > 1);
+    }
+
+    /// A page table over an IOAS as the device's driver describes it, on the IOAS's list and filled.
+    pub(super) fn describe(
+        &self,
+        device: &Arc<Device>,
+        ioas: &IoasObject,
+        flags: HwptFlags,
+        data: Option<&UserData<'_>>,
+    ) -> Result<Arc<Hwpt>, OpError> {
+        let driver = device.driver();
+        let paging: Paging = driver.paging(device, flags, data)?;
+        let coherent = driver.capabilities(device).enforces_coherency;
+        Ok(ioas.list.alloc_described(driver, paging, coherent, flags)?)
     }
 
     /// An IOAS under a new id, not published.
-    pub(crate) fn new_ioas(&self) -> Result<NewIoas<'_>, OpError> {
+    ///
+    /// # Errors
+    /// ENOMEM without a free id.
+    pub fn new_ioas(&self) -> Result<NewIoas<'_>, OpError> {
         let reservation = self.objects.reserve()?;
         Ok(NewIoas { reservation, ioas: Ioas::new(Arc::clone(&self.store)) })
     }
 
     /// The IOAS with `id`.
-    pub(crate) fn ioas(&self, id: u32) -> Result<IoasRef, OpError> {
+    ///
+    /// # Errors
+    /// ENOENT.
+    pub fn ioas(&self, id: u32) -> Result<IoasRef, OpError> {
         let object = self.objects.get(id).ok_or(OpError::NoObject { kind: "IOAS", id })?;
-        let Object::Ioas(ioas) = &*object;
-        let ioas = Arc::clone(ioas);
+        let Object::Ioas(ioas) = &*object else { return Err(OpError::NoObject { kind: "IOAS", id }) };
+        let ioas = Arc::clone(&ioas.ioas);
         Ok(IoasRef { _object: object, ioas })
     }
 
     /// Destroys the object with `id`. The compatibility IOAS may be destroyed; none is set then.
-    pub(crate) fn destroy(&self, id: u32) -> Result<(), ObjectError> {
+    ///
+    /// # Errors
+    /// ENOENT, EBUSY while anything uses it.
+    pub fn destroy(&self, id: u32) -> Result<(), ObjectError> {
         let removed = {
             let mut settings = self.settings.lock();
             let removed = self.objects.remove(id)?;
@@ -100,12 +160,21 @@ impl Context {
             }
             removed
         };
+        self.end(&removed);
         drop(removed);
         Ok(())
     }
 
+    /// An object has no id any more, and is about to be dropped.
+    fn end(&self, removed: &RemovedObject<Object>) {
+        if let Object::Extra(extra) = &**removed {
+            extra.destroy(self);
+        }
+    }
+
     /// Who pays for mappings made now.
-    pub(crate) fn payer(&self) -> PayerMode {
+    #[must_use]
+    pub fn payer(&self) -> PayerMode {
         self.settings.lock().payer
     }
 
@@ -155,7 +224,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        let left = self.objects.clear();
+        let left = self.objects.clear_with(|removed| self.end(&removed));
         debug_assert_eq!(left, 0, "an object of a closed iommufd is still used");
     }
 }
