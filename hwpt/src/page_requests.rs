@@ -252,7 +252,12 @@ mod tests {
     fn raise(route: &FaultRoute, pages: u64) -> std::sync::mpsc::Receiver<Response> {
         let (tell, told) = std::sync::mpsc::channel();
         let requests: Vec<_> = (0..pages).map(request).collect();
-        route.raise(&requests, Box::new(move |response| drop(tell.send(response))));
+        route.raise(
+            &requests,
+            Box::new(move |response| {
+                let _ = tell.send(response);
+            }),
+        );
         told
     }
 
