@@ -1,5 +1,5 @@
 # The guest that boots under QEMU: Debian's own kernel, not a byte changed, and an initramfs with busybox, the kernel's
-# nvme modules and guest/init. Sourced after common.sh. Nothing is installed into the machine.
+# nvme and ioatdma modules and guest/init. Sourced after common.sh. Nothing is installed into the machine.
 
 guest_packages=(qemu-system-x86 busybox-static cpio)
 
@@ -51,17 +51,19 @@ guest_image() {
 
 # pack_initramfs KERNEL-DIRECTORY BUSYBOX OUTPUT
 pack_initramfs() {
-  local root modules module
+  local root driver modules module
   root=$(mktemp -d "$cache/initramfs.XXXXXX")
   mkdir -p "$root"/{bin,dev,proc,sys,tmp,modules}
   cp "$2" "$root/bin/busybox"
   cp "$repo/tools/guest/init" "$root/init"
   chmod 755 "$root/init" "$root/bin/busybox"
-  mapfile -t modules < <(module_closure "$1" nvme | awk '!seen[$0]++')
-  ((${#modules[@]})) || die "the kernel package in $1 has no nvme module"
-  for module in "${modules[@]}"; do
-    cp "$module" "$root/modules/"
-    basename "$module" >>"$root/modules/order"
+  for driver in nvme ioatdma; do
+    mapfile -t modules < <(module_closure "$1" "$driver" | awk '!seen[$0]++')
+    ((${#modules[@]})) || die "the kernel package in $1 has no $driver module"
+    for module in "${modules[@]}"; do
+      cp "$module" "$root/modules/"
+      basename "$module" >>"$root/modules/$driver.order"
+    done
   done
   (cd "$root" && find . | cpio --quiet -o -H newc | gzip -1) >"$3.new"
   mv "$3.new" "$3"

@@ -4,6 +4,7 @@
 //! pci     configuration space, capabilities, MSI-X: what every function has
 //! lease   a way to memory and interrupts that can be taken away again
 //! nvme    an NVMe 1.4 controller over a file
+//! ioat    an Intel I/OAT 3.3 DMA engine
 //! probe   `dma-probe`: DMA and interrupts at a test's will, by register writes
 //! ```
 //!
@@ -14,9 +15,12 @@
 
 #![deny(unsafe_code)]
 
+pub mod ioat;
 pub mod lease;
 pub mod nvme;
 pub mod pci;
 pub mod probe;
+#[allow(unsafe_code)]
+mod sys;
 #[cfg(test)]
 mod testbus;

@@ -12,6 +12,9 @@ use compat::{
     Container, DMA_ENTRY_LIMIT, DeviceFile, DeviceSpec, DirtyMode, EventFd, EventFdArg, Flavour, GroupFile, MapDma,
     REGION_SHIFT, UnmapDma, UnmapFlags, Vfio, VfioOptions, extension,
 };
+use device_shim::ioat::Ioat;
+use device_shim::ioat::descriptor::{Descriptor, control as descriptor_control};
+use device_shim::ioat::registers::{self, Register, Status};
 use device_shim::nvme::{Nvme, Options};
 use device_shim::probe::{Probe, command, register, status};
 use fake_client::{FakeClient, memfd};
@@ -223,4 +226,70 @@ fn nvme_config_space_and_registers_are_reached_by_region() {
     client.read(Region::Config, 8, &mut class);
     assert_eq!(class, [1, 2, 8, 1]);
     assert_eq!(client.get(8), 0x0001_0400, "VS");
+}
+
+/// BAR 0 of the engine, as the file behind the mapping that a client has.
+struct Mapped(File);
+
+impl Mapped {
+    fn new(client: &Client) -> Self {
+        assert!(client.device.region_info(0).expect("BAR 0").mappable);
+        Self(client.device.backing().expect("a backing").try_clone_to_owned().expect("a copy").into())
+    }
+
+    fn set(&self, register: Register, bytes: &[u8]) {
+        std::os::unix::fs::FileExt::write_all_at(&self.0, bytes, register.offset()).expect("stored");
+    }
+
+    fn status(&self) -> u8 {
+        let mut status = [0];
+        std::os::unix::fs::FileExt::read_exact_at(&self.0, &mut status, registers::CHANSTS.offset()).expect("loaded");
+        status[0] & 7
+    }
+}
+
+/// A copy from the shared memory at 1 MiB to the private memory at 0, by the descriptor at 0x8000 of the shared one.
+fn lay_copy(client: &Client, length: u32) {
+    let descriptor = Descriptor {
+        size: length.into(),
+        control: descriptor_control::INTERRUPT.into(),
+        source: (1 << 20).into(),
+        destination: 0x100.into(),
+        next: 0.into(),
+        reserved: [0.into(); 4],
+    };
+    let bytes = zerocopy::IntoBytes::as_bytes(&descriptor);
+    std::os::unix::fs::FileExt::write_all_at(&client.shared, bytes, 0x8000).expect("written");
+}
+
+#[test]
+fn ioat_driven_by_mapped_registers_copies_between_kinds_of_memory_and_signals() {
+    let client = Client::new(Ioat::new().expect("an engine"));
+    let mapped = Mapped::new(&client);
+    let eventfd = client.vector(0);
+    std::os::unix::fs::FileExt::write_all_at(&client.shared, b"by an engine", 0).expect("written");
+    lay_copy(&client, 12);
+    mapped.set(registers::INTRCTRL, &[9]);
+    mapped.set(registers::CHAINADDR, &((1_u64 << 20) + 0x8000).to_le_bytes());
+    mapped.set(registers::DMACOUNT, &[1, 0]);
+    wait(|| mapped.status() == Status::Done as u8);
+    wait(|| eventfd.read().is_ok());
+    let mut data = [0; 12];
+    ioas::caller::Caller::read(&client.caller, ioas::UserAddr(PRIVATE + 0x100), &mut data).expect("read");
+    assert_eq!(&data, b"by an engine");
+}
+
+#[test]
+fn ioat_that_meets_an_unmap_halts_and_closing_releases_everything() {
+    let client = Client::new(Ioat::new().expect("an engine"));
+    let mapped = Mapped::new(&client);
+    lay_copy(&client, 12);
+    client.unmap(0);
+    mapped.set(registers::CHAINADDR, &((1_u64 << 20) + 0x8000).to_le_bytes());
+    mapped.set(registers::DMACOUNT, &[1, 0]);
+    wait(|| client.get(registers::CHANERR.offset()) == 0x200);
+    wait(|| mapped.status() == Status::Halted as u8);
+    let Client { store, caller: _caller, container, group, device, .. } = client;
+    drop((device, group, container));
+    wait(|| store.snapshot().held_bytes == 0);
 }

@@ -72,6 +72,42 @@ fn q35_with_memfd_ram_reads_and_writes_the_disk() -> Result<()> {
     disk_is_the_same_from_both_sides("q35", Ram::Memfd)
 }
 
+#[test]
+fn ioatdma_probes_the_dma_engine_tests_it_and_has_no_complaint() -> Result<()> {
+    if let Some(reason) = missing() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    // The driver reads registers in the extended configuration space, which conventional PCI (`pc`) does not have.
+    let mut machine = Machine::new("q35", Ram::Private, "ioat");
+    machine.devices.push("0000:c2:00.0".to_owned());
+    let engine = ["--device", "ioat@0000:c2:00.0"].map(str::to_owned);
+    let options = [nvme(BDF, &image, "").as_slice(), engine.as_slice()].concat();
+    let report = Run::start(&options, &machine.command(&image)?)?.finish()?;
+    ensure!(report.value("guest: end")? == "0", "{}\n{}", report.lines.join("\n"), report.stderr);
+    ensure!(report.values("guest: failed").is_empty(), "{}", report.lines.join("\n"));
+    let log = report.values("guest: log");
+    ensure!(report.values("guest: channel").len() == 1, "the driver offers no channel: {log:#?}");
+    // The driver takes this device for version 3.2, whatever its register says.
+    ensure!(report.value("guest: version")? == "3.2", "{}", report.lines.join("\n"));
+    ensure!(report.value("guest: operations")? == "copy", "{}", report.lines.join("\n"));
+    ensure!(report.value("guest: interrupts")?.parse::<u32>()? >= 2, "{}", report.lines.join("\n"));
+    let said = |line: &&str| !line.contains("Removing dma and dca services") && is_complaint_of_ioat(line);
+    let complaints: Vec<_> = log.into_iter().filter(said).collect();
+    ensure!(complaints.is_empty(), "the guest's kernel complained: {complaints:#?}");
+    no_vfio_warnings(&Machine::qemu_log(&image))
+}
+
+/// What a healthy engine never makes Linux's driver, or the kernel about it, say.
+fn is_complaint_of_ioat(line: &str) -> bool {
+    let words =
+        ["err", "fail", "timed out", "timeout", "reset", "halted", "unreachable", "incorrect", "disabl", "exceeds"];
+    let kernel = ["WARN", "BUG", "Call Trace", "AER"];
+    let lower = line.to_lowercase();
+    words.iter().any(|word| lower.contains(word)) || kernel.iter().any(|word| line.contains(word))
+}
+
 /// An inclusive range of addresses.
 type Span = (u64, u64);
 

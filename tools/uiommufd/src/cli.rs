@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// The help text that `--help` ends with.
 const SPEC_HELP: &str = "\
 SPEC is KIND@BDF[,key=value]...    nvme@0000:c1:00.0,file=disk.img
-KIND is nvme, or dma-probe: a device that does the DMA a test asks for. Keys:
+KIND is nvme; ioat, an I/OAT DMA engine; or dma-probe, which does the DMA that a test asks for. Keys:
   file=PATH            nvme: the image that holds its blocks (required)
   group=N              the IOMMU group; the lowest free number without it
   iommu=UNIT           the IOMMU the device sits behind (a word; 'iommu0' without it)

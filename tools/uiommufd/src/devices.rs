@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use compat::device::DeviceModel;
 use cuse_frontend::DeviceSpec;
+use device_shim::ioat::Ioat;
 use device_shim::nvme::{Nvme, Options};
 use device_shim::probe::Probe;
 use hwpt::{DeviceProperties, Format};
@@ -41,6 +42,7 @@ fn model(spec: &Spec) -> Result<Arc<dyn DeviceModel>> {
             Ok(Nvme::new(Options { serial, ..Options::new(file) })?)
         }
         Kind::DmaProbe => Ok(Probe::new()?),
+        Kind::Ioat => Ok(Ioat::new()?),
     }
 }
 

@@ -34,6 +34,8 @@ pub(crate) enum Kind {
     },
     /// A device that does the DMA and raises the interrupts that a test asks for.
     DmaProbe,
+    /// An I/OAT DMA engine.
+    Ioat,
 }
 
 /// One described device.
@@ -72,7 +74,7 @@ pub(crate) struct SpecError {
 enum Cause {
     #[error("a SPEC is KIND@BDF[,key=value]..., like nvme@0000:c1:00.0,file=disk.img")]
     Shape,
-    #[error("there is no device kind '{0}' (there are: nvme, dma-probe)")]
+    #[error("there is no device kind '{0}' (there are: nvme, dma-probe, ioat)")]
     Kind(String),
     #[error("{0}")]
     Bdf(#[from] compat::device::BdfError),
@@ -157,6 +159,7 @@ fn parse(text: &str) -> Result<Draft, Cause> {
     let kind = match word {
         "nvme" => Kind::Nvme { file: nvme_file(keys.take("file"))? },
         "dma-probe" => Kind::DmaProbe,
+        "ioat" => Kind::Ioat,
         other => return Err(Cause::Kind(other.to_owned())),
     };
     let bdf = bdf.parse()?;
@@ -339,6 +342,7 @@ mod tests {
             ("floppy@0000:c1:00.0", "no device kind 'floppy'"),
             ("dma-probe@c1:00.0", "not a PCI address"),
             ("dma-probe@0000:c1:00.0,file=IMAGE", "dma-probe has no key 'file'"),
+            ("ioat@0000:c1:00.0,file=IMAGE", "ioat has no key 'file'"),
             ("nvme@0000:c1:00.0", "needs file="),
             ("nvme@0000:c1:00.0,file=/nonexistent/disk", "No such file"),
             ("nvme@0000:c1:00.0,file=/", "directory"),
