@@ -15,7 +15,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use compat::{Container, DeviceFile, GroupFile};
-use hwpt::Watchers;
+use hwpt::{HwptList, Watchers};
 use ioas::UserAddr;
 use ioas::caller::{Caller, FdError};
 
@@ -229,6 +229,16 @@ impl OpenFile {
 
     pub(crate) fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The domains of an IOAS of this iommufd, for what is attached to it in this process. `None` for a file of another
+    /// kind, and without such an IOAS.
+    #[must_use]
+    pub fn domains(&self, ioas: u32) -> Option<Arc<HwptList>> {
+        match &self.file {
+            File::Iommufd(context) => context.domains(ioas),
+            _ => None,
+        }
     }
 
     /// The server that the file belongs to.

@@ -6,12 +6,13 @@
 //! call.
 //!
 //! Open files have descriptor numbers of this process: each number is taken by a placeholder, so it collides with no
-//! other descriptor and fits wherever an ioctl's argument holds one.
+//! other descriptor and fits wherever an ioctl's argument holds one. A file of memory can be given to the front end
+//! for good ([`InProcess::adopt`]); it is looked at once then, where any other descriptor is looked at in each call.
 //!
 //! The caller is this process as it is: its user, its RLIMIT_MEMLOCK, its capabilities, looked at in each call. A test
 //! can put others in their place.
 
-use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -71,10 +72,34 @@ impl MemoryMap for OwnMemory {
     }
 }
 
-/// An open file and what keeps its number.
-struct Opened {
-    _placeholder: OwnedFd,
-    file: Arc<OpenFile>,
+/// What a descriptor number of this front end stands for.
+enum Known {
+    /// An open file of the server, and what keeps its number.
+    Opened { _placeholder: OwnedFd, file: Arc<OpenFile> },
+    /// A file of memory, whose descriptor has the number.
+    Memory(ClientFile),
+}
+
+/// What this front end knows by number: a table like the kernel's.
+#[derive(Default)]
+struct Descriptors(Vec<Option<Known>>);
+
+impl Descriptors {
+    fn get(&self, fd: i32) -> Option<&Known> {
+        self.0.get(usize::try_from(fd).ok()?)?.as_ref()
+    }
+
+    fn put(&mut self, fd: &impl AsRawFd, known: Known) {
+        let at = fd.as_raw_fd().cast_unsigned() as usize;
+        if self.0.len() <= at {
+            self.0.resize_with(at + 1, || None);
+        }
+        self.0[at] = Some(known);
+    }
+
+    fn take(&mut self, fd: i32) -> Option<Known> {
+        self.0.get_mut(usize::try_from(fd).ok()?)?.take()
+    }
 }
 
 /// A server's front end in this process.
@@ -83,7 +108,7 @@ pub struct InProcess {
     memory: Arc<OwnMemory>,
     pid: i32,
     uid: Uid,
-    files: Mutex<HashMap<i32, Opened>>,
+    descriptors: Mutex<Descriptors>,
     pretended: Mutex<Pretended>,
 }
 
@@ -110,7 +135,7 @@ impl InProcess {
         let memory = ProcessMemory::open(pid, Arc::new(NoMount))?;
         let memory = Arc::new(OwnMemory { memory, pretended_limit: Mutex::default() });
         let uid = Uid(nix::unistd::geteuid().as_raw());
-        Ok(Self { server, memory, pid, uid, files: Mutex::default(), pretended: Mutex::default() })
+        Ok(Self { server, memory, pid, uid, descriptors: Mutex::default(), pretended: Mutex::default() })
     }
 
     /// The server behind it.
@@ -146,14 +171,28 @@ impl InProcess {
     fn insert(&self, file: Arc<OpenFile>) -> Result<i32, Errno> {
         let placeholder = sys::placeholder().map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EMFILE)))?;
         let fd = placeholder.as_raw_fd();
-        self.files.lock().insert(fd, Opened { _placeholder: placeholder, file });
+        self.descriptors.lock().put(&fd, Known::Opened { _placeholder: placeholder, file });
+        Ok(fd)
+    }
+
+    /// Takes over a file of memory. Returns its descriptor number, which nobody can give to another file any more, so
+    /// calls that name it need not look at it again.
+    ///
+    /// # Errors
+    /// The file cannot be looked at.
+    pub fn adopt(&self, file: File) -> io::Result<i32> {
+        let file = OwnedFd::from(file);
+        let stat = sys::stat(&file)?;
+        let memory = describe(file, stat)?;
+        let fd = memory.fd.as_raw_fd();
+        self.descriptors.lock().put(&fd, Known::Memory(memory));
         Ok(fd)
     }
 
     /// Closes an open file: everything that hangs on it has ended when this returns. Closing what is not open is
     /// nothing.
     pub fn close(&self, fd: i32) {
-        let closed = self.files.lock().remove(&fd);
+        let closed = self.descriptors.lock().take(fd);
         drop(closed);
     }
 
@@ -162,7 +201,10 @@ impl InProcess {
     /// # Errors
     /// EBADF.
     pub fn file(&self, fd: i32) -> Result<Arc<OpenFile>, Errno> {
-        self.files.lock().get(&fd).map(|opened| Arc::clone(&opened.file)).ok_or(Errno(libc::EBADF))
+        match self.descriptors.lock().get(fd) {
+            Some(Known::Opened { file, .. }) => Ok(Arc::clone(file)),
+            _ => Err(Errno(libc::EBADF)),
+        }
     }
 
     /// ioctl(2): `arg` is a number or an address of this process, right or wrong.
@@ -264,6 +306,9 @@ impl Caller for InProcessCaller<'_> {
     }
 
     fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
+        if let Some(Known::Memory(file)) = self.front.descriptors.lock().get(fd) {
+            return Ok(file.clone());
+        }
         let copy = self.descriptor(fd)?;
         let stat = sys::stat(&copy).map_err(|_| FdError::Denied)?;
         describe(copy, stat).map_err(|_| FdError::Denied)

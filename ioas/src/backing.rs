@@ -35,14 +35,14 @@ pub(crate) struct Descriptor {
 
 impl FileBacking {
     pub(crate) fn new(file: ClientFile) -> Self {
-        let descriptor = Descriptor { fd: Arc::new(file.fd), writable: file.writable };
+        let descriptor = Descriptor { fd: file.fd, writable: file.writable };
         Self { id: file.id, kind: file.kind, descriptor: Mutex::new(descriptor) }
     }
 
     /// Takes over the descriptor of `file`, which is the same file, if it can do more.
     pub(crate) fn improve(&self, file: ClientFile) {
         if file.writable && !self.writable() {
-            let better = Descriptor { fd: Arc::new(file.fd), writable: true };
+            let better = Descriptor { fd: file.fd, writable: true };
             let worse = std::mem::replace(&mut *self.descriptor.lock(), better);
             drop(worse);
         }

@@ -77,14 +77,15 @@ pub struct Vma {
 }
 
 /// An open file that a client named: by descriptor, or through one of its mappings.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ClientFile {
     /// What it is called for identity.
     pub id: FileId,
     /// What it is.
     pub kind: FileKind,
-    /// The server's own descriptor of it, with the rights that the client's has.
-    pub fd: OwnedFd,
+    /// The server's own descriptor of it, with the rights that the client's has. Shared, so that a file that is
+    /// looked at again need not be opened again.
+    pub fd: Arc<OwnedFd>,
     /// True when `fd` can be mapped for writing.
     pub writable: bool,
     /// Its size in bytes when it was looked at.

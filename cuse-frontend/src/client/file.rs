@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use ioas::caller::{ClientFile, FileId, FileKind};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -18,7 +19,7 @@ pub(crate) fn describe(fd: OwnedFd, stat: sys::FileStat) -> io::Result<ClientFil
     let kind = kind(&fd, stat.mode)?;
     let writable = may_write(&fd)?;
     let id = FileId { device: stat.device, inode: stat.inode };
-    Ok(ClientFile { id, kind, fd, writable, size: stat.size })
+    Ok(ClientFile { id, kind, fd: Arc::new(fd), writable, size: stat.size })
 }
 
 /// What kind of file a descriptor stands for; one that was opened with O_PATH will do.
@@ -47,13 +48,13 @@ pub(super) fn device_region(file: &OpenFile, writable: bool) -> io::Result<Optio
     let Some(memory) = file.mapping() else { return Ok(None) };
     let stat = sys::stat(memory)?;
     let id = FileId { device: stat.device, inode: stat.inode };
-    let fd = memory.try_clone_to_owned()?;
+    let fd = Arc::new(memory.try_clone_to_owned()?);
     Ok(Some(ClientFile { id, kind: FileKind::DeviceRegion, fd, writable, size: stat.size }))
 }
 
 /// One of our own files that has no memory: it can be named, but not held. Its descriptor stands for another file,
 /// because whoever looked at this one would ask us.
 pub(super) fn nothing_to_hold() -> io::Result<ClientFile> {
-    let fd = std::fs::File::open("/dev/null")?.into();
+    let fd = Arc::new(std::fs::File::open("/dev/null")?.into());
     Ok(ClientFile { id: FileId { device: 0, inode: 0 }, kind: FileKind::Unpinnable, fd, writable: false, size: 0 })
 }

@@ -128,9 +128,9 @@ impl Clients {
 }
 
 impl Process {
-    /// True while the process lives and `tid` is one of its threads.
+    /// True while the process lives and `tid` is one of its threads. Its first thread has its number.
     fn has(&self, tid: i32) -> bool {
-        sys::is_thread_of(tid, self.tgid) && sys::pidfd_alive(&self.pidfd)
+        (tid == self.tgid || sys::is_thread_of(tid, self.tgid)) && sys::pidfd_alive(&self.pidfd)
     }
 }
 

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use hwpt::driver::{Paging, UserData};
-use hwpt::{Device, Group, Hwpt, HwptFlags};
+use hwpt::{Device, Group, Hwpt, HwptFlags, HwptList};
 use ioas::caller::{Caller, Capability};
 use ioas::{Ioas, ObjectError, ObjectRef, ObjectTable, PageStore, PayerMode, RemovedObject, Reservation};
 use parking_lot::Mutex;
@@ -145,6 +145,14 @@ impl Context {
         let Object::Ioas(ioas) = &*object else { return Err(OpError::NoObject { kind: "IOAS", id }) };
         let ioas = Arc::clone(&ioas.ioas);
         Ok(IoasRef { _object: object, ioas })
+    }
+
+    /// The domains of the IOAS with `id`.
+    pub(crate) fn domains(&self, id: u32) -> Option<Arc<HwptList>> {
+        match &*self.objects.get(id)? {
+            Object::Ioas(ioas) => Some(Arc::clone(&ioas.list)),
+            _ => None,
+        }
     }
 
     /// Destroys the object with `id`. The compatibility IOAS may be destroyed; none is set then.

@@ -109,7 +109,7 @@ pub(crate) fn client_file(fd: OwnedFd, writable: bool) -> ClientFile {
         _ => FileKind::Writeback,
     };
     let device = u64::from(nix::libc::major(stat.dev())) << 32 | u64::from(nix::libc::minor(stat.dev()));
-    ClientFile { id: FileId { device, inode: stat.ino() }, kind, size: stat.len(), fd: file.into(), writable }
+    ClientFile { id: FileId { device, inode: stat.ino() }, kind, size: stat.len(), fd: Arc::new(file.into()), writable }
 }
 
 /// A caller in this process.

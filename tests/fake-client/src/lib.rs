@@ -241,7 +241,7 @@ pub fn memfd(bytes: u64) -> File {
 #[must_use]
 pub fn client_file(file: &File) -> ClientFile {
     let size = file.metadata().expect("an open file").len();
-    let fd = file.try_clone().expect("a descriptor is left").into();
+    let fd = Arc::new(file.try_clone().expect("a descriptor is left").into());
     ClientFile { id: id_of(file), kind: FileKind::Shmem, fd, writable: true, size }
 }
 

@@ -1,0 +1,74 @@
+//! What IOMMU_IOAS_MAP_FILE and IOMMU_IOAS_UNMAP of one 4 KiB page of a memfd cost, with one domain: through our op
+//! table in this process, and through the ioctls of the kernel that runs it.
+//!
+//! Static, so that it runs in the reference VM, where the kernel has iommufd and its mock domain (IOMMU_TEST_CMD).
+//! Both sides get the same struct, the same memfd and the same fixed IOVA, and check limits and rights as they always
+//! do: RLIMIT_MEMLOCK holds for both, because the program gives up CAP_IPC_LOCK first. Where the kernel has no mock
+//! domain the peer is missing and the line says so.
+
+#![deny(unsafe_code)]
+
+mod kernel;
+mod ours;
+#[allow(unsafe_code)]
+mod sys;
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use anyhow::{Context, Result};
+use cuse_frontend::uapi::iommufd::{IoasMapFile, IoasUnmap, map_flags};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+const PAGE: u64 = 4096;
+/// The mock domain's aperture begins at 16 MiB.
+const IOVA: u64 = 1 << 24;
+const ROUNDS: usize = 21;
+const CALLS: u32 = 2000;
+/// How much faster ours must be.
+const BOUND: f64 = 0.25;
+
+/// A way to make the two ioctls.
+trait Side {
+    /// IOMMU_IOAS_MAP_FILE.
+    fn map(&self, cmd: &mut IoasMapFile) -> Result<()>;
+
+    /// IOMMU_IOAS_UNMAP.
+    fn unmap(&self, cmd: &mut IoasUnmap) -> Result<()>;
+}
+
+/// One pair, checked to have unmapped what it mapped.
+fn pair(side: &impl Side, ioas_id: u32, fd: i32) -> Result<()> {
+    let flags = map_flags::FIXED_IOVA | map_flags::READABLE | map_flags::WRITEABLE;
+    side.map(&mut IoasMapFile { size: 40, flags, ioas_id, fd, start: 0, length: PAGE, iova: IOVA })?;
+    let mut unmap = IoasUnmap { size: 24, ioas_id, iova: IOVA, length: PAGE };
+    side.unmap(&mut unmap)?;
+    anyhow::ensure!(unmap.length == PAGE, "unmapped {:#x} bytes of {PAGE:#x}", unmap.length);
+    Ok(())
+}
+
+/// Nanoseconds of one pair, the median over rounds.
+fn measure(side: &impl Side, ioas_id: u32, fd: i32) -> Result<f64> {
+    let mut failure = None;
+    let time = bounds::median(ROUNDS, CALLS, || failure = pair(side, ioas_id, fd).err().or(failure.take()));
+    failure.map_or(Ok(time), Err)
+}
+
+fn main() -> Result<()> {
+    sys::drop_ipc_lock().context("CAP_IPC_LOCK cannot be given up")?;
+    let memory = File::from(memfd_create("memory", MFdFlags::empty())?);
+    memory.set_len(PAGE)?;
+    let ours = ours::Ours::new(memory.try_clone()?)?;
+    let our_time = measure(&ours, ours.ioas(), ours.memory()).context("ours")?;
+    match kernel::Kernel::open() {
+        Ok(kernel) => {
+            let peer = measure(&kernel, kernel.ioas(), memory.as_raw_fd()).context("the kernel's")?;
+            bounds::at_most_ratio("map+unmap 4 KiB, beside the kernel", our_time, peer, BOUND);
+        }
+        Err(error) => {
+            println!("ours: {our_time:.0} ns");
+            println!("Skipped(the kernel that runs this has no iommufd with a mock domain: {error:#})");
+        }
+    }
+    Ok(())
+}
