@@ -223,3 +223,51 @@ fn copied(answer: io::Result<usize>, at: UserAddr) -> Result<usize, MemoryError>
         Err(_) => Err(MemoryError::Fault(at)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct NoMount;
+
+    impl OwnFiles for NoMount {
+        fn device(&self) -> Option<u64> {
+            None
+        }
+
+        fn open_file(&self, _: u64) -> Option<Arc<crate::files::OpenFile>> {
+            None
+        }
+    }
+
+    fn own_memory() -> ProcessMemory {
+        ProcessMemory::open(std::process::id().cast_signed(), Arc::new(NoMount)).expect("/proc/self")
+    }
+
+    #[test]
+    fn layout_read_as_text_is_the_layout_that_the_kernel_answers() {
+        let (asked, read) = (own_memory(), own_memory());
+        read.parse.store(true, Ordering::Relaxed);
+        let on_the_stack = 0_u8;
+        let heap = Box::new(0_u8);
+        let code = layout_read_as_text_is_the_layout_that_the_kernel_answers as fn();
+        for address in [(&raw const on_the_stack) as u64, (&raw const *heap) as u64, code as usize as u64] {
+            let vma = asked.vma(UserAddr(address)).expect("mapped");
+            assert_eq!(read.vma(UserAddr(address)), Ok(vma), "{address:#x}");
+        }
+        assert_eq!(asked.vma(UserAddr(0)), Err(MemoryError::Fault(UserAddr(0))));
+        assert_eq!(read.vma(UserAddr(0)), Err(MemoryError::Fault(UserAddr(0))));
+        assert!(asked.in_use() && read.in_use());
+    }
+
+    #[test]
+    fn line_of_maps_is_taken_apart_and_a_broken_one_refused() {
+        let vma = parse_line("7f00-8000 r--s 00001000 fd:02 77 /a file with spaces (deleted)").expect("a line");
+        assert_eq!((vma.vma_start, vma.vma_end, vma.vma_offset), (0x7f00, 0x8000, 0x1000));
+        assert_eq!((vma.dev_major, vma.dev_minor, vma.inode), (0xfd, 2, 77));
+        assert_eq!(vma.vma_flags, sys::VMA_READABLE | sys::VMA_SHARED);
+        for broken in ["", "7f00", "7f00-8000", "7f00-8000 r--s", "x-8000 r--s 0 0:0 0", "7f00-8000 r--s 0 00 0"] {
+            assert!(parse_line(broken).is_none(), "{broken}");
+        }
+    }
+}

@@ -249,6 +249,24 @@ fn allowed_iovas_bound_automatic_ones() {
 }
 
 #[test]
+fn allowed_iovas_are_kept_up_to_a_bound() {
+    let (front, fd, ioas) = with_ioas();
+    let ranges: Vec<WireRange> = (0..65_537).map(|at| WireRange { start: at * PAGE, last: at * PAGE + 1 }).collect();
+    let allow = |count: usize| {
+        let cmd = IoasAllowIovas {
+            size: 24,
+            ioas_id: ioas,
+            num_iovas: count as u32,
+            reserved: 0,
+            allowed_iovas: ranges.as_ptr() as u64,
+        };
+        call(&front, fd, nr::IOAS_ALLOW_IOVAS, cmd).map(|_| ())
+    };
+    assert_eq!(allow(65_536), Ok(()));
+    assert_eq!(allow(65_537), Err(libc::ENOMEM));
+}
+
+#[test]
 fn allowed_iovas_of_an_endless_list_are_read_no_further_than_their_first_mistake() {
     let (front, fd, ioas) = with_ioas();
     let memory = Mapping::private(1, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE);
