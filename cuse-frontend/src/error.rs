@@ -120,6 +120,26 @@ pub enum OpError {
         /// Elements of the client's array.
         room: usize,
     },
+    /// A read or write of no whole records (ESPIPE, as Linux has it).
+    #[error("{length} bytes are no whole records")]
+    BadPosition {
+        /// Its bytes.
+        length: usize,
+    },
+    /// Nothing is mapped there (ENOENT).
+    #[error("nothing is mapped at IOVA {0}")]
+    NotMapped(ioas::Iova),
+    /// The caller was killed while the call waited (EINTR).
+    #[error(transparent)]
+    Interrupted(#[from] ioas::Interrupted),
+    /// A length that no memory can have (ERANGE).
+    #[error("{field} {value:#x} is too large")]
+    TooLarge {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+    },
     /// The device, or this PASID of it, is attached already.
     #[error("device {device} is attached already")]
     Attached {
@@ -173,7 +193,10 @@ impl OpError {
             Self::UnknownOp(_) => libc::ENOTTY,
             Self::Unsupported { .. } => libc::EOPNOTSUPP,
             Self::Overflow { .. } | Self::Range(RangeError::Overflow) => libc::EOVERFLOW,
-            Self::NoObject { .. } => libc::ENOENT,
+            Self::NoObject { .. } | Self::NotMapped(_) => libc::ENOENT,
+            Self::BadPosition { .. } => libc::ESPIPE,
+            Self::TooLarge { .. } => libc::ERANGE,
+            Self::Interrupted(_) => libc::EINTR,
             Self::Attached { .. } => libc::EBUSY,
             Self::NotAttached { .. } => libc::EINVAL,
             Self::Driver(error) => error.errno(),

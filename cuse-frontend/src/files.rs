@@ -20,7 +20,7 @@ use ioas::UserAddr;
 use ioas::caller::{Caller, FdError};
 
 use crate::error::OpError;
-use crate::iommufd::Context;
+use crate::iommufd::{Context, Mapper};
 use crate::ops;
 use crate::server::Server;
 use crate::uapi::is_ours;
@@ -348,6 +348,31 @@ impl OpenFile {
         matches!(&self.file, File::Returned(file) if file.mapping().is_none())
     }
 
+    /// Whether an mmap of `length` bytes at byte `offset` of the file may go on. For `/dev/iommu`, in Linux's order:
+    /// EINVAL unless it is shared, EPERM when it is executable, ENXIO unless it is exactly what a driver shows.
+    ///
+    /// # Errors
+    /// As said; what else mmap finds, it finds by itself.
+    #[doc(alias = "iommufd_fops_mmap")]
+    pub fn check_mmap(&self, offset: u64, length: u64, shared: bool, executable: bool) -> Result<(), Errno> {
+        let File::Iommufd(context) = &self.file else { return Ok(()) };
+        let length = length.checked_next_multiple_of(ioas::PAGE_SIZE).unwrap_or(0);
+        if !shared {
+            return Err(Errno(libc::EINVAL));
+        }
+        if executable {
+            return Err(Errno(libc::EPERM));
+        }
+        if context.window().has(offset, length) { Ok(()) } else { Err(Errno(libc::ENXIO)) }
+    }
+
+    /// Somebody is about to mmap the file: `mapper`, whose key is `key`, can say later what of it he has mapped.
+    pub fn mapped_by(&self, key: u64, mapper: Mapper) {
+        if let File::Iommufd(context) = &self.file {
+            context.window().mapped_by(key, mapper);
+        }
+    }
+
     /// What an ioctl returned, if it is that.
     #[must_use]
     pub fn returned(&self) -> Option<&Arc<dyn ReturnedFile>> {
@@ -364,6 +389,7 @@ impl OpenFile {
         match &self.file {
             File::Device(device) => device.backing(),
             File::Returned(file) => file.mapping(),
+            File::Iommufd(context) => context.window().memory(),
             _ => None,
         }
     }

@@ -14,6 +14,7 @@
 //! (`iommufd_viommu_ops`).
 
 use std::any::Any;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ioas::caller::{Caller, MemoryError};
@@ -284,12 +285,13 @@ pub trait ViommuHost: Send + Sync {
     /// The virtual id of a device.
     fn virtual_id(&self, device: &Device) -> Option<u64>;
 
-    /// Lets the client map `memory` (a memfd, whole pages from offset 0) through the iommufd's own descriptor, until
-    /// the answer is dropped. Returns the offset to give to mmap as well.
+    /// Memory of `length` bytes, zero at first, that the client can map through the iommufd's own descriptor until the
+    /// answer is dropped.
     ///
     /// # Errors
-    /// EINVAL unless `length` is made of whole pages.
-    fn expose(&self, memory: std::os::fd::OwnedFd, length: u64) -> Result<Exposed, DriverError>;
+    /// EINVAL unless `length` is made of whole pages, ENOMEM.
+    #[doc(alias = "iommufd_viommu_alloc_mmap")]
+    fn expose(&self, length: u64) -> Result<Exposed, DriverError>;
 
     /// Where events about the virtual IOMMU go.
     fn events(&self) -> &dyn EventSink;
@@ -297,8 +299,10 @@ pub trait ViommuHost: Send + Sync {
 
 /// Memory that a client can map; not any more once this is dropped.
 pub struct Exposed {
-    /// The offset for mmap, in bytes.
+    /// The offset for the client's mmap, in bytes; also where it lies in `memory`.
     pub offset: u64,
+    /// The file that has it.
+    pub memory: Arc<OwnedFd>,
     /// Ends it.
     pub guard: Box<dyn Send + Sync>,
 }
@@ -320,7 +324,8 @@ pub struct HwQueueRequest {
 
 /// A hardware queue. Dropping it ends it.
 pub trait HwQueue: Any + Send + Sync {
-    /// The queue, of the same virtual IOMMU, that must not go before this one.
+    /// The index of the queue, of the same virtual IOMMU, that must not go before this one.
+    #[doc(alias = "iommufd_hw_queue_depend")]
     fn after(&self) -> Option<u32> {
         None
     }

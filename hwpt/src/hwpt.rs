@@ -15,7 +15,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use ioas::{Interrupt, Interrupted, Ioas, IovaRange, ReaderSet, Uninterruptible};
+use ioas::{Interrupt, Interrupted, Ioas, Iova, IovaRange, ReaderSet, Uninterruptible};
 use parking_lot::Mutex;
 use serde::Serialize;
 
@@ -24,6 +24,8 @@ use crate::driver::IommuDriver;
 use crate::error::AttachError;
 use crate::format::Format;
 use crate::list::HwptList;
+use crate::radix::Translation;
+use crate::sys;
 use crate::table::Table;
 
 /// Names an HWPT for as long as the server lives; never reused. (Clients know HWPTs by ids of their own.)
@@ -265,6 +267,27 @@ impl Hwpt {
             sink(from, to - from + 1);
         }
         self.readers().wait_unless(interrupt)
+    }
+
+    /// What `iova` translates to, as far as the frames are neighbours, at most `most` bytes; nothing is read. `None`
+    /// where nothing is mapped.
+    #[must_use]
+    #[doc(alias = "iommu_iova_to_phys")]
+    pub fn reach(&self, iova: Iova, most: u64) -> Option<Translation> {
+        let pin = sys::pin();
+        let mut found = self.table.walk(iova, &pin)?;
+        while found.length < most {
+            let Some(next) = iova.0.checked_add(found.length).and_then(|next| self.table.walk(Iova(next), &pin)) else {
+                break;
+            };
+            if next.address() != found.address() + found.length {
+                break;
+            }
+            found.access &= next.access;
+            found.length += next.length;
+        }
+        found.length = found.length.min(most);
+        Some(found)
     }
 
     /// The HWPT as `uiommufd status` shows it.

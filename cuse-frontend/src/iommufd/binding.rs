@@ -47,6 +47,8 @@ pub(super) struct Together {
     group: Arc<Group>,
     /// By PASID, 0 for DMA without one.
     pub(super) attachments: Mutex<BTreeMap<u32, Attachment>>,
+    /// Ids of virtual devices, by the device's own. Guards that a device has one at most.
+    pub(super) virtual_devices: Mutex<BTreeMap<u32, u32>>,
 }
 
 /// Where a group's DMA of one PASID goes.
@@ -108,9 +110,19 @@ fn takes_pasids(object: &Object) -> bool {
     }
 }
 
+impl Drop for Together {
+    fn drop(&mut self) {
+        // Attachments of bindings that nobody has ended.
+        for attachment in std::mem::take(self.attachments.get_mut()).into_values() {
+            disconnect(&attachment.seat);
+            set_route(&attachment.seat, None);
+        }
+    }
+}
+
 impl Together {
     pub(super) fn new(group: &Arc<Group>) -> Arc<Self> {
-        Arc::new(Self { group: Arc::clone(group), attachments: Mutex::default() })
+        Arc::new(Self { group: Arc::clone(group), attachments: Mutex::default(), virtual_devices: Mutex::default() })
     }
 
     pub(super) fn is_for(&self, group: &Arc<Group>) -> bool {
@@ -207,7 +219,10 @@ impl Context {
     pub fn unbind(&self, binding: Binding) {
         let pasids: Vec<u32> = binding.bound().together.attachments.lock().keys().copied().collect();
         pasids.into_iter().for_each(|pasid| self.detach(&binding, pasid));
-        drop(self.objects.take(binding.user, false));
+        let (id, together) = (binding.id(), Arc::clone(&binding.bound().together));
+        let removed = self.objects.take(binding.user, false);
+        self.bury_virtual_device(&together, id);
+        drop((removed, together));
         self.forget_groups();
     }
 

@@ -16,6 +16,7 @@ use ioas::{Ioas, ObjectError, ObjectRef, ObjectTable, PageStore, PayerMode, Remo
 use parking_lot::Mutex;
 
 use super::binding::Together;
+use super::exposed::Window;
 use super::object::{IoasObject, Object};
 use crate::error::OpError;
 
@@ -34,6 +35,8 @@ pub struct Context {
     settings: Mutex<Settings>,
     /// The groups of bound devices. A leaf lock.
     groups: Mutex<Vec<Arc<Together>>>,
+    /// What a client can map. Immutable.
+    window: Arc<Window>,
 }
 
 /// An IOAS for the length of one call.
@@ -48,6 +51,32 @@ impl std::ops::Deref for IoasRef {
 
     fn deref(&self) -> &Ioas {
         &self.ioas
+    }
+}
+
+/// An object with an id that nobody sees yet. Dropped without [`Self::publish`], it has never been.
+pub struct NewObject<'a> {
+    /// Goes first: what it depends on must be there.
+    object: Object,
+    reservation: Reservation<'a, Object>,
+}
+
+impl<'a> NewObject<'a> {
+    /// `object`, under the id of `reservation`.
+    #[must_use]
+    pub const fn new(reservation: Reservation<'a, Object>, object: Object) -> Self {
+        Self { object, reservation }
+    }
+
+    /// The id it will have.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.reservation.id()
+    }
+
+    /// Lets everybody see it.
+    pub fn publish(self) {
+        self.reservation.publish(self.object);
     }
 }
 
@@ -74,13 +103,24 @@ impl Context {
     /// A context without objects that charges the user.
     pub(crate) fn new(store: Arc<PageStore>) -> Self {
         let settings = Settings { payer: PayerMode::User, compat_ioas: None };
-        Self { store, objects: ObjectTable::new(), settings: Mutex::new(settings), groups: Mutex::default() }
+        Self {
+            store,
+            objects: ObjectTable::new(),
+            settings: Mutex::new(settings),
+            groups: Mutex::default(),
+            window: Arc::default(),
+        }
     }
 
     /// The store that holds all memory.
     #[must_use]
     pub const fn store(&self) -> &Arc<PageStore> {
         &self.store
+    }
+
+    /// What a client can map.
+    pub(crate) const fn window(&self) -> &Arc<Window> {
+        &self.window
     }
 
     /// Takes the lowest free id, for an object that is made while nobody sees it.
@@ -160,6 +200,7 @@ impl Context {
     /// # Errors
     /// ENOENT, EBUSY while anything uses it.
     pub fn destroy(&self, id: u32) -> Result<(), ObjectError> {
+        self.refuse_mapped(id)?;
         let removed = {
             let mut settings = self.settings.lock();
             let removed = self.objects.remove(id)?;
@@ -171,6 +212,13 @@ impl Context {
         self.end(&removed);
         drop(removed);
         Ok(())
+    }
+
+    /// A client that has registers of a virtual IOMMU mapped is a user of it.
+    fn refuse_mapped(&self, id: u32) -> Result<(), ObjectError> {
+        let object = self.objects.get(id);
+        let mapped = matches!(object.as_deref(), Some(Object::Viommu(viommu)) if viommu.is_mapped());
+        if mapped { Err(ObjectError::Busy { id, users: 1 }) } else { Ok(()) }
     }
 
     /// An object has no id any more, and is about to be dropped.
@@ -232,7 +280,11 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        let left = self.objects.clear_with(|removed| self.end(&removed));
+        let left = self.objects.clear_with(|removed| {
+            self.end(&removed);
+            drop(removed);
+            self.forget_groups();
+        });
         debug_assert_eq!(left, 0, "an object of a closed iommufd is still used");
     }
 }

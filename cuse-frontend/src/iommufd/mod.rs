@@ -7,8 +7,16 @@
 
 mod binding;
 mod context;
+mod exposed;
 mod object;
+mod paging;
+mod queue;
+mod viommu;
 
 pub use binding::{Binding, BoundDevice};
-pub use context::{Context, NewIoas};
+pub use context::{Context, IoasRef, NewIoas, NewObject};
+pub use exposed::Mapper;
 pub use object::{ExtraObject, IoasObject, NestedHwpt, Object, PagingHwpt};
+pub(crate) use paging::HwptRequest;
+pub(crate) use queue::QueueFile;
+pub use viommu::{HardwareQueue, VirtualDevice, VirtualEvents, VirtualIommu};

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 
 use super::Context;
 use super::binding::BoundDevice;
+use super::viommu::{HardwareQueue, VirtualDevice, VirtualEvents, VirtualIommu};
 
 /// What an id can name.
 pub enum Object {
@@ -28,6 +29,14 @@ pub enum Object {
     Nested(NestedHwpt),
     /// A queue of page requests.
     Fault(Arc<FaultQueue>),
+    /// A guest's share of an IOMMU unit.
+    Viommu(VirtualIommu),
+    /// A device's virtual id.
+    VirtualDevice(VirtualDevice),
+    /// Events of a virtual IOMMU.
+    Events(VirtualEvents),
+    /// A hardware queue of a virtual IOMMU.
+    HwQueue(HardwareQueue),
     /// Something that an added row has made.
     Extra(Box<dyn ExtraObject>),
 }
@@ -42,6 +51,10 @@ impl Object {
             Self::Paging(_) => "HWPT",
             Self::Nested(_) => "nested HWPT",
             Self::Fault(_) => "fault queue",
+            Self::Viommu(_) => "virtual IOMMU",
+            Self::VirtualDevice(_) => "virtual device",
+            Self::Events(_) => "event queue",
+            Self::HwQueue(_) => "hardware queue",
             Self::Extra(_) => "object of an added row",
         }
     }

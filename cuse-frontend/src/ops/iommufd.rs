@@ -10,13 +10,14 @@ use std::sync::Arc;
 use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Argument, Call, DONE, Op, OpResult, Table, always};
+use super::{Argument, Call, DONE, Op, OpResult, Table, always, objects};
 use crate::error::OpError;
 use crate::files::ClientCall;
 use crate::iommufd::Context;
 use crate::uapi::iommufd::{
-    Destroy, HwptAlloc, IoasAlloc, IoasAllowIovas, IoasCopy, IoasIovaRanges, IoasMap, IoasMapFile, IoasUnmap, Opt,
-    VfioIoas, WireRange, map_flags, nr, option_id, option_op, vfio_ioas_op,
+    Destroy, FaultAlloc, GetDirtyBitmap, HwInfo, HwQueueAlloc, HwptAlloc, Invalidate, IoasAlloc, IoasAllowIovas,
+    IoasCopy, IoasIovaRanges, IoasMap, IoasMapFile, IoasUnmap, NoiommuGetPa, Opt, SetDirtyTracking, VdeviceAlloc,
+    VeventqAlloc, VfioIoas, ViommuAlloc, WireRange, map_flags, nr, option_id, option_op, vfio_ioas_op,
 };
 
 const SLOTS: usize = (nr::LAST - nr::BASE) as usize + 1;
@@ -40,6 +41,11 @@ const fn op(
     }
 }
 
+/// A row that may return a descriptor.
+const fn returning(op: Op<Arc<Context>>) -> Op<Arc<Context>> {
+    Op { returns_file: true, ..op }
+}
+
 /// Number, name, size, minimum size (up to the last field of the op's first version), handler.
 pub(crate) static TABLE: Table<Arc<Context>, SLOTS> = Table::new(
     nr::BASE,
@@ -55,7 +61,41 @@ pub(crate) static TABLE: Table<Arc<Context>, SLOTS> = Table::new(
         op(nr::IOAS_UNMAP, "IOMMU_IOAS_UNMAP", size_of::<IoasUnmap>(), 24, ioas_unmap),
         op(nr::OPTION, "IOMMU_OPTION", size_of::<Opt>(), 24, option),
         op(nr::VFIO_IOAS, "IOMMU_VFIO_IOAS", size_of::<VfioIoas>(), 12, vfio_ioas),
-        op(nr::HWPT_ALLOC, "IOMMU_HWPT_ALLOC", size_of::<HwptAlloc>(), 24, hwpt_alloc),
+        op(nr::HWPT_ALLOC, "IOMMU_HWPT_ALLOC", size_of::<HwptAlloc>(), 24, objects::hwpt_alloc),
+        op(nr::GET_HW_INFO, "IOMMU_GET_HW_INFO", size_of::<HwInfo>(), 32, objects::get_hw_info),
+        op(
+            nr::HWPT_SET_DIRTY_TRACKING,
+            "IOMMU_HWPT_SET_DIRTY_TRACKING",
+            size_of::<SetDirtyTracking>(),
+            16,
+            objects::set_dirty_tracking,
+        ),
+        op(
+            nr::HWPT_GET_DIRTY_BITMAP,
+            "IOMMU_HWPT_GET_DIRTY_BITMAP",
+            size_of::<GetDirtyBitmap>(),
+            48,
+            objects::get_dirty_bitmap,
+        ),
+        op(nr::HWPT_INVALIDATE, "IOMMU_HWPT_INVALIDATE", size_of::<Invalidate>(), 32, objects::invalidate),
+        returning(op(
+            nr::FAULT_QUEUE_ALLOC,
+            "IOMMU_FAULT_QUEUE_ALLOC",
+            size_of::<FaultAlloc>(),
+            16,
+            objects::fault_queue_alloc,
+        )),
+        op(nr::VIOMMU_ALLOC, "IOMMU_VIOMMU_ALLOC", size_of::<ViommuAlloc>(), 24, objects::viommu_alloc),
+        op(nr::VDEVICE_ALLOC, "IOMMU_VDEVICE_ALLOC", size_of::<VdeviceAlloc>(), 24, objects::vdevice_alloc),
+        returning(op(nr::VEVENTQ_ALLOC, "IOMMU_VEVENTQ_ALLOC", size_of::<VeventqAlloc>(), 28, objects::veventq_alloc)),
+        op(nr::HW_QUEUE_ALLOC, "IOMMU_HW_QUEUE_ALLOC", size_of::<HwQueueAlloc>(), 40, objects::hw_queue_alloc),
+        op(
+            nr::IOAS_NOIOMMU_GET_PA,
+            "IOMMU_IOAS_NOIOMMU_GET_PA",
+            size_of::<NoiommuGetPa>(),
+            40,
+            objects::noiommu_get_pa,
+        ),
     ],
 );
 
@@ -68,7 +108,7 @@ fn size_is_readable(_: &Arc<Context>, caller: &dyn ClientCall, cmd: u32, arg: u6
     Ok(())
 }
 
-fn none_of(field: &'static str, bits: impl Into<u64>) -> Result<(), OpError> {
+pub(super) fn none_of(field: &'static str, bits: impl Into<u64>) -> Result<(), OpError> {
     match bits.into() {
         0 => Ok(()),
         value => Err(OpError::Unsupported { field, value }),
@@ -76,7 +116,7 @@ fn none_of(field: &'static str, bits: impl Into<u64>) -> Result<(), OpError> {
 }
 
 /// Linux keeps ULONG_MAX out of IOVAs and lengths, whatever the other field says.
-fn below_the_last(field: &'static str, value: u64) -> Result<(), OpError> {
+pub(super) fn below_the_last(field: &'static str, value: u64) -> Result<(), OpError> {
     if value == u64::MAX { Err(OpError::Overflow { field, value }) } else { Ok(()) }
 }
 
@@ -311,15 +351,4 @@ fn vfio_ioas(call: &Call<'_, Arc<Context>>) -> OpResult {
         op => return Err(OpError::Unsupported { field: "op", value: op.into() }),
     }
     DONE
-}
-
-/// A page table of one's own for a bound device. A device gets an id of an iommufd by VFIO_DEVICE_BIND_IOMMUFD; as
-/// long as nothing answers that, no id names one.
-fn hwpt_alloc(call: &Call<'_, Arc<Context>>) -> OpResult {
-    let cmd: HwptAlloc = call.get();
-    none_of("reserved", cmd.reserved)?;
-    if (cmd.data_type == 0) != (cmd.data_len == 0) {
-        return Err(OpError::Invalid { field: "data_len", value: cmd.data_len.into() });
-    }
-    Err(OpError::NoObject { kind: "device", id: cmd.dev_id })
 }

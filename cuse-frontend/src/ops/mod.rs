@@ -20,6 +20,7 @@ pub(crate) mod container;
 pub(crate) mod device;
 pub(crate) mod group;
 pub(crate) mod iommufd;
+mod objects;
 #[cfg(test)]
 mod tests;
 

@@ -70,7 +70,168 @@ pub mod vfio_ioas_op {
     pub const CLEAR: u16 = 2;
 }
 
+/// `flags` of [`HwInfo`].
+pub mod hw_info_flags {
+    /// IOMMU_HW_INFO_FLAG_INPUT_TYPE: `data_type` says what is wanted.
+    pub const INPUT_TYPE: u32 = 1;
+}
+
+/// `out_capabilities` of [`HwInfo`].
+pub mod hw_caps {
+    /// IOMMU_HW_CAP_DIRTY_TRACKING.
+    pub const DIRTY_TRACKING: u64 = 1;
+    /// IOMMU_HW_CAP_PCI_PASID_EXEC.
+    pub const PASID_EXEC: u64 = 2;
+    /// IOMMU_HW_CAP_PCI_PASID_PRIV.
+    pub const PASID_PRIV: u64 = 4;
+    /// IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED.
+    pub const ATS_NOT_SUPPORTED: u64 = 8;
+}
+
+/// `flags` of [`SetDirtyTracking`] and [`GetDirtyBitmap`].
+pub mod dirty_flags {
+    /// IOMMU_HWPT_DIRTY_TRACKING_ENABLE.
+    pub const ENABLE: u32 = 1;
+    /// IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR.
+    pub const NO_CLEAR: u32 = 1;
+}
+
+/// `flags` of [`EventHeader`].
+pub mod event_flags {
+    /// IOMMU_VEVENTQ_FLAG_LOST_EVENTS.
+    pub const LOST_EVENTS: u32 = 1;
+}
+
+/// `code` of [`PageResponse`].
+pub mod response_code {
+    /// IOMMUFD_PAGE_RESP_SUCCESS.
+    pub const SUCCESS: u32 = 0;
+    /// IOMMUFD_PAGE_RESP_INVALID.
+    pub const INVALID: u32 = 1;
+}
+
 wire! {
+    /// IOMMU_GET_HW_INFO.
+    HwInfo: 40 {
+        0 size: u32,
+        4 flags: u32,
+        8 dev_id: u32,
+        12 data_len: u32,
+        16 data_uptr: u64,
+        24 data_type: u32,
+        28 out_max_pasid_log2: u8,
+        29 reserved: [u8; 3],
+        32 out_capabilities: u64,
+    }
+    /// IOMMU_HWPT_SET_DIRTY_TRACKING.
+    SetDirtyTracking: 16 {
+        0 size: u32,
+        4 flags: u32,
+        8 hwpt_id: u32,
+        12 reserved: u32,
+    }
+    /// IOMMU_HWPT_GET_DIRTY_BITMAP.
+    GetDirtyBitmap: 48 {
+        0 size: u32,
+        4 hwpt_id: u32,
+        8 flags: u32,
+        12 reserved: u32,
+        16 iova: u64,
+        24 length: u64,
+        32 page_size: u64,
+        40 data: u64,
+    }
+    /// IOMMU_HWPT_INVALIDATE.
+    Invalidate: 32 {
+        0 size: u32,
+        4 hwpt_id: u32,
+        8 data_uptr: u64,
+        16 data_type: u32,
+        20 entry_len: u32,
+        24 entry_num: u32,
+        28 reserved: u32,
+    }
+    /// IOMMU_FAULT_QUEUE_ALLOC.
+    FaultAlloc: 16 {
+        0 size: u32,
+        4 flags: u32,
+        8 out_fault_id: u32,
+        12 out_fault_fd: u32,
+    }
+    /// A record of a fault queue.
+    PageFault: 40 {
+        0 flags: u32,
+        4 dev_id: u32,
+        8 pasid: u32,
+        12 grpid: u32,
+        16 perm: u32,
+        20 reserved: u32,
+        24 addr: u64,
+        32 length: u32,
+        36 cookie: u32,
+    }
+    /// What a client writes to a fault queue.
+    PageResponse: 8 {
+        0 cookie: u32,
+        4 code: u32,
+    }
+    /// IOMMU_VIOMMU_ALLOC.
+    ViommuAlloc: 40 {
+        0 size: u32,
+        4 flags: u32,
+        8 kind: u32,
+        12 dev_id: u32,
+        16 hwpt_id: u32,
+        20 out_viommu_id: u32,
+        24 data_len: u32,
+        28 reserved: u32,
+        32 data_uptr: u64,
+    }
+    /// IOMMU_VDEVICE_ALLOC.
+    VdeviceAlloc: 24 {
+        0 size: u32,
+        4 viommu_id: u32,
+        8 dev_id: u32,
+        12 out_vdevice_id: u32,
+        16 virt_id: u64,
+    }
+    /// IOMMU_VEVENTQ_ALLOC.
+    VeventqAlloc: 32 {
+        0 size: u32,
+        4 flags: u32,
+        8 viommu_id: u32,
+        12 kind: u32,
+        16 veventq_depth: u32,
+        20 out_veventq_id: u32,
+        24 out_veventq_fd: u32,
+        28 reserved: u32,
+    }
+    /// What each event of an event queue begins with.
+    EventHeader: 8 {
+        0 flags: u32,
+        4 sequence: u32,
+    }
+    /// IOMMU_HW_QUEUE_ALLOC.
+    HwQueueAlloc: 40 {
+        0 size: u32,
+        4 flags: u32,
+        8 viommu_id: u32,
+        12 kind: u32,
+        16 index: u32,
+        20 out_hw_queue_id: u32,
+        24 nesting_parent_iova: u64,
+        32 length: u64,
+    }
+    /// IOMMU_IOAS_NOIOMMU_GET_PA.
+    NoiommuGetPa: 40 {
+        0 size: u32,
+        4 flags: u32,
+        8 ioas_id: u32,
+        12 reserved: u32,
+        16 iova: u64,
+        24 length: u64,
+        32 out_phys: u64,
+    }
     /// IOMMU_DESTROY.
     Destroy: 8 {
         0 size: u32,
