@@ -21,7 +21,6 @@ use ioas::{Interrupt, Ioas, IovaRange};
 use parking_lot::{Mutex, RwLock};
 
 use crate::error::VfioError;
-use crate::flavour::Flavour;
 use crate::group::Group;
 use crate::type1::{Type1, Version};
 use crate::vfio::Vfio;
@@ -125,7 +124,7 @@ pub struct BitmapRequest {
 /// VFIO_IOMMU_UNMAP_DMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UnmapDma {
-    /// Checked by [`Container::unmap_flags`].
+    /// Checked by [`Flavour::unmap_flags`](crate::Flavour::unmap_flags).
     pub flags: UnmapFlags,
     /// First IOVA; 0 with ALL.
     pub iova: u64,
@@ -175,8 +174,6 @@ enum Driver {
 /// An open of `/dev/vfio/vfio`.
 pub struct Container {
     vfio: Arc<Vfio>,
-    /// Immutable.
-    flavour: Flavour,
     members: Mutex<Members>,
     iommu: RwLock<Driver>,
 }
@@ -191,14 +188,8 @@ struct Members {
 impl Container {
     /// A container without groups.
     #[must_use]
-    pub fn new(vfio: &Arc<Vfio>, flavour: Flavour) -> Arc<Self> {
-        Arc::new(Self { vfio: Arc::clone(vfio), flavour, members: Mutex::default(), iommu: RwLock::new(Driver::Unset) })
-    }
-
-    /// The flavour it was opened with.
-    #[must_use]
-    pub fn flavour(&self) -> Flavour {
-        self.flavour
+    pub fn new(vfio: &Arc<Vfio>) -> Arc<Self> {
+        Arc::new(Self { vfio: Arc::clone(vfio), members: Mutex::default(), iommu: RwLock::new(Driver::Unset) })
     }
 
     /// VFIO_CHECK_EXTENSION: 1 for what the container can do or become, else 0. The number is the whole ioctl
@@ -237,11 +228,7 @@ impl Container {
         let number = u32::try_from(number.into()).unwrap_or(u32::MAX);
         let members = self.members.lock();
         if members.groups.is_empty() {
-            return Err(if self.flavour.answers().unset_is_einval {
-                VfioError::NoGroup
-            } else {
-                VfioError::NoCompatIoas
-            });
+            return Err(VfioError::NoGroup);
         }
         if !matches!(*self.iommu.read(), Driver::Unset) {
             return Err(VfioError::IommuAlreadySet);
@@ -252,15 +239,14 @@ impl Container {
             (extension::TYPE1, false) => self.new_type1(&members, Version::V1)?,
             (extension::TYPE1V2, false) => self.new_type1(&members, Version::V2)?,
             (extension::UNMAP_ALL, false) => return Err(VfioError::NotAnIommuType(number)),
-            _ if self.flavour.answers().unknown_iommu_is_enodev => return Err(VfioError::NoSuchIommu(number)),
-            _ => return Err(VfioError::NotAnIommuType(number)),
+            _ => return Err(VfioError::NoSuchIommu(number)),
         };
         *self.iommu.write() = iommu;
         Ok(())
     }
 
     fn new_type1(&self, members: &Members, version: Version) -> Result<Driver, VfioError> {
-        let type1 = Type1::new(self.vfio.options(), self.flavour.answers(), version);
+        let type1 = Type1::new(self.vfio.options(), version);
         for (attached, group) in members.groups.iter().enumerate() {
             if let Err(error) = type1.attach(group.hwpt()) {
                 members.groups[..attached].iter().rev().for_each(|group| type1.detach(group.hwpt()));
@@ -275,9 +261,6 @@ impl Container {
     /// # Errors
     /// [`VfioError::NoIommu`], [`VfioError::NotSupported`], [`VfioError::DirtyPagesOnV1`].
     pub fn ready(&self, op: ContainerOp) -> Result<(), VfioError> {
-        if op == ContainerOp::DirtyPages && !self.flavour.answers().dirty_pages {
-            return Err(VfioError::NotSupported("VFIO_IOMMU_DIRTY_PAGES"));
-        }
         let type1 = self.type1()?;
         match op {
             ContainerOp::GetInfo | ContainerOp::MapDma | ContainerOp::UnmapDma => Ok(()),
@@ -302,21 +285,6 @@ impl Container {
     /// Nothing has changed.
     pub fn map_dma(&self, caller: &dyn Caller, interrupt: &dyn Interrupt, request: &MapDma) -> Result<(), VfioError> {
         self.type1()?.map(caller, interrupt, request)
-    }
-
-    /// The flags of VFIO_IOMMU_UNMAP_DMA, which say whether a bitmap follows.
-    ///
-    /// # Errors
-    /// [`VfioError::BadFlags`].
-    pub fn unmap_flags(&self, flags: u32) -> Result<UnmapFlags, VfioError> {
-        let answers = self.flavour.answers();
-        let known = UnmapFlags::ALL.bits()
-            | if answers.update_vaddr { UnmapFlags::VADDR.bits() } else { 0 }
-            | if answers.dirty_pages { UnmapFlags::GET_DIRTY_BITMAP.bits() } else { 0 };
-        let checked = UnmapFlags::from_bits_retain(flags);
-        let excluded = checked.contains(UnmapFlags::GET_DIRTY_BITMAP)
-            && checked.intersects(UnmapFlags::ALL.union(UnmapFlags::VADDR));
-        if flags & !known != 0 || excluded { Err(VfioError::BadFlags { flags, known }) } else { Ok(checked) }
     }
 
     /// VFIO_IOMMU_UNMAP_DMA. Returns the bytes of the mappings that went, or lost their user address. Waits until no
@@ -378,8 +346,7 @@ impl Container {
         match &*self.iommu.read() {
             Driver::Type1(type1) => Ok(Arc::clone(type1)),
             Driver::NoIommu => Err(VfioError::NotSupported("this ioctl of a noiommu container")),
-            Driver::Unset if self.flavour.answers().unset_is_einval => Err(VfioError::NoIommu),
-            Driver::Unset => Err(VfioError::NoCompatIoas),
+            Driver::Unset => Err(VfioError::NoIommu),
         }
     }
 

@@ -20,6 +20,7 @@ use crate::device::{Bdf, Region, RegionSpec};
 use crate::dma_log::{LogReport, MAX_LOG_RANGES};
 use crate::error::VfioError;
 use crate::group::{Group, GroupFile};
+use crate::iommufd::{Bound, Iommufd};
 use crate::irqs::{IrqData, IrqDataKind, IrqIndex, IrqInfo, IrqSetHeader};
 use crate::pci::{self, COMMAND, Command};
 use crate::vfio_device::VfioDevice;
@@ -60,10 +61,23 @@ pub struct RegionInfo {
 /// A device that a hot reset resets (`struct vfio_pci_dependent_device`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DependentDevice {
-    /// Its group's number.
-    pub group: u32,
+    /// What it is called.
+    pub name: DependentName,
     /// Its PCI address.
     pub bdf: Bdf,
+}
+
+/// How a hot reset calls a device: by its group, or, for who opened a device through its own node, by its id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DependentName {
+    /// Its group's number.
+    Group(u32),
+    /// Its id in the same iommufd.
+    Device(u32),
+    /// It has no id there, but that iommufd rules its group (VFIO_PCI_DEVID_OWNED).
+    Owned,
+    /// Somebody else may use it (VFIO_PCI_DEVID_NOT_OWNED).
+    NotOwned,
 }
 
 /// What is to be done for VFIO_DEVICE_FEATURE after its checks.
@@ -94,8 +108,15 @@ mod feature {
 /// An open of a device. Dropping it is the close.
 pub struct DeviceFile {
     device: Arc<VfioDevice>,
-    /// Kept open: Linux's device file holds its group's file.
-    group: Arc<GroupFile>,
+    way: Way,
+}
+
+/// How a device was opened.
+enum Way {
+    /// Through its group, whose file is kept open: Linux's device file holds it.
+    Group(Arc<GroupFile>),
+    /// Through its own node.
+    Cdev(Arc<Group>),
 }
 
 impl DeviceFile {
@@ -105,7 +126,54 @@ impl DeviceFile {
         device: Arc<VfioDevice>,
     ) -> Result<Arc<Self>, VfioError> {
         device.open(caller, group.group())?;
-        Ok(Arc::new(Self { device, group }))
+        Ok(Arc::new(Self { device, way: Way::Group(group) }))
+    }
+
+    pub(crate) fn open_bound(
+        device: Arc<VfioDevice>,
+        group: Arc<Group>,
+        iommufd: &Arc<dyn Iommufd>,
+    ) -> Result<Arc<Self>, VfioError> {
+        device.open_bound(&group, &**iommufd)?;
+        Ok(Arc::new(Self { device, way: Way::Cdev(group) }))
+    }
+
+    /// It was opened through its own node.
+    #[must_use]
+    pub fn is_cdev(&self) -> bool {
+        matches!(self.way, Way::Cdev(_))
+    }
+
+    /// The id that the device has in the iommufd that rules it, if one does.
+    #[must_use]
+    pub fn bound_id(&self) -> Option<u32> {
+        self.device.with_bound(Bound::id)
+    }
+
+    /// VFIO_DEVICE_ATTACH_IOMMUFD_PT: attaches the device, or a PASID of it (0 is none), to an IOAS or page table, or
+    /// moves it there. Returns the page table's id.
+    ///
+    /// # Errors
+    /// [`VfioError::NotSupported`] for a file that was opened through its group, and what the iommufd finds; nothing
+    /// has changed.
+    #[doc(alias = "vfio_iommufd_physical_attach_ioas")]
+    pub fn attach(&self, pasid: u32, id: u32) -> Result<u32, VfioError> {
+        self.with_cdev(|bound| bound.attach(pasid, id))?
+    }
+
+    /// VFIO_DEVICE_DETACH_IOMMUFD_PT. When it returns, none of that DMA lands any more. Detaching what is not attached
+    /// is nothing.
+    ///
+    /// # Errors
+    /// [`VfioError::NotSupported`] for a file that was opened through its group.
+    #[doc(alias = "vfio_iommufd_physical_detach_ioas")]
+    pub fn detach(&self, pasid: u32) -> Result<(), VfioError> {
+        self.with_cdev(|bound| bound.detach(pasid))
+    }
+
+    fn with_cdev<R>(&self, act: impl FnOnce(&Bound) -> R) -> Result<R, VfioError> {
+        let refused = VfioError::NotSupported("attaching a device that was opened through its group");
+        if self.is_cdev() { self.device.with_bound(act).ok_or(refused) } else { Err(refused) }
     }
 
     /// The device.
@@ -214,7 +282,16 @@ impl DeviceFile {
     /// # Errors
     /// [`VfioError::NoHotReset`] on bus 0, the root bus.
     pub fn hot_reset_info(&self) -> Result<Vec<DependentDevice>, VfioError> {
-        Ok(self.hot_reset_set()?.iter().map(|d| DependentDevice { group: d.group_id(), bdf: d.bdf() }).collect())
+        let iommufd = if self.is_cdev() { self.device.with_bound(Bound::iommufd) } else { None };
+        let name = |device: &VfioDevice| match iommufd {
+            None => DependentName::Group(device.group_id()),
+            Some(iommufd) => match device.with_bound(|bound| (bound.iommufd(), bound.id())) {
+                Some((owner, id)) if owner == iommufd => DependentName::Device(id),
+                _ if device.group().is_some_and(|group| group.is_owned_by(iommufd)) => DependentName::Owned,
+                _ => DependentName::NotOwned,
+            },
+        };
+        Ok(self.hot_reset_set()?.iter().map(|d| DependentDevice { name: name(d), bdf: d.bdf() }).collect())
     }
 
     fn hot_reset_set(&self) -> Result<Vec<Arc<VfioDevice>>, VfioError> {
@@ -227,21 +304,26 @@ impl DeviceFile {
     /// # Errors
     /// [`VfioError::NoHotReset`], [`VfioError::HotResetCount`].
     pub fn check_hot_reset(&self, groups: usize) -> Result<(), VfioError> {
-        if groups == 0 {
+        if (groups == 0) != self.is_cdev() {
             return Err(VfioError::HotResetCount { devices: 0, groups });
         }
         let devices = self.hot_reset_set()?.len();
         if groups > devices { Err(VfioError::HotResetCount { devices, groups }) } else { Ok(()) }
     }
 
-    /// VFIO_DEVICE_PCI_HOT_RESET: resets every device on the bus, if the caller has shown the group of each.
+    /// VFIO_DEVICE_PCI_HOT_RESET: resets every device on the bus, if the caller has shown the group of each, or, for a
+    /// device opened through its own node, if the same iommufd rules the groups of all.
     ///
     /// # Errors
     /// As [`Self::check_hot_reset`], and [`VfioError::HotResetGroups`]. Nothing has been reset.
     pub fn hot_reset(&self, groups: &[Arc<GroupFile>]) -> Result<(), VfioError> {
         self.check_hot_reset(groups.len())?;
         let devices = self.hot_reset_set()?;
+        let iommufd = self.device.with_bound(Bound::iommufd);
         let owned = |device: &Arc<VfioDevice>| {
+            if self.is_cdev() {
+                return iommufd.is_some_and(|id| device.group().is_some_and(|group| group.is_owned_by(id)));
+            }
             groups.iter().any(|file| file.group().devices().iter().any(|other| Arc::ptr_eq(other, device)))
         };
         if let Some(missing) = devices.iter().find(|device| !owned(device)) {
@@ -398,7 +480,10 @@ impl DeviceFile {
     }
 
     fn group(&self) -> &Arc<Group> {
-        self.group.group()
+        match &self.way {
+            Way::Group(file) => file.group(),
+            Way::Cdev(group) => group,
+        }
     }
 }
 

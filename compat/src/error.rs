@@ -145,6 +145,32 @@ pub enum VfioError {
     /// The group's file is open already.
     #[error("group {0} is open already")]
     GroupOpen(u32),
+    /// A device of the group is bound to an iommufd through its own node.
+    #[error("a device of group {0} is open through its own node")]
+    GroupBlocked(u32),
+    /// Another iommufd rules the group's DMA.
+    #[error("another iommufd owns group {0}")]
+    ForeignOwner(u32),
+    /// The device is open already, and through its own node it opens once.
+    #[error("device {0} is open already")]
+    DeviceOpen(Bdf),
+    /// The device's file is bound to an iommufd already.
+    #[error("the device's file is bound to an iommufd already")]
+    AlreadyBound,
+    /// The device's file is not bound to an iommufd yet.
+    #[error("the device's file is not bound to an iommufd: VFIO_DEVICE_BIND_IOMMUFD comes first")]
+    NotBound,
+    /// A token for a device that is neither a virtual function nor has any.
+    #[error("device {0} takes no VF token")]
+    UnwantedToken(Bdf),
+    /// The iommufd refused.
+    #[error("{reason}")]
+    Iommufd {
+        /// Its errno, positive.
+        errno: i32,
+        /// Its reason.
+        reason: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// There is no such group, or it has no devices any more.
     #[error("there is no group {0}")]
     NoSuchGroup(u32),
@@ -295,6 +321,14 @@ pub enum VfioError {
     #[error("group {0} has devices with and without an IOMMU")]
     MixedGroup(u32),
 
+    /// An unmap of the iommufd flavour stopped at an area that refused; those before it are gone.
+    #[error("{bytes:#x} bytes were unmapped, then: {reason}")]
+    PartlyUnmapped {
+        /// Bytes of the areas that are gone.
+        bytes: u64,
+        /// Why it stopped.
+        reason: IoasError,
+    },
     /// The address space refused.
     #[error(transparent)]
     Ioas(#[from] IoasError),
@@ -341,6 +375,10 @@ impl VfioError {
             | Self::BadFeature { .. }
             | Self::BadLogRange { .. }
             | Self::LoggingState { .. }
+            | Self::DeviceOpen(_)
+            | Self::AlreadyBound
+            | Self::NotBound
+            | Self::UnwantedToken(_)
             | Self::MixedGroup(_) => EINVAL,
             Self::NoCompatIoas
             | Self::NoSuchIommu(_)
@@ -349,12 +387,17 @@ impl VfioError {
             | Self::NoHotReset(_) => ENODEV,
             Self::NotSupported(_) | Self::NoIrqAction { .. } => ENOTTY,
             Self::DirtyPagesOnV1 => EACCES,
-            Self::NeedsRawio | Self::MixedNoIommu => EPERM,
+            Self::NeedsRawio | Self::MixedNoIommu | Self::ForeignOwner(_) => EPERM,
             Self::Overflow { .. } => EOVERFLOW,
             Self::Exists { .. } | Self::DeviceExists(_) => EEXIST,
             Self::NoEntry { .. } => ENOSPC,
             Self::NotMapped(_) => ENOENT,
-            Self::VaddrInvalid(_) | Self::GroupOpen(_) | Self::DevicesOpen { .. } | Self::UnmaskSet => EBUSY,
+            Self::VaddrInvalid(_)
+            | Self::GroupOpen(_)
+            | Self::GroupBlocked(_)
+            | Self::DevicesOpen { .. }
+            | Self::UnmaskSet => EBUSY,
+            Self::Iommufd { errno, .. } => *errno,
             Self::Interrupted => EINTR,
             Self::OutsideConfig(_) => EFAULT,
             Self::MemoryDisabled | Self::DeviceFailed => EIO,
@@ -363,7 +406,7 @@ impl VfioError {
             Self::NotAContainer => EBADFD,
             Self::TooManyRanges(_) => E2BIG,
             Self::NoResources(_) => ENOMEM,
-            Self::Ioas(error) => error.errno(),
+            Self::Ioas(error) | Self::PartlyUnmapped { reason: error, .. } => error.errno(),
             Self::NoDomain(AttachError::Ioas(IoasError::InUse { .. })) => EINVAL,
             Self::NoDomain(error) | Self::Attach(error) => error.errno(),
             Self::Memory(MemoryError::Fault(_) | MemoryError::Gone | MemoryError::Denied) => EFAULT,

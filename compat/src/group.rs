@@ -21,6 +21,7 @@ use crate::container::Container;
 use crate::device::Bdf;
 use crate::device_file::DeviceFile;
 use crate::error::VfioError;
+use crate::iommufd::{Bound, Iommufd};
 use crate::vfio_device::VfioDevice;
 
 /// A group of devices.
@@ -39,8 +40,14 @@ pub struct Group {
 struct State {
     open: bool,
     container: Option<Arc<Container>>,
-    /// How many of its devices are open.
+    /// The iommufd that is its container, instead of one.
+    iommufd: Option<Arc<dyn Iommufd>>,
+    /// How many of its devices are open through its container.
     users: u32,
+    /// How many of its devices are bound through their own nodes, or about to be.
+    blocks: u32,
+    /// Which iommufd rules its DMA, and how many of its devices are bound there.
+    owner: Option<(u64, u32)>,
 }
 
 /// The answer to VFIO_GROUP_GET_STATUS.
@@ -104,10 +111,13 @@ impl Group {
         }
     }
 
-    /// A device of the group is opened for the first time: its group needs a container with an IOMMU (Linux
-    /// `vfio_group_use_container`).
-    pub(crate) fn begin_use(&self, caller: &dyn Caller) -> Result<(), VfioError> {
+    /// A device of the group is opened for the first time: its group needs a container with an IOMMU, or an iommufd,
+    /// to which the device is then bound and attached (Linux `vfio_df_group_open`).
+    pub(crate) fn begin_use(&self, caller: &dyn Caller, device: &VfioDevice) -> Result<Option<Bound>, VfioError> {
         let mut state = self.state.lock();
+        if let Some(iommufd) = state.iommufd.clone() {
+            return self.begin_use_of(&mut state, caller, device, &*iommufd);
+        }
         let container = state.container.as_ref().ok_or(VfioError::ContainerNotSet(self.id))?;
         if !container.has_iommu() {
             return Err(VfioError::NoIommu);
@@ -116,16 +126,88 @@ impl Group {
             return Err(VfioError::NeedsRawio);
         }
         state.users += 1;
+        Ok(None)
+    }
+
+    fn begin_use_of(
+        &self,
+        state: &mut State,
+        caller: &dyn Caller,
+        device: &VfioDevice,
+        iommufd: &dyn Iommufd,
+    ) -> Result<Option<Bound>, VfioError> {
+        if self.noiommu {
+            // A client that had an IOAS made expects that there is translation.
+            let refused = !caller.capable(Capability::SysRawio) || iommufd.compat_ioas().is_some();
+            return if refused { Err(VfioError::NeedsRawio) } else { Ok(None) };
+        }
+        let bound = self.bind_to(state, device, iommufd)?;
+        let attached = iommufd.compat_ioas().ok_or(VfioError::NoCompatIoas).and_then(|ioas| bound.attach(0, ioas));
+        if let Err(error) = attached {
+            drop(bound);
+            state.disown();
+            return Err(error);
+        }
+        Ok(Some(bound))
+    }
+
+    /// The first file of a device of the group is opened through the device's node.
+    pub(crate) fn begin_bound_use(&self, device: &VfioDevice, iommufd: &dyn Iommufd) -> Result<Bound, VfioError> {
+        self.bind_to(&mut self.state.lock(), device, iommufd)
+    }
+
+    fn bind_to(&self, state: &mut State, device: &VfioDevice, iommufd: &dyn Iommufd) -> Result<Bound, VfioError> {
+        let devices = match state.owner {
+            Some((owner, _)) if owner != iommufd.id() => return Err(VfioError::ForeignOwner(self.id)),
+            Some((_, devices)) => devices,
+            None => 0,
+        };
+        let bound = Bound::new(iommufd, device.hwpt(), &self.hwpt)?;
+        state.owner = Some((iommufd.id(), devices + 1));
+        Ok(bound)
+    }
+
+    /// The last file of a device of the group has been closed; `bound` is what its opening had given.
+    pub(crate) fn end_use(&self, bound: Option<Bound>) {
+        let was_bound = bound.is_some();
+        drop(bound);
+        let mut state = self.state.lock();
+        if was_bound {
+            state.disown();
+        } else if state.container.is_some() {
+            state.users -= 1;
+        }
+    }
+
+    /// Whether an iommufd rules its DMA.
+    pub(crate) fn is_owned_by(&self, iommufd: u64) -> bool {
+        self.state.lock().owner.is_some_and(|(owner, _)| owner == iommufd)
+    }
+
+    /// Keeps the group's node from being opened.
+    pub(crate) fn block(&self) -> Result<(), VfioError> {
+        let mut state = self.state.lock();
+        if state.open {
+            return Err(VfioError::GroupOpen(self.id));
+        }
+        state.blocks += 1;
         Ok(())
     }
 
-    /// The last file of a device of the group has been closed.
-    pub(crate) fn end_use(&self) {
-        self.state.lock().users -= 1;
+    /// Undoes one [`Self::block`].
+    pub(crate) fn unblock(&self) {
+        self.state.lock().blocks -= 1;
+    }
+}
+
+impl State {
+    fn has_iommu(&self) -> bool {
+        self.container.is_some() || self.iommufd.is_some()
     }
 
-    fn has_container(&self) -> bool {
-        self.state.lock().container.is_some()
+    /// One device less is bound.
+    fn disown(&mut self) {
+        self.owner = self.owner.and_then(|(owner, devices)| (devices > 1).then(|| (owner, devices - 1)));
     }
 }
 
@@ -138,6 +220,9 @@ impl GroupFile {
         }
         if group.noiommu && !caller.capable(Capability::SysRawio) {
             return Err(VfioError::NeedsRawio);
+        }
+        if state.blocks != 0 {
+            return Err(VfioError::GroupBlocked(group.id));
         }
         if state.open {
             return Err(VfioError::GroupOpen(group.id));
@@ -153,10 +238,13 @@ impl GroupFile {
         &self.group
     }
 
-    /// VFIO_GROUP_GET_STATUS. Nobody else claims our devices, so a group is always viable.
+    /// VFIO_GROUP_GET_STATUS. A group without a container is viable unless a device that was opened before is ruled by
+    /// an iommufd still.
     #[must_use]
     pub fn status(&self) -> GroupStatus {
-        GroupStatus { viable: true, container_set: self.group.has_container() }
+        let state = self.group.state.lock();
+        let container_set = state.has_iommu();
+        GroupStatus { viable: container_set || state.owner.is_none(), container_set }
     }
 
     /// VFIO_GROUP_SET_CONTAINER with a descriptor that stands for `container`, or for nothing that can be one.
@@ -166,30 +254,50 @@ impl GroupFile {
     /// [`VfioError::MixedNoIommu`], and what attaching to the container's IOMMU meets. Nothing has changed.
     pub fn set_container(&self, caller: &dyn Caller, container: Option<&Arc<Container>>) -> Result<(), VfioError> {
         let mut state = self.group.state.lock();
-        if state.container.is_some() {
+        if state.has_iommu() {
             return Err(VfioError::ContainerSet(self.group.id));
         }
         let container = container.ok_or(VfioError::NotAContainer)?;
+        if state.owner.is_some() {
+            return Err(VfioError::ForeignOwner(self.group.id));
+        }
         container.join(caller, &self.group)?;
         state.container = Some(Arc::clone(container));
         Ok(())
     }
 
-    /// VFIO_GROUP_UNSET_CONTAINER.
+    /// VFIO_GROUP_SET_CONTAINER with a descriptor that stands for an iommufd.
+    ///
+    /// # Errors
+    /// [`VfioError::ContainerSet`], and what the iommufd finds. Nothing has changed.
+    pub fn set_iommufd(&self, iommufd: Arc<dyn Iommufd>) -> Result<(), VfioError> {
+        let mut state = self.group.state.lock();
+        if state.has_iommu() {
+            return Err(VfioError::ContainerSet(self.group.id));
+        }
+        if self.group.noiommu { iommufd.set_noiommu() } else { iommufd.create_compat_ioas() }?;
+        state.iommufd = Some(iommufd);
+        Ok(())
+    }
+
+    /// VFIO_GROUP_UNSET_CONTAINER. Devices that an iommufd rules stay open, and stay ruled.
     ///
     /// # Errors
     /// [`VfioError::ContainerNotSet`], [`VfioError::DevicesOpen`].
     pub fn unset_container(&self) -> Result<(), VfioError> {
         let mut state = self.group.state.lock();
-        if state.container.is_none() {
+        if !state.has_iommu() {
             return Err(VfioError::ContainerNotSet(self.group.id));
         }
+        let iommufd = state.iommufd.take();
         if state.users != 0 {
             return Err(VfioError::DevicesOpen { group: self.group.id, users: state.users });
         }
         if let Some(container) = state.container.take() {
             container.leave(&self.group);
         }
+        drop(state);
+        drop(iommufd);
         Ok(())
     }
 
@@ -221,7 +329,10 @@ impl Drop for GroupFile {
         if let Some(container) = state.container.take() {
             container.leave(&self.group);
         }
+        let iommufd = state.iommufd.take();
         state.open = false;
+        drop(state);
+        drop(iommufd);
     }
 }
 

@@ -9,6 +9,8 @@
 #![deny(unsafe_code)]
 
 mod bus;
+mod cdev;
+mod compat_ioas;
 mod container;
 pub mod device;
 mod device_file;
@@ -19,6 +21,7 @@ mod error;
 mod eventfd;
 mod flavour;
 mod group;
+mod iommufd;
 pub mod irqs;
 mod pci;
 #[cfg(test)]
@@ -28,15 +31,20 @@ mod vfio;
 mod vfio_device;
 mod watch;
 
+pub use cdev::{Bind, CdevFile};
+pub use compat_ioas::CompatIoas;
 pub use container::{
     API_VERSION, BitmapRequest, Container, ContainerInfo, ContainerOp, DirtyPages, DirtyPagesKind, InfoCapability,
     MapDma, UnmapDma, UnmapFlags, extension,
 };
-pub use device_file::{DependentDevice, DeviceFile, DeviceInfo, FeatureAction, REGION_SHIFT, RegionInfo};
+pub use device_file::{
+    DependentDevice, DependentName, DeviceFile, DeviceInfo, FeatureAction, REGION_SHIFT, RegionInfo,
+};
 pub use dma_log::{LogReport, MAX_LOG_RANGES};
 pub use error::VfioError;
 pub use eventfd::{EventFd, EventFdArg};
 pub use flavour::Flavour;
 pub use group::{Group, GroupFile, GroupStatus};
+pub use iommufd::{Binding, Iommufd};
 pub use vfio::{DMA_ENTRY_LIMIT, DeviceSpec, DirtyMode, Removal, Vfio, VfioOptions};
 pub use vfio_device::{DeviceSnapshot, VfioDevice};

@@ -12,7 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd as TestFd};
 use parking_lot::Mutex;
 
 use crate::device::{Bdf, Bus, DeviceModel, Irq, IrqCounts, PciIdentity, Region, RegionError, RegionSpec};
-use crate::{Container, DMA_ENTRY_LIMIT, DeviceSpec, DirtyMode, EventFd, Flavour, GroupFile, Vfio, VfioOptions};
+use crate::{Container, DMA_ENTRY_LIMIT, DeviceSpec, DirtyMode, EventFd, GroupFile, Vfio, VfioOptions};
 
 /// Where a client's memory begins.
 pub(crate) const MEMORY: u64 = 0x10_0000;
@@ -343,7 +343,7 @@ impl Machine {
     }
 
     pub(crate) fn container(&self) -> Arc<Container> {
-        Container::new(&self.vfio, Flavour::Native)
+        Container::new(&self.vfio)
     }
 
     pub(crate) fn group(&self, client: &Client, id: u32) -> Arc<GroupFile> {

@@ -29,7 +29,7 @@ use parking_lot::{Mutex, MutexGuard};
 use crate::container::{ContainerInfo, DirtyPages, InfoCapability, MapDma, UnmapDma, UnmapFlags, extension};
 use crate::dirty_set::DirtySet;
 use crate::error::VfioError;
-use crate::flavour::Answers;
+use crate::flavour::{Answers, Flavour, MapFlags};
 use crate::vfio::{DirtyMode, Options};
 
 mod dirty;
@@ -56,6 +56,7 @@ pub(crate) struct Type1 {
     dirty_mode: DirtyMode,
     /// How many mappings there may be.
     limit: u32,
+    payer: PayerMode,
     ioas: Arc<Ioas>,
     hwpts: Arc<HwptList>,
     state: Mutex<State>,
@@ -77,24 +78,24 @@ struct State {
     carried: DirtySet,
 }
 
-bitflags::bitflags! {
-    /// The flags of VFIO_IOMMU_MAP_DMA.
-    #[derive(Clone, Copy, PartialEq, Eq)]
-    struct MapFlags: u32 {
-        const READ = 1;
-        const WRITE = 2;
-        const VADDR = 4;
-    }
-}
-
 impl Type1 {
     /// An IOMMU without groups.
-    pub(crate) fn new(options: &Options, answers: &'static Answers, version: Version) -> Self {
+    pub(crate) fn new(options: &Options, version: Version) -> Self {
         let ioas = Ioas::new(Arc::clone(&options.store));
         let hwpts = HwptList::new(Arc::clone(&ioas));
         let limit = options.dma_entry_limit.load(std::sync::atomic::Ordering::Relaxed);
-        let dirty_mode = options.dirty;
-        Self { version, answers, dirty_mode, limit, ioas, hwpts, state: Mutex::default() }
+        let (answers, dirty_mode, payer) = (Flavour::Native.answers(), options.dirty, PayerMode::MemoryMap);
+        Self { version, answers, dirty_mode, limit, payer, ioas, hwpts, state: Mutex::default() }
+    }
+
+    /// The IOMMU that an iommufd emulates over an IOAS of its own, for one call: nothing of it is kept.
+    pub(crate) fn over(ioas: &Arc<Ioas>, hwpts: &Arc<HwptList>, payer: PayerMode) -> Self {
+        let version = if ioas.huge_pages() { Version::V2 } else { Version::V1 };
+        let (answers, dirty_mode) = (Flavour::Iommufd.answers(), DirtyMode::Exact);
+        let (ioas, hwpts) = (Arc::clone(ioas), Arc::clone(hwpts));
+        let this = Self { version, answers, dirty_mode, limit: u32::MAX, payer, ioas, hwpts, state: Mutex::default() };
+        this.state.lock().page_sizes = this.common_page_sizes();
+        this
     }
 
     pub(crate) fn version(&self) -> Version {
@@ -213,10 +214,13 @@ impl Type1 {
         interrupt: &dyn Interrupt,
         request: &MapDma,
     ) -> Result<(), VfioError> {
-        let flags = self.map_flags(request.flags)?;
+        let flags = self.answers.map_flags(request.flags)?;
+        let access = Access::from_bits_truncate(u8::try_from((flags - MapFlags::VADDR).bits()).unwrap_or(0));
+        if !self.answers.checks_ranges {
+            return Ok(self.ioas.map(caller, self.request(request, access)).map(drop)?);
+        }
         let (iova, user) = ranges_of(request)?;
         let set_vaddr = flags.contains(MapFlags::VADDR);
-        let access = Access::from_bits_truncate(u8::try_from((flags - MapFlags::VADDR).bits()).unwrap_or(0));
         if set_vaddr != access.is_empty() {
             return Err(VfioError::BadFlags { flags: request.flags, known: MapFlags::all().bits() });
         }
@@ -226,15 +230,20 @@ impl Type1 {
         match (set_vaddr, present) {
             (true, present) => self.set_vaddr(caller, &mut state, iova, user, present),
             (false, Some(present)) => Err(VfioError::Exists { wanted: iova, present: present.range }),
-            (false, None) => self.map_new(caller, &state, iova, user, access),
+            (false, None) => self.map_new(caller, &state, iova, self.request(request, access)),
         }
     }
 
-    fn map_flags(&self, flags: u32) -> Result<MapFlags, VfioError> {
-        let known = if self.answers.update_vaddr { MapFlags::all() } else { MapFlags::READ | MapFlags::WRITE };
-        MapFlags::from_bits(flags)
-            .filter(|flags| known.contains(*flags))
-            .ok_or(VfioError::BadFlags { flags, known: known.bits() })
+    fn request(&self, request: &MapDma, access: Access) -> MapRequest {
+        MapRequest {
+            source: Source::User(UserAddr(request.vaddr)),
+            length: request.size,
+            iova: IovaChoice::Fixed(Iova(request.iova)),
+            access,
+            payer: self.payer,
+            ipc_lock: self.answers.ipc_lock,
+            device_regions: self.answers.device_regions,
+        }
     }
 
     fn map_new(
@@ -242,28 +251,20 @@ impl Type1 {
         caller: &dyn Caller,
         state: &State,
         iova: IovaRange,
-        user: UserRange,
-        access: Access,
+        request: MapRequest,
     ) -> Result<(), VfioError> {
         if self.answers.counts_entries && self.entries_left() == 0 {
             return Err(VfioError::NoEntry { limit: self.limit });
         }
-        let length = iova.length().unwrap_or(u64::MAX);
         if state.tracking {
-            dirty::check_pages(iova, length / state.page_size())?;
+            dirty::check_pages(iova, request.length / state.page_size())?;
         }
-        let request = MapRequest {
-            source: Source::User(user.start()),
-            length,
-            iova: IovaChoice::Fixed(iova.start()),
-            access,
-            payer: PayerMode::MemoryMap,
-            ipc_lock: self.answers.ipc_lock,
-            device_regions: self.answers.device_regions,
-        };
-        let nothing_there = IoasError::Fault { address: user.start(), reason: MemoryError::Fault(user.start()).into() };
         match self.ioas.map(caller, request) {
-            Err(IoasError::Overflow { .. }) if self.answers.last_address_faults => Err(nothing_there.into()),
+            // Memory that ends with the last address is a hole like any other.
+            Err(IoasError::Overflow { start, .. }) => {
+                let address = UserAddr(start);
+                Err(IoasError::Fault { address, reason: MemoryError::Fault(address).into() }.into())
+            }
             other => other.map(drop).map_err(VfioError::from),
         }
     }
@@ -298,6 +299,9 @@ impl Type1 {
         interrupt: &dyn Interrupt,
         request: &UnmapDma,
     ) -> Result<u64, VfioError> {
+        if !self.answers.checks_ranges {
+            return self.unmap_unchecked(interrupt, request);
+        }
         if let Some(bitmap) = &request.bitmap {
             dirty::check_bitmap(bitmap, request.size)?;
         }
@@ -309,7 +313,7 @@ impl Type1 {
             return Err(VfioError::NotTracking);
         }
         let all = request.flags.contains(UnmapFlags::ALL);
-        let Some(range) = self.whole_mappings(range, all, interrupt)? else { return Ok(0) };
+        let Some(range) = self.whole_mappings(range, all)? else { return Ok(0) };
         if request.flags.contains(UnmapFlags::VADDR) {
             return self.invalidate_vaddr(&mut state, range);
         }
@@ -322,13 +326,8 @@ impl Type1 {
         }
     }
 
-    /// What an unmap of `range` takes: a range that cuts no mapping, or nothing. Cuts mappings where the flavour does.
-    fn whole_mappings(
-        &self,
-        range: IovaRange,
-        all: bool,
-        interrupt: &dyn Interrupt,
-    ) -> Result<Option<IovaRange>, VfioError> {
+    /// What an unmap of `range` takes: a range that cuts no mapping, or nothing.
+    fn whole_mappings(&self, range: IovaRange, all: bool) -> Result<Option<IovaRange>, VfioError> {
         if all {
             return Ok(Some(range));
         }
@@ -336,21 +335,53 @@ impl Type1 {
         let last = self.ioas.area_at(range.last()).filter(|area| area.range.last() > range.last());
         match (self.version, first, last) {
             (_, None, None) => Ok(Some(range)),
-            (Version::V1, first, last) if self.answers.v1_cuts => {
-                let cuts = [first.map(|_| range.start()), last.and_then(|_| range.last().checked_add(1))];
-                cuts.into_iter().flatten().try_for_each(|at| self.ioas.split(at))?;
-                Ok(Some(range))
-            }
             (Version::V1, Some(_), _) => Ok(None),
             (Version::V1, None, Some(last)) => Ok(IovaRange::from_bounds(range.start(), last.range.last()).ok()),
-            (Version::V2, first, last) if self.answers.checks_cuts_first => {
+            (Version::V2, first, last) => {
                 let present = first.or(last).map_or(range, |area| area.range);
                 Err(VfioError::Bisects { wanted: range, present })
             }
-            (Version::V2, ..) => {
-                self.ioas.start_unmap(range).finish_unless(interrupt)?;
-                Ok(None)
+        }
+    }
+
+    /// An unmap by the rules of the IOAS: Linux `iommufd_vfio_unmap_dma`.
+    fn unmap_unchecked(&self, interrupt: &dyn Interrupt, request: &UnmapDma) -> Result<u64, VfioError> {
+        let &UnmapDma { iova, size, flags, .. } = request;
+        let range = if flags.contains(UnmapFlags::ALL) {
+            if (iova, size) != (0, 0) {
+                return Err(VfioError::BadSize { iova: Iova(iova), size });
             }
+            IovaRange::everything()
+        } else {
+            if self.version == Version::V1 {
+                self.cut_behind(iova.wrapping_add(size).wrapping_sub(1))?;
+                iova.checked_sub(1).map_or(Ok(()), |before| self.cut_behind(before))?;
+            }
+            IovaRange::new(Iova(iova), size).map_err(|error| VfioError::PartlyUnmapped {
+                bytes: 0,
+                reason: match error {
+                    RangeError::Zero => IoasError::BadLength { length: size, alignment: 1 },
+                    RangeError::Overflow => IoasError::Overflow { start: iova, length: size },
+                },
+            })?
+        };
+        let leaving = self.ioas.start_unmap(range);
+        let bytes = leaving.bytes();
+        match leaving.finish_unless(interrupt) {
+            Err(IoasError::NotMapped(_)) => Ok(0),
+            Err(IoasError::Interrupted) => Err(VfioError::Interrupted),
+            Err(reason) => Err(VfioError::PartlyUnmapped { bytes, reason }),
+            Ok(bytes) => Ok(bytes),
+        }
+    }
+
+    /// Cuts the mapping of `last`, if there is one, so that it ends there. Linux leaves one alone that starts there.
+    fn cut_behind(&self, last: u64) -> Result<(), VfioError> {
+        match self.ioas.area_at(Iova(last)) {
+            Some(area) if area.range.start().0 != last && area.range.last().0 != last => {
+                Ok(self.ioas.split(Iova(last + 1))?)
+            }
+            _ => Ok(()),
         }
     }
 

@@ -180,7 +180,7 @@ impl Vfio {
         }
     }
 
-    fn group(&self, id: u32) -> Option<Arc<Group>> {
+    pub(crate) fn group(&self, id: u32) -> Option<Arc<Group>> {
         self.groups.read().get(&id).cloned()
     }
 

@@ -18,6 +18,7 @@ use crate::device::{Bdf, DeviceModel};
 use crate::dma_log::DmaLog;
 use crate::error::VfioError;
 use crate::group::Group;
+use crate::iommufd::{Bound, Iommufd};
 use crate::irqs::Irqs;
 use crate::pci::{self, MsixTable};
 use crate::vfio::{DeviceSpec, Vfio};
@@ -44,6 +45,8 @@ pub struct VfioDevice {
 #[derive(Default)]
 struct Opens {
     files: u32,
+    /// The iommufd that rules its DMA, if one does.
+    bound: Option<Bound>,
     /// The device is to go: it cannot be opened any more.
     withdrawn: bool,
 }
@@ -130,6 +133,11 @@ impl VfioDevice {
         }
     }
 
+    /// Its group, while it is in it.
+    pub(crate) fn group(&self) -> Option<Arc<Group>> {
+        self.vfio.upgrade()?.group(self.group_id)
+    }
+
     pub(crate) fn log(&self) -> &DmaLog {
         &self.log
     }
@@ -163,14 +171,40 @@ impl VfioDevice {
             return Err(VfioError::NoSuchDevice(self.bdf.to_string()));
         }
         if opens.files == 0 {
-            group.begin_use(caller)?;
-            let bus = DeviceBus { dma: self.hwpt.dma(), irqs: Arc::clone(&self.irqs), log: Arc::clone(&self.log) };
-            self.model.open(Arc::new(bus));
-            pci::enable(&*self.model);
-            self.open.store(true, Ordering::Release);
+            opens.bound = group.begin_use(caller, self)?;
+            self.start();
         }
         opens.files += 1;
         Ok(())
+    }
+
+    /// The only file of the device, for an iommufd (Linux `vfio_df_open`).
+    pub(crate) fn open_bound(&self, group: &Group, iommufd: &dyn Iommufd) -> Result<(), VfioError> {
+        let mut opens = self.opens.lock();
+        if opens.withdrawn {
+            return Err(VfioError::NoSuchDevice(self.bdf.to_string()));
+        }
+        if opens.files != 0 {
+            return Err(VfioError::DeviceOpen(self.bdf));
+        }
+        opens.bound = Some(group.begin_bound_use(self, iommufd)?);
+        self.start();
+        opens.files = 1;
+        Ok(())
+    }
+
+    /// Gives the model its bus. `opens` is held.
+    fn start(&self) {
+        let bus = DeviceBus { dma: self.hwpt.dma(), irqs: Arc::clone(&self.irqs), log: Arc::clone(&self.log) };
+        self.model.open(Arc::new(bus));
+        pci::enable(&*self.model);
+        self.open.store(true, Ordering::Release);
+    }
+
+    /// Calls `act` with what binds the device to an iommufd. A call that attaches waits for nobody but that iommufd's
+    /// clients.
+    pub(crate) fn with_bound<R>(&self, act: impl FnOnce(&Bound) -> R) -> Option<R> {
+        self.opens.lock().bound.as_ref().map(act)
     }
 
     /// One file less.
@@ -184,7 +218,7 @@ impl VfioDevice {
         self.irqs.close();
         self.log.stop();
         self.open.store(false, Ordering::Release);
-        group.end_use();
+        group.end_use(opens.bound.take());
         let withdrawn = opens.withdrawn;
         drop(opens);
         if let (true, Some(vfio)) = (withdrawn, self.vfio.upgrade()) {

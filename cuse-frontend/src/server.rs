@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use compat::device::{Bdf, DeviceModel};
-use compat::{Container, DeviceFile, DirtyMode, Flavour, Vfio, VfioOptions};
+use compat::{Container, DeviceFile, DirtyMode, Vfio, VfioOptions};
 use hwpt::{DmaFault, FaultSink};
 use ioas::{Accounting, Failures, PageStore};
 use parking_lot::{Mutex, RwLock};
@@ -183,7 +183,7 @@ impl Server {
     fn open_kind(&self, kind: NodeKind, caller: &dyn ClientCall) -> Result<File, OpError> {
         Ok(match kind {
             NodeKind::Iommufd => File::Iommufd(Arc::new(Context::new(Arc::clone(&self.store)))),
-            NodeKind::Container => File::Container(Container::new(&self.vfio, Flavour::Native)),
+            NodeKind::Container => File::Container(Container::new(&self.vfio)),
             NodeKind::Group(id) => File::Group(self.vfio.open_group(caller, id)?),
             NodeKind::Device(index) if self.devices().iter().any(|entry| entry.index == index) => File::UnboundDevice,
             NodeKind::Device(index) => return Err(OpError::NoDevice(index)),

@@ -153,6 +153,9 @@ pub enum IoasError {
     /// An area with pinned pages cannot be divided.
     #[error("pages of area {0} are pinned: it cannot be divided")]
     CannotSplit(IovaRange),
+    /// A page table does not take a mapping that can be neither read nor written.
+    #[error("area {0} can be neither read nor written by a device")]
+    NoDirection(IovaRange),
     /// An area was not mapped for what an access wants.
     #[error("area {range} was not mapped {needed:?}")]
     NotPermitted {
@@ -251,6 +254,7 @@ impl IoasError {
             | Self::PageTooLarge(_)
             | Self::AlreadyMapped
             | Self::Shut(_)
+            | Self::NoDirection(_)
             | Self::CannotSplit(_)
             | Self::AccessAttached
             | Self::NoPins

@@ -168,6 +168,9 @@ impl Ioas {
             let overflow = IoasError::Overflow { start: at.0, length: piece.length };
             let part = IovaRange::new(at, piece.length).map_err(|_| (done + 1, overflow))?;
             let offset = piece.pages.address(piece.at) & (PAGE_SIZE - 1);
+            if access.is_empty() {
+                return Err((done + 1, IoasError::NoDirection(part)));
+            }
             for entry in &tables.list {
                 let mapped = entry.table.map(part, &tables.runs, offset, access);
                 mapped.map_err(|full| (done + 1, full.into()))?;
@@ -440,6 +443,9 @@ impl Ioas {
                     filled.push(Release { pages: Arc::clone(&area.pages), slice });
                 }
                 None => area.pages.runs(slice, &mut runs),
+            }
+            if area.access.is_empty() {
+                return Err(IoasError::NoDirection(area.range(start)));
             }
             Ok(table.map(area.range(start), &runs, area.page_offset(), area.access)?)
         })

@@ -149,7 +149,10 @@ fn hot_reset_needs_the_groups_of_all_devices_on_the_bus() {
     machine.add("0000:00:03.0", 10, false, x86());
     let Opened { device, machine, client, container, group } = opened_on(machine);
     let info = device.hot_reset_info().expect("a bus below a bridge");
-    assert_eq!(info.iter().map(|d| (d.group, d.bdf.function)).collect::<Vec<_>>(), [(7, 0), (8, 1)]);
+    assert_eq!(
+        info.iter().map(|d| (d.name, d.bdf.function)).collect::<Vec<_>>(),
+        [(DependentName::Group(7), 0), (DependentName::Group(8), 1)]
+    );
     let (other, far) = (machine.group(&client, 8), machine.group(&client, 9));
     assert_eq!(errno(device.hot_reset(&[])), EINVAL);
     assert_eq!(errno(device.hot_reset(&[Arc::clone(&group)])), EINVAL);

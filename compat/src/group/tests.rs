@@ -7,7 +7,7 @@ use super::*;
 use crate::container::{ContainerOp, MapDma, extension};
 use crate::errno::{EACCES, EBADFD, EBUSY, EINVAL, ENODEV, ENOTTY, EPERM};
 use crate::testing::{Client, MEMORY, Machine, x86};
-use crate::{DirtyMode, Flavour, Removal};
+use crate::{DirtyMode, Removal};
 
 fn errno<T>(result: Result<T, VfioError>) -> i32 {
     result.err().map_or(0, |error| error.errno())
@@ -166,18 +166,6 @@ fn noiommu_group_needs_rawio_and_shares_with_its_like() {
     );
     drop((device, group));
     assert_eq!(errno(machine.group(&client, 7).set_container(&client, Some(&container))), 0, "it is free again");
-}
-
-#[test]
-fn iommufd_flavour_says_enodev_before_it_has_an_address_space() {
-    let (machine, client) = (Machine::with_device(), Client::new());
-    let (container, group) = (Container::new(&machine.vfio, Flavour::Iommufd), machine.group(&client, 7));
-    assert_eq!(errno(container.ready(ContainerOp::MapDma)), ENODEV);
-    assert_eq!(errno(container.ready(ContainerOp::DirtyPages)), ENOTTY);
-    group.set_container(&client, Some(&container)).expect("a free group");
-    assert_eq!(errno(container.set_iommu(&client, 8u32)), EINVAL);
-    assert_eq!(errno(container.set_iommu(&client, extension::TYPE1V2)), 0);
-    assert_eq!(container.check_extension(extension::UPDATE_VADDR), 0);
 }
 
 #[test]

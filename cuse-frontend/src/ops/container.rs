@@ -93,10 +93,7 @@ fn get_info(call: &Call<'_, Container>) -> OpResult {
     info.iova_pgsizes = page_sizes;
     let head = (call.given() as usize).min(size_of::<Type1Info>());
     let chain = info_chain(&capabilities);
-    match call.file.flavour() {
-        Flavour::Native => native_caps(call, &mut info, &chain)?,
-        Flavour::Iommufd => iommufd_caps(call, &mut info, &chain)?,
-    }
+    native_caps(call, &mut info, &chain)?;
     call.write(0, &info.as_bytes()[..head])?;
     DONE
 }
@@ -143,7 +140,7 @@ fn map_dma(call: &Call<'_, Container>) -> OpResult {
 
 fn unmap_dma(call: &Call<'_, Container>) -> OpResult {
     let mut unmap: DmaUnmap = call.get();
-    let flags = call.file.unmap_flags(unmap.flags)?;
+    let flags = Flavour::Native.unmap_flags(unmap.flags)?;
     let bitmap = if flags.contains(UnmapFlags::GET_DIRTY_BITMAP) {
         Some(bitmap_request(call.get_behind::<Bitmap>(size_of::<DmaUnmap>())?))
     } else {

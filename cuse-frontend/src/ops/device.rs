@@ -3,7 +3,7 @@
 
 use compat::device::Bdf;
 use compat::irqs::{IrqData, IrqDataKind, IrqSetHeader};
-use compat::{DeviceFile, EventFd, EventFdArg, FeatureAction, GroupFile, LogReport};
+use compat::{DependentName, DeviceFile, EventFd, EventFdArg, FeatureAction, GroupFile, LogReport};
 use ioas::caller::FdError;
 use ioas::{Iova, UserAddr};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::error::OpError;
 use crate::files::File;
 use crate::uapi::vfio::{
     DependentDevice, DeviceInfo, Feature, HotReset, HotResetInfo, IrqInfo, IrqSet, LoggingControl, LoggingRange,
-    LoggingReport, RegionInfo, device_flags, nr, region_cap, region_flags,
+    LoggingReport, RegionInfo, device_flags, hot_reset, nr, region_cap, region_flags,
 };
 
 type Device = Arc<DeviceFile>;
@@ -151,16 +151,27 @@ fn get_hot_reset_info(call: &Call<'_, Device>) -> OpResult {
     let room = (info.argsz as usize - size_of::<HotResetInfo>()) / size_of::<DependentDevice>();
     let fits = devices.len() <= room;
     if fits {
-        let wire: Vec<DependentDevice> = devices.iter().map(|device| dependent(device.group, device.bdf)).collect();
+        let wire: Vec<DependentDevice> = devices.iter().map(|device| dependent(device.name, device.bdf)).collect();
         call.write(size_of::<HotResetInfo>() as u64, wire.as_bytes())?;
     }
-    info.flags = 0;
+    info.flags = if call.file.is_cdev() && fits { hot_reset_flags(&devices) } else { 0 };
     info.count = u32::try_from(devices.len()).unwrap_or(u32::MAX);
     call.write(0, info.as_bytes())?;
     if fits { DONE } else { Err(OpError::NoRoom { needed: devices.len(), room }) }
 }
 
-fn dependent(group_id: u32, bdf: Bdf) -> DependentDevice {
+/// Whether all devices that a hot reset resets belong to the caller's iommufd.
+fn hot_reset_flags(devices: &[compat::DependentDevice]) -> u32 {
+    let owned = devices.iter().all(|device| device.name != DependentName::NotOwned);
+    hot_reset::FLAG_DEV_ID | if owned { hot_reset::FLAG_DEV_ID_OWNED } else { 0 }
+}
+
+fn dependent(name: DependentName, bdf: Bdf) -> DependentDevice {
+    let group_id = match name {
+        DependentName::Group(id) | DependentName::Device(id) => id,
+        DependentName::Owned => hot_reset::DEVID_OWNED,
+        DependentName::NotOwned => hot_reset::DEVID_NOT_OWNED,
+    };
     DependentDevice { group_id, segment: bdf.domain, bus: bdf.bus, devfn: bdf.device << 3 | bdf.function }
 }
 

@@ -152,6 +152,18 @@ pub mod feature_flags {
     pub const PROBE: u32 = 1 << 18;
 }
 
+/// What VFIO_DEVICE_GET_PCI_HOT_RESET_INFO answers to who opened a device through its own node.
+pub mod hot_reset {
+    /// VFIO_PCI_HOT_RESET_FLAG_DEV_ID: devices are called by their ids.
+    pub const FLAG_DEV_ID: u32 = 1;
+    /// VFIO_PCI_HOT_RESET_FLAG_DEV_ID_OWNED: the caller's iommufd owns all of them.
+    pub const FLAG_DEV_ID_OWNED: u32 = 2;
+    /// VFIO_PCI_DEVID_OWNED.
+    pub const DEVID_OWNED: u32 = 0;
+    /// VFIO_PCI_DEVID_NOT_OWNED.
+    pub const DEVID_NOT_OWNED: u32 = u32::MAX;
+}
+
 wire! {
     /// VFIO_GROUP_GET_STATUS.
     GroupStatus: 8 {

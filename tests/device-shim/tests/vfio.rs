@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use compat::device::Region;
 use compat::irqs::{IrqData, IrqIndex, IrqSetFlags, IrqSetHeader};
 use compat::{
-    Container, DMA_ENTRY_LIMIT, DeviceFile, DeviceSpec, DirtyMode, EventFd, EventFdArg, Flavour, GroupFile, MapDma,
+    Container, DMA_ENTRY_LIMIT, DeviceFile, DeviceSpec, DirtyMode, EventFd, EventFdArg, GroupFile, MapDma,
     REGION_SHIFT, UnmapDma, UnmapFlags, Vfio, VfioOptions, extension,
 };
 use device_shim::ioat::Ioat;
@@ -59,7 +59,7 @@ impl Client {
         let shared = memfd(LENGTH);
         caller.memory().add_private(PRIVATE, LENGTH as usize);
         caller.memory().add_shared(SHARED, &shared, 0, LENGTH, true);
-        let container = Container::new(&vfio, Flavour::Native);
+        let container = Container::new(&vfio);
         let group = vfio.open_group(&caller, 7).expect("a group");
         group.set_container(&caller, Some(&container)).expect("set");
         container.set_iommu(&caller, extension::TYPE1V2).expect("type1v2");
