@@ -113,8 +113,8 @@ pub struct DeviceFile {
 
 /// How a device was opened.
 enum Way {
-    /// Through its group, whose file is kept open: Linux's device file holds it.
-    Group(Arc<GroupFile>),
+    /// Through its group.
+    Group(Arc<Group>),
     /// Through its own node.
     Cdev(Arc<Group>),
 }
@@ -125,8 +125,8 @@ impl DeviceFile {
         group: Arc<GroupFile>,
         device: Arc<VfioDevice>,
     ) -> Result<Arc<Self>, VfioError> {
-        device.open(caller, group.group())?;
-        Ok(Arc::new(Self { device, way: Way::Group(group) }))
+        device.open(caller, &group)?;
+        Ok(Arc::new(Self { device, way: Way::Group(Arc::clone(group.group())) }))
     }
 
     pub(crate) fn open_bound(
@@ -224,16 +224,7 @@ impl DeviceFile {
     /// The file behind all mappable regions, whose offsets are this file's. `None` when no region can be mapped.
     #[must_use]
     pub fn backing(&self) -> Option<BorrowedFd<'_>> {
-        if !self.device.regions_mappable() {
-            return None;
-        }
-        let bars = (0..Region::Rom as u32).filter_map(Region::from_index);
-        bars.filter_map(|bar| {
-            let place = u64::from(bar as u32) << REGION_SHIFT;
-            self.device.model().region(bar).memory.filter(|(_, offset)| *offset == place)
-        })
-        .map(|(fd, _)| fd)
-        .next()
+        self.device.backing()
     }
 
     /// VFIO_DEVICE_GET_IRQ_INFO.
@@ -481,8 +472,7 @@ impl DeviceFile {
 
     fn group(&self) -> &Arc<Group> {
         match &self.way {
-            Way::Group(file) => file.group(),
-            Way::Cdev(group) => group,
+            Way::Group(group) | Way::Cdev(group) => group,
         }
     }
 }

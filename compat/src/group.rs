@@ -2,9 +2,10 @@
 //!
 //! A group is what moves between containers as one: all devices behind it see the same address space. Its node can be
 //! open once at a time (Linux `drivers/vfio/group.c`: EBUSY), and the open file carries what the client did with it:
-//! which container the group is in, and how many of its devices are open. A device's file keeps its group's file
-//! open, so closing the descriptors in any order ends in the same state: devices close first, then the group leaves
-//! its container, then the node can be opened again.
+//! which container the group is in, and how many of its devices are open. A device that is open in a container keeps
+//! its group's file open, so closing the descriptors in any order ends in the same state: devices close first, then the
+//! group leaves its container, then the node can be opened again. Where an iommufd stands for the container, the device
+//! is the iommufd's, and the group's file may go before it.
 //!
 //! A noiommu group has no IOMMU behind it: only a process with CAP_SYS_RAWIO may use it, it shares a container only
 //! with its like, and DMA of its devices is aborted, because there is no memory that a physical address would name.
@@ -21,7 +22,7 @@ use crate::container::Container;
 use crate::device::Bdf;
 use crate::device_file::DeviceFile;
 use crate::error::VfioError;
-use crate::iommufd::{Bound, Iommufd};
+use crate::iommufd::{Bound, Iommufd, Ruler};
 use crate::vfio_device::VfioDevice;
 
 /// A group of devices.
@@ -113,7 +114,7 @@ impl Group {
 
     /// A device of the group is opened for the first time: its group needs a container with an IOMMU, or an iommufd,
     /// to which the device is then bound and attached (Linux `vfio_df_group_open`).
-    pub(crate) fn begin_use(&self, caller: &dyn Caller, device: &VfioDevice) -> Result<Option<Bound>, VfioError> {
+    pub(crate) fn begin_use(&self, caller: &dyn Caller, device: &VfioDevice) -> Result<Ruler, VfioError> {
         let mut state = self.state.lock();
         if let Some(iommufd) = state.iommufd.clone() {
             return self.begin_use_of(&mut state, caller, device, &*iommufd);
@@ -126,7 +127,7 @@ impl Group {
             return Err(VfioError::NeedsRawio);
         }
         state.users += 1;
-        Ok(None)
+        Ok(Ruler::Container)
     }
 
     fn begin_use_of(
@@ -135,11 +136,11 @@ impl Group {
         caller: &dyn Caller,
         device: &VfioDevice,
         iommufd: &dyn Iommufd,
-    ) -> Result<Option<Bound>, VfioError> {
+    ) -> Result<Ruler, VfioError> {
         if self.noiommu {
             // A client that had an IOAS made expects that there is translation.
             let refused = !caller.capable(Capability::SysRawio) || iommufd.compat_ioas().is_some();
-            return if refused { Err(VfioError::NeedsRawio) } else { Ok(None) };
+            return if refused { Err(VfioError::NeedsRawio) } else { Ok(Ruler::Nobody) };
         }
         let bound = self.bind_to(state, device, iommufd)?;
         let attached = iommufd.compat_ioas().ok_or(VfioError::NoCompatIoas).and_then(|ioas| bound.attach(0, ioas));
@@ -148,12 +149,12 @@ impl Group {
             state.disown();
             return Err(error);
         }
-        Ok(Some(bound))
+        Ok(Ruler::Iommufd(bound))
     }
 
     /// The first file of a device of the group is opened through the device's node.
-    pub(crate) fn begin_bound_use(&self, device: &VfioDevice, iommufd: &dyn Iommufd) -> Result<Bound, VfioError> {
-        self.bind_to(&mut self.state.lock(), device, iommufd)
+    pub(crate) fn begin_bound_use(&self, device: &VfioDevice, iommufd: &dyn Iommufd) -> Result<Ruler, VfioError> {
+        self.bind_to(&mut self.state.lock(), device, iommufd).map(Ruler::Iommufd)
     }
 
     fn bind_to(&self, state: &mut State, device: &VfioDevice, iommufd: &dyn Iommufd) -> Result<Bound, VfioError> {
@@ -167,15 +168,15 @@ impl Group {
         Ok(bound)
     }
 
-    /// The last file of a device of the group has been closed; `bound` is what its opening had given.
-    pub(crate) fn end_use(&self, bound: Option<Bound>) {
-        let was_bound = bound.is_some();
-        drop(bound);
-        let mut state = self.state.lock();
-        if was_bound {
-            state.disown();
-        } else if state.container.is_some() {
-            state.users -= 1;
+    /// The last file of a device of the group has been closed; `ruler` is what its opening had given.
+    pub(crate) fn end_use(&self, ruler: Ruler) {
+        match ruler {
+            Ruler::Container => self.state.lock().users -= 1,
+            Ruler::Iommufd(bound) => {
+                drop(bound);
+                self.state.lock().disown();
+            }
+            Ruler::Nobody => {}
         }
     }
 

@@ -63,6 +63,16 @@ pub trait Binding: Send + Sync {
     fn detach(&self, pasid: u32);
 }
 
+/// Who says where the DMA of an open device goes.
+pub(crate) enum Ruler {
+    /// Its group's container.
+    Container,
+    /// An iommufd.
+    Iommufd(Bound),
+    /// Nobody: it has no IOMMU.
+    Nobody,
+}
+
 /// A binding, and what of the device is attached.
 pub(crate) struct Bound {
     binding: Box<dyn Binding>,

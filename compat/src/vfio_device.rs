@@ -7,6 +7,7 @@
 //! Locks: `opens` is held across the model's open and close, so that neither overtakes the other. Only who may open
 //! this device ever waits for it. Order: `opens`, then the group's state.
 
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -14,11 +15,12 @@ use ioas::caller::Caller;
 use parking_lot::Mutex;
 
 use crate::bus::DeviceBus;
-use crate::device::{Bdf, DeviceModel};
+use crate::device::{Bdf, DeviceModel, Region};
+use crate::device_file::REGION_SHIFT;
 use crate::dma_log::DmaLog;
 use crate::error::VfioError;
-use crate::group::Group;
-use crate::iommufd::{Bound, Iommufd};
+use crate::group::{Group, GroupFile};
+use crate::iommufd::{Bound, Iommufd, Ruler};
 use crate::irqs::Irqs;
 use crate::pci::{self, MsixTable};
 use crate::vfio::{DeviceSpec, Vfio};
@@ -45,8 +47,10 @@ pub struct VfioDevice {
 #[derive(Default)]
 struct Opens {
     files: u32,
-    /// The iommufd that rules its DMA, if one does.
-    bound: Option<Bound>,
+    /// While it is open.
+    ruler: Option<Ruler>,
+    /// The group's file, kept open while the device is open in a container.
+    group_file: Option<Arc<GroupFile>>,
     /// The device is to go: it cannot be opened any more.
     withdrawn: bool,
 }
@@ -66,7 +70,7 @@ pub struct DeviceSnapshot {
 
 impl VfioDevice {
     /// Whether clients can mmap device files at all.
-    pub(crate) fn regions_mappable(&self) -> bool {
+    fn regions_mappable(&self) -> bool {
         self.vfio.upgrade().is_some_and(|vfio| vfio.regions_mappable())
     }
 
@@ -114,6 +118,21 @@ impl VfioDevice {
     #[must_use]
     pub fn irqs(&self) -> &Arc<Irqs> {
         &self.irqs
+    }
+
+    /// The file behind all mappable regions, whose offsets are this file's. `None` when no region can be mapped.
+    #[must_use]
+    pub fn backing(&self) -> Option<BorrowedFd<'_>> {
+        if !self.regions_mappable() {
+            return None;
+        }
+        let bars = (0..Region::Rom as u32).filter_map(Region::from_index);
+        bars.filter_map(|bar| {
+            let place = u64::from(bar as u32) << REGION_SHIFT;
+            self.model().region(bar).memory.filter(|(_, offset)| *offset == place)
+        })
+        .map(|(fd, _)| fd)
+        .next()
     }
 
     /// Somebody has it open.
@@ -165,13 +184,15 @@ impl VfioDevice {
     }
 
     /// One more file of the device.
-    pub(crate) fn open(&self, caller: &dyn Caller, group: &Group) -> Result<(), VfioError> {
+    pub(crate) fn open(&self, caller: &dyn Caller, group: &Arc<GroupFile>) -> Result<(), VfioError> {
         let mut opens = self.opens.lock();
         if opens.withdrawn {
             return Err(VfioError::NoSuchDevice(self.bdf.to_string()));
         }
         if opens.files == 0 {
-            opens.bound = group.begin_use(caller, self)?;
+            let ruler = group.group().begin_use(caller, self)?;
+            opens.group_file = matches!(ruler, Ruler::Container).then(|| Arc::clone(group));
+            opens.ruler = Some(ruler);
             self.start();
         }
         opens.files += 1;
@@ -187,7 +208,7 @@ impl VfioDevice {
         if opens.files != 0 {
             return Err(VfioError::DeviceOpen(self.bdf));
         }
-        opens.bound = Some(group.begin_bound_use(self, iommufd)?);
+        opens.ruler = Some(group.begin_bound_use(self, iommufd)?);
         self.start();
         opens.files = 1;
         Ok(())
@@ -204,7 +225,10 @@ impl VfioDevice {
     /// Calls `act` with what binds the device to an iommufd. A call that attaches waits for nobody but that iommufd's
     /// clients.
     pub(crate) fn with_bound<R>(&self, act: impl FnOnce(&Bound) -> R) -> Option<R> {
-        self.opens.lock().bound.as_ref().map(act)
+        match &self.opens.lock().ruler {
+            Some(Ruler::Iommufd(bound)) => Some(act(bound)),
+            _ => None,
+        }
     }
 
     /// One file less.
@@ -218,9 +242,13 @@ impl VfioDevice {
         self.irqs.close();
         self.log.stop();
         self.open.store(false, Ordering::Release);
-        group.end_use(opens.bound.take());
+        if let Some(ruler) = opens.ruler.take() {
+            group.end_use(ruler);
+        }
+        let group_file = opens.group_file.take();
         let withdrawn = opens.withdrawn;
         drop(opens);
+        drop(group_file);
         if let (true, Some(vfio)) = (withdrawn, self.vfio.upgrade()) {
             vfio.closed(self);
         }

@@ -34,9 +34,6 @@ pub enum OpError {
     /// No op of this kind of file has the number.
     #[error("no ioctl {0:#x} on this kind of file")]
     UnknownOp(u32),
-    /// A device node that no iommufd is bound to answers nothing (EINVAL).
-    #[error("the device is not bound to an iommufd")]
-    NotBound,
     /// No device has this node (ENODEV).
     #[error("there is no device vfio{0}")]
     NoDevice(u32),
@@ -84,6 +81,9 @@ pub enum OpError {
     /// No IOAS is set for the VFIO ioctls of an iommufd.
     #[error("no compatibility IOAS is set")]
     NoCompatIoas,
+    /// A group without an IOMMU has the iommufd as its container, so no group with one can (EINVAL).
+    #[error("the iommufd is the container of groups without an IOMMU")]
+    NoIommuMode,
     /// The accounting mode cannot change any more.
     #[error("{objects} objects exist already")]
     HasObjects {
@@ -184,7 +184,7 @@ impl OpError {
         match self {
             Self::Memory(_) => libc::EFAULT,
             Self::TooShort { .. }
-            | Self::NotBound
+            | Self::NoIommuMode
             | Self::NoData
             | Self::Invalid { .. }
             | Self::Range(RangeError::Zero) => libc::EINVAL,

@@ -14,7 +14,7 @@ use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use compat::{Container, DeviceFile, GroupFile};
+use compat::{CdevFile, Container, DeviceFile, GroupFile};
 use hwpt::{HwptList, Watchers};
 use ioas::UserAddr;
 use ioas::caller::{Caller, FdError};
@@ -23,7 +23,8 @@ use crate::error::OpError;
 use crate::iommufd::{Context, Mapper};
 use crate::ops;
 use crate::server::Server;
-use crate::uapi::is_ours;
+use crate::uapi::vfio::nr;
+use crate::uapi::{command, is_ours};
 
 /// A Linux errno, positive.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -197,8 +198,8 @@ pub(crate) enum File {
     Group(Arc<GroupFile>),
     /// A device that a group gave out.
     Device(Arc<DeviceFile>),
-    /// `/dev/vfio/devices/vfioN` before an iommufd is bound to it: nothing works but the binding.
-    UnboundDevice,
+    /// `/dev/vfio/devices/vfioN`: a device once an iommufd is bound to it, before that nothing but the binding works.
+    Cdev(Arc<CdevFile>),
     /// What only an ioctl returns.
     Returned(Arc<dyn ReturnedFile>),
 }
@@ -262,12 +263,19 @@ impl OpenFile {
         let (name, answer) = match &self.file {
             File::Iommufd(context) => match server.added_row(cmd) {
                 Some(row) => row.answer(server, context, caller, arg),
-                None => ops::iommufd::TABLE.answer(server, context, caller, cmd, arg),
+                None if ops::iommufd::has(cmd) => ops::iommufd::TABLE.answer(server, context, caller, cmd, arg),
+                None => ops::container::OF_IOMMUFD.answer(server, context, caller, cmd, arg),
             },
             File::Container(container) => ops::container::TABLE.answer(server, container, caller, cmd, arg),
             File::Group(group) => ops::group::TABLE.answer(server, group, caller, cmd, arg),
             File::Device(device) => ops::device::TABLE.answer(server, device, caller, cmd, arg),
-            File::UnboundDevice => ("ioctl", Err(OpError::NotBound)),
+            File::Cdev(cdev) if cmd == command(nr::DEVICE_BIND_IOMMUFD) => {
+                ops::cdev::TABLE.answer(server, cdev, caller, cmd, arg)
+            }
+            File::Cdev(cdev) => match cdev.bound() {
+                Ok(device) => ops::device::TABLE.answer(server, &device, caller, cmd, arg),
+                Err(error) => ("ioctl", Err(error.into())),
+            },
             File::Returned(_) => ("ioctl", Err(OpError::UnknownOp(cmd))),
         };
         // Programs ask every file whether it is a terminal; that is no failure of theirs.
@@ -285,8 +293,8 @@ impl OpenFile {
             },
             File::Container(_) => ops::container::TABLE.returns_file(cmd),
             File::Group(_) => ops::group::TABLE.returns_file(cmd),
-            File::Device(_) => ops::device::TABLE.returns_file(cmd),
-            File::UnboundDevice | File::Returned(_) => false,
+            File::Device(_) | File::Cdev(_) => ops::device::TABLE.returns_file(cmd),
+            File::Returned(_) => false,
         }
     }
 
@@ -304,7 +312,7 @@ impl OpenFile {
         let answer = match &self.file {
             File::Device(device) => device.read(offset, data).map_err(OpError::from),
             File::Returned(file) => file.read(data),
-            File::UnboundDevice => Err(OpError::NotBound),
+            File::Cdev(cdev) => cdev.bound().and_then(|device| device.read(offset, data)).map_err(OpError::from),
             File::Iommufd(_) | File::Container(_) | File::Group(_) => Err(OpError::NoData),
         };
         answer.map_err(|error| self.refused(caller, "read", &error))
@@ -318,7 +326,7 @@ impl OpenFile {
         let answer = match &self.file {
             File::Device(device) => device.write(offset, data).map_err(OpError::from),
             File::Returned(file) => file.write(data),
-            File::UnboundDevice => Err(OpError::NotBound),
+            File::Cdev(cdev) => cdev.bound().and_then(|device| device.write(offset, data)).map_err(OpError::from),
             File::Iommufd(_) | File::Container(_) | File::Group(_) => Err(OpError::NoData),
         };
         answer.map_err(|error| self.refused(caller, "write", &error))
@@ -388,6 +396,7 @@ impl OpenFile {
     pub fn mapping(&self) -> Option<BorrowedFd<'_>> {
         match &self.file {
             File::Device(device) => device.backing(),
+            File::Cdev(cdev) => cdev.device().backing(),
             File::Returned(file) => file.mapping(),
             File::Iommufd(context) => context.window().memory(),
             _ => None,

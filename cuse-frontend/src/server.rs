@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use compat::device::{Bdf, DeviceModel};
-use compat::{Container, DeviceFile, DirtyMode, Vfio, VfioOptions};
+use compat::{Container, DeviceFile, DirtyMode, Flavour, Vfio, VfioOptions};
 use hwpt::{DmaFault, FaultSink};
 use ioas::{Accounting, Failures, PageStore};
 use parking_lot::{Mutex, RwLock};
@@ -35,6 +35,8 @@ pub struct ServerOptions {
     pub dirty: DirtyMode,
     /// How many mappings a container may have.
     pub dma_entry_limit: u32,
+    /// What `/dev/vfio/vfio` is: a container of VFIO's own, or an iommufd that stands for one.
+    pub container: Flavour,
     /// Rows added to the op table of `/dev/iommu`, for ioctls that it does not have.
     pub added_rows: Vec<OpRow>,
 }
@@ -42,7 +44,13 @@ pub struct ServerOptions {
 impl Default for ServerOptions {
     fn default() -> Self {
         let (accounting, dirty) = (Accounting::Once, DirtyMode::Exact);
-        Self { accounting, dirty, dma_entry_limit: compat::DMA_ENTRY_LIMIT, added_rows: Vec::new() }
+        Self {
+            accounting,
+            dirty,
+            dma_entry_limit: compat::DMA_ENTRY_LIMIT,
+            container: Flavour::Native,
+            added_rows: Vec::new(),
+        }
     }
 }
 
@@ -76,6 +84,8 @@ pub struct Server {
     vfio: Arc<Vfio>,
     failures: Arc<FailureLog>,
     /// Immutable.
+    container: Flavour,
+    /// Immutable.
     added_rows: Vec<OpRow>,
     devices: RwLock<Vec<DeviceEntry>>,
     opens: Mutex<Vec<Weak<OpenFile>>>,
@@ -98,13 +108,13 @@ impl Server {
     /// A server without devices.
     #[must_use]
     pub fn new(options: ServerOptions) -> Arc<Self> {
-        let ServerOptions { accounting, dirty, dma_entry_limit, added_rows } = options;
+        let ServerOptions { accounting, dirty, dma_entry_limit, container, added_rows } = options;
         let store = PageStore::new(accounting);
         let failures = Arc::new(FailureLog::default());
         let faults = Arc::clone(&failures) as Arc<dyn FaultSink>;
         let vfio = Vfio::new(VfioOptions { store: Arc::clone(&store), dma_entry_limit, dirty, faults });
         let (devices, opens) = (RwLock::default(), Mutex::default());
-        Arc::new(Self { store, vfio, failures, added_rows, devices, opens, serial: AtomicU64::new(0) })
+        Arc::new(Self { store, vfio, container, failures, added_rows, devices, opens, serial: AtomicU64::new(0) })
     }
 
     /// The added row of an ioctl of `/dev/iommu`.
@@ -183,10 +193,16 @@ impl Server {
     fn open_kind(&self, kind: NodeKind, caller: &dyn ClientCall) -> Result<File, OpError> {
         Ok(match kind {
             NodeKind::Iommufd => File::Iommufd(Arc::new(Context::new(Arc::clone(&self.store)))),
+            NodeKind::Container if self.container == Flavour::Iommufd => {
+                File::Iommufd(Arc::new(Context::for_vfio(Arc::clone(&self.store))))
+            }
             NodeKind::Container => File::Container(Container::new(&self.vfio)),
             NodeKind::Group(id) => File::Group(self.vfio.open_group(caller, id)?),
-            NodeKind::Device(index) if self.devices().iter().any(|entry| entry.index == index) => File::UnboundDevice,
-            NodeKind::Device(index) => return Err(OpError::NoDevice(index)),
+            NodeKind::Device(index) => {
+                let entry = self.devices().into_iter().find(|entry| entry.index == index);
+                let bdf = entry.ok_or(OpError::NoDevice(index))?.bdf;
+                File::Cdev(self.vfio.open_cdev(caller, bdf)?)
+            }
             NodeKind::Returned => return Err(OpError::NoNode),
         })
     }

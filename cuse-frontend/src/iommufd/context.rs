@@ -13,7 +13,7 @@ use hwpt::driver::{Paging, UserData};
 use hwpt::{Device, Group, Hwpt, HwptFlags, HwptList};
 use ioas::caller::{Caller, Capability};
 use ioas::{Ioas, ObjectError, ObjectRef, ObjectTable, PageStore, PayerMode, RemovedObject, Reservation};
-use parking_lot::Mutex;
+use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 
 use super::binding::Together;
 use super::exposed::Window;
@@ -24,8 +24,17 @@ use crate::error::OpError;
 struct Settings {
     /// Who pays for mappings.
     payer: PayerMode,
-    /// The IOAS that the VFIO ioctls work on.
-    compat_ioas: Option<u32>,
+    /// What VFIO's container ops work on.
+    compat: Compat,
+}
+
+/// What VFIO's container ops work on.
+#[derive(Default)]
+pub(super) struct Compat {
+    /// The id of an IOAS.
+    pub(super) ioas: Option<u32>,
+    /// Groups without an IOMMU have come: no group can have an IOAS made any more.
+    pub(super) noiommu: bool,
 }
 
 /// One open `/dev/iommu`.
@@ -102,7 +111,7 @@ impl NewIoas<'_> {
 impl Context {
     /// A context without objects that charges the user.
     pub(crate) fn new(store: Arc<PageStore>) -> Self {
-        let settings = Settings { payer: PayerMode::User, compat_ioas: None };
+        let settings = Settings { payer: PayerMode::User, compat: Compat::default() };
         Self {
             store,
             objects: ObjectTable::new(),
@@ -204,8 +213,8 @@ impl Context {
         let removed = {
             let mut settings = self.settings.lock();
             let removed = self.objects.remove(id)?;
-            if settings.compat_ioas == Some(id) {
-                settings.compat_ioas = None;
+            if settings.compat.ioas == Some(id) {
+                settings.compat.ioas = None;
             }
             removed
         };
@@ -253,7 +262,17 @@ impl Context {
 
     /// The id of the IOAS that the VFIO ioctls work on.
     pub(crate) fn compat_ioas(&self) -> Option<u32> {
-        self.settings.lock().compat_ioas
+        self.settings.lock().compat.ioas
+    }
+
+    /// Groups without an IOMMU have come.
+    pub(crate) fn is_noiommu(&self) -> bool {
+        self.settings.lock().compat.noiommu
+    }
+
+    /// Guards what VFIO's container ops work on.
+    pub(super) fn compat_settings(&self) -> MappedMutexGuard<'_, Compat> {
+        MutexGuard::map(self.settings.lock(), |settings| &mut settings.compat)
     }
 
     /// Makes the IOAS with `id` the one that the VFIO ioctls work on; `None` sets none.
@@ -263,13 +282,20 @@ impl Context {
             // Looked up under the lock that a destroy takes, so that no id of a destroyed IOAS stays behind.
             drop(self.ioas(id)?);
         }
-        settings.compat_ioas = id;
+        settings.compat.ioas = id;
         Ok(())
     }
 
     /// How many ids are taken.
     pub(crate) fn object_count(&self) -> usize {
         self.objects.len()
+    }
+
+    /// A context that is opened as VFIO's container: it charges the memory map.
+    pub(crate) fn for_vfio(store: Arc<PageStore>) -> Self {
+        let context = Self::new(store);
+        context.settings.lock().payer = PayerMode::MemoryMap;
+        context
     }
 
     /// The IOASes and their ids, for the status.

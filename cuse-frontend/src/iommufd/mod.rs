@@ -11,6 +11,7 @@ mod exposed;
 mod object;
 mod paging;
 mod queue;
+mod vfio;
 mod viommu;
 
 pub use binding::{Binding, BoundDevice};
@@ -20,3 +21,4 @@ pub use object::{ExtraObject, IoasObject, NestedHwpt, Object, PagingHwpt};
 pub(crate) use paging::HwptRequest;
 pub(crate) use queue::QueueFile;
 pub use viommu::{HardwareQueue, VirtualDevice, VirtualEvents, VirtualIommu};
+pub(crate) use vfio::VfioIommufd;

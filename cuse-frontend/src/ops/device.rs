@@ -10,17 +10,18 @@ use std::sync::Arc;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::caps::CapChain;
+use super::cdev;
 use super::{Argument, Call, DONE, Op, OpResult, Table, always};
 use crate::error::OpError;
 use crate::files::File;
 use crate::uapi::vfio::{
-    DependentDevice, DeviceInfo, Feature, HotReset, HotResetInfo, IrqInfo, IrqSet, LoggingControl, LoggingRange,
-    LoggingReport, RegionInfo, device_flags, hot_reset, nr, region_cap, region_flags,
+    AttachIommufdPt, DependentDevice, DetachIommufdPt, DeviceInfo, Feature, HotReset, HotResetInfo, IrqInfo, IrqSet,
+    LoggingControl, LoggingRange, LoggingReport, RegionInfo, device_flags, hot_reset, nr, region_cap, region_flags,
 };
 
 type Device = Arc<DeviceFile>;
 
-const SLOTS: usize = (nr::DEVICE_FEATURE - nr::DEVICE_GET_INFO) as usize + 1;
+const SLOTS: usize = (nr::DEVICE_DETACH_IOMMUFD_PT - nr::DEVICE_GET_INFO) as usize + 1;
 /// Bytes of `struct vfio_device_info` that every version has.
 const INFO_MIN: usize = std::mem::offset_of!(DeviceInfo, cap_offset);
 
@@ -53,6 +54,28 @@ pub(crate) static TABLE: Table<Device, SLOTS> = Table::new(
         ),
         op(nr::DEVICE_PCI_HOT_RESET, "VFIO_DEVICE_PCI_HOT_RESET", size_of::<HotReset>(), hot_reset),
         op(nr::DEVICE_FEATURE, "VFIO_DEVICE_FEATURE", size_of::<Feature>(), feature),
+        Op {
+            argument: cdev::BIND,
+            ..op(nr::DEVICE_BIND_IOMMUFD, "VFIO_DEVICE_BIND_IOMMUFD", size_of::<Feature>(), cdev::bind_again)
+        },
+        Op {
+            ready: cdev::is_cdev,
+            ..op(
+                nr::DEVICE_ATTACH_IOMMUFD_PT,
+                "VFIO_DEVICE_ATTACH_IOMMUFD_PT",
+                size_of::<AttachIommufdPt>(),
+                cdev::attach,
+            )
+        },
+        Op {
+            ready: cdev::is_cdev,
+            ..op(
+                nr::DEVICE_DETACH_IOMMUFD_PT,
+                "VFIO_DEVICE_DETACH_IOMMUFD_PT",
+                size_of::<DetachIommufdPt>(),
+                cdev::detach,
+            )
+        },
     ],
 );
 

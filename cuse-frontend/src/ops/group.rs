@@ -1,6 +1,8 @@
 //! The ops of `/dev/vfio/N`: decode, one call of the group, respond.
 //! Source: drivers/vfio/group.c.
 
+use std::sync::Arc;
+
 use compat::GroupFile;
 use ioas::UserAddr;
 use zerocopy::IntoBytes;
@@ -8,13 +10,14 @@ use zerocopy::IntoBytes;
 use super::{Argument, Call, DONE, Op, OpResult, Table, always};
 use crate::error::OpError;
 use crate::files::{ClientCall, File, IoctlReply, NewFile};
+use crate::iommufd::VfioIommufd;
 use crate::uapi::vfio::{GroupStatus, group_flags, nr};
 
 const SLOTS: usize = (nr::GROUP_GET_DEVICE_FD - nr::GROUP_GET_STATUS) as usize + 1;
 /// A device's name and its terminating zero may fill a page (Linux `strndup_user(arg, PAGE_SIZE)`).
 const NAME_MOST: usize = 4096;
 
-type Group = std::sync::Arc<GroupFile>;
+type Group = Arc<GroupFile>;
 
 const fn plain(nr: u8, name: &'static str, run: fn(&Call<'_, Group>) -> OpResult) -> Op<Group> {
     Op { nr, name, argument: Argument::Plain, ready: always, returns_file: false, run }
@@ -52,11 +55,11 @@ fn set_container(call: &Call<'_, Group>) -> OpResult {
     let mut fd = 0_i32;
     call.read(0, fd.as_mut_bytes())?;
     let file = call.caller.own_file(fd)?;
-    let container = match file.as_ref().map(|file| file.file()) {
-        Some(File::Container(container)) => Some(container),
-        _ => None,
-    };
-    call.file.set_container(call.caller, container)?;
+    match file.as_ref().map(|file| file.file()) {
+        Some(File::Iommufd(context)) => call.file.set_iommufd(Arc::new(VfioIommufd(Arc::clone(context))))?,
+        Some(File::Container(container)) => call.file.set_container(call.caller, Some(container))?,
+        _ => call.file.set_container(call.caller, None)?,
+    }
     DONE
 }
 

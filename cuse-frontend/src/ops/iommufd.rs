@@ -99,10 +99,14 @@ pub(crate) static TABLE: Table<Arc<Context>, SLOTS> = Table::new(
     ],
 );
 
+/// Whether a command's number lies in the table; all others are VFIO's.
+pub(crate) fn has(cmd: u32) -> bool {
+    (nr::BASE..=nr::LAST).contains(&(cmd as u8))
+}
+
 /// Linux reads the size word of any command whose number lies in its table.
 fn size_is_readable(_: &Arc<Context>, caller: &dyn ClientCall, cmd: u32, arg: u64) -> Result<(), OpError> {
-    let number = cmd as u8;
-    if (nr::BASE..=nr::LAST).contains(&number) {
+    if has(cmd) {
         caller.read(UserAddr(arg), &mut [0; 4])?;
     }
     Ok(())

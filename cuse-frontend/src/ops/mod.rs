@@ -16,6 +16,7 @@
 
 mod added;
 mod caps;
+pub(crate) mod cdev;
 pub(crate) mod container;
 pub(crate) mod device;
 pub(crate) mod group;

@@ -20,6 +20,9 @@ pub mod nr {
     pub const DEVICE_GET_PCI_HOT_RESET_INFO: u8 = 112;
     pub const DEVICE_PCI_HOT_RESET: u8 = 113;
     pub const DEVICE_FEATURE: u8 = 117;
+    pub const DEVICE_BIND_IOMMUFD: u8 = 118;
+    pub const DEVICE_ATTACH_IOMMUFD_PT: u8 = 119;
+    pub const DEVICE_DETACH_IOMMUFD_PT: u8 = 120;
     pub const IOMMU_GET_INFO: u8 = 112;
     pub const IOMMU_MAP_DMA: u8 = 113;
     pub const IOMMU_UNMAP_DMA: u8 = 114;
@@ -150,6 +153,16 @@ pub mod feature_flags {
     pub const SET: u32 = 1 << 17;
     /// VFIO_DEVICE_FEATURE_PROBE.
     pub const PROBE: u32 = 1 << 18;
+}
+
+/// `flags` of [`BindIommufd`], [`AttachIommufdPt`] and [`DetachIommufdPt`].
+pub mod cdev_flags {
+    /// VFIO_DEVICE_BIND_FLAG_TOKEN.
+    pub const BIND_TOKEN: u32 = 1;
+    /// VFIO_DEVICE_ATTACH_PASID.
+    pub const ATTACH_PASID: u32 = 1;
+    /// VFIO_DEVICE_DETACH_PASID.
+    pub const DETACH_PASID: u32 = 1;
 }
 
 /// What VFIO_DEVICE_GET_PCI_HOT_RESET_INFO answers to who opened a device through its own node.
@@ -290,6 +303,25 @@ wire! {
         0 argsz: u32,
         4 flags: u32,
         8 count: u32,
+    }
+    /// VFIO_DEVICE_BIND_IOMMUFD.
+    BindIommufd: 24 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 iommufd: i32,
+        12 out_devid: u32,
+        16 token_uuid_ptr: u64,
+    }
+    /// VFIO_DEVICE_ATTACH_IOMMUFD_PT, before its optional PASID.
+    AttachIommufdPt: 12 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 pt_id: u32,
+    }
+    /// VFIO_DEVICE_DETACH_IOMMUFD_PT, before its optional PASID.
+    DetachIommufdPt: 8 {
+        0 argsz: u32,
+        4 flags: u32,
     }
     /// VFIO_DEVICE_FEATURE, before its data.
     Feature: 8 {

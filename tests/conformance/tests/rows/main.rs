@@ -11,12 +11,6 @@ use std::process::ExitCode;
 use conformance::compare::{Judge, Verdict};
 use conformance::rows::SUITES;
 
-/// Suites that wait for a part of the server that is not there yet, with what that is.
-const NOT_YET: &[(&str, &str)] = &[
-    ("compat-type1", "a group's container cannot be an iommufd yet"),
-    ("compat-type1v2", "a group's container cannot be an iommufd yet"),
-];
-
 /// Rows whose answers depend on what the operator chose: they run with the defaults as well.
 pub(crate) const CHOICES: &[&str] = &["/dirty_", "/memlock_"];
 
@@ -31,8 +25,8 @@ pub(crate) struct Tally {
 impl Tally {
     /// The rows to run: their full names.
     pub(crate) fn rows(&self) -> Vec<String> {
-        let served = SUITES.iter().filter(|suite| NOT_YET.iter().all(|(name, _)| *name != suite.name));
-        let names = served
+        let names = SUITES
+            .iter()
             .flat_map(|suite| suite.tables.iter().copied().flatten().map(|row| format!("{}/{}", suite.name, row.name)));
         names.filter(|name| self.wants(name)).collect()
     }
@@ -77,11 +71,6 @@ fn main() -> ExitCode {
     let wanted = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let judge = Judge::load().expect("the recordings are part of the project");
     let mut tally = Tally { judge, wanted, passed: 0, failed: 0 };
-    for (suite, reason) in NOT_YET {
-        if tally.wants(suite) {
-            tally.skip(suite, reason);
-        }
-    }
     in_process::run(&mut tally);
     fuse::run(&mut tally);
     let (passed, failed) = (tally.passed, tally.failed);
