@@ -197,7 +197,11 @@ fn iommufd_number_without_an_op_is_enotty_once_its_size_can_be_read() {
     let file = open(NodeKind::Iommufd);
     let memory = Memory::new(PAGE);
     let at = memory.put(0, 64);
-    for nr in (0..=255).filter(|nr| iommufd::TABLE.ops().all(|op| op.nr != *nr)) {
+    let known = |nr: u8| {
+        let of_vfio = container::OF_IOMMUFD.ops().map(|op| op.nr);
+        iommufd::TABLE.ops().map(|op| op.nr).chain(of_vfio).any(|known| known == nr)
+    };
+    for nr in (0..=255).filter(|nr| !known(*nr)) {
         assert_eq!(errno(&file, &memory, nr, at), libc::ENOTTY, "{nr:#x}");
     }
     assert_eq!(errno(&file, &memory, 0x95, 0), libc::EFAULT);
@@ -249,6 +253,21 @@ fn container_and_device(server: &Arc<Server>) -> (Arc<OpenFile>, Arc<OpenFile>) 
     (container_file, server.device_file(0, device))
 }
 
+/// A device that was bound through its own node.
+fn bound_device(server: &Arc<Server>) -> Arc<OpenFile> {
+    let caller = Memory::new(0);
+    let iommufd = server.open(NodeKind::Iommufd, &caller).expect("an iommufd");
+    let device = server.open(NodeKind::Device(0), &caller).expect("there is a vfio0");
+    let (File::Iommufd(context), File::Cdev(cdev)) = (iommufd.file(), device.file()) else {
+        panic!("opened as what they are");
+    };
+    let mut bind = cdev.begin_bind().expect("free");
+    let iommufd: Arc<dyn compat::Iommufd> = Arc::new(crate::iommufd::VfioIommufd(Arc::clone(context)));
+    bind.bind(&iommufd).expect("free");
+    bind.publish();
+    device
+}
+
 fn argsz<F: ?Sized, const N: usize>(table: &Table<F, N>) -> Vec<(&'static str, u8, u32)> {
     let rows = table.ops().filter_map(|op| match op.argument {
         Argument::Argsz { min } => Some((op.name, op.nr, min)),
@@ -261,9 +280,11 @@ fn argsz<F: ?Sized, const N: usize>(table: &Table<F, N>) -> Vec<(&'static str, u
 fn device_node_that_is_not_bound_answers_einval() {
     let caller = Memory::new(0);
     let file = server_with_device().open(NodeKind::Device(0), &caller).expect("there is a vfio0");
-    for nr in 0..=255 {
+    let bind = crate::uapi::vfio::nr::DEVICE_BIND_IOMMUFD;
+    for nr in (0..=255).filter(|nr| *nr != bind) {
         assert_eq!(errno(&file, &caller, nr, 0), libc::EINVAL, "{nr}");
     }
+    assert_eq!(errno(&file, &caller, bind, 0), libc::EFAULT);
     assert_eq!(file.read(&caller, 0, &mut [0; 4]).err().map(|errno| errno.0), Some(libc::EINVAL));
 }
 
@@ -273,10 +294,12 @@ fn vfio_struct_too_short_or_at_a_bad_address_is_refused() {
     let (container_file, device_file) = container_and_device(&server);
     let group_server = server_with_device();
     let group_file = group_server.open(NodeKind::Group(7), &Memory::new(0)).expect("a group");
+    let cdev_file = bound_device(&server_with_device());
     let files = [
         (&container_file, argsz(&container::TABLE)),
         (&group_file, argsz(&group::TABLE)),
-        (&device_file, argsz(&device::TABLE)),
+        (&device_file, argsz(&device::TABLE).into_iter().filter(|(name, ..)| !name.ends_with("IOMMUFD_PT")).collect()),
+        (&cdev_file, argsz(&device::TABLE)),
     ];
     for (file, rows) in files {
         for (name, nr, min) in rows {
