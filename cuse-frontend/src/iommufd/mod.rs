@@ -20,5 +20,5 @@ pub use exposed::Mapper;
 pub use object::{ExtraObject, IoasObject, NestedHwpt, Object, PagingHwpt};
 pub(crate) use paging::HwptRequest;
 pub(crate) use queue::QueueFile;
-pub use viommu::{HardwareQueue, VirtualDevice, VirtualEvents, VirtualIommu};
 pub(crate) use vfio::VfioIommufd;
+pub use viommu::{HardwareQueue, VirtualDevice, VirtualEvents, VirtualIommu};
