@@ -176,6 +176,14 @@ pub trait ReturnedFile: Any + Send + Sync {
         None
     }
 
+    /// Memory that can be mapped for DMA by the file's descriptor, as a dma-buf's can: all of this file.
+    ///
+    /// # Errors
+    /// [`FdError::Revoked`] when it has been taken away.
+    fn region(&self) -> Result<Option<OwnedFd>, FdError> {
+        Ok(None)
+    }
+
     /// A memfd that an mmap of the file maps.
     fn mapping(&self) -> Option<BorrowedFd<'_>> {
         None
@@ -387,6 +395,20 @@ impl OpenFile {
         match &self.file {
             File::Returned(file) => Some(file),
             _ => None,
+        }
+    }
+
+    /// The memory that can be mapped for DMA by a descriptor of this file, if there is any.
+    ///
+    /// # Errors
+    /// [`FdError::Revoked`] when it has been taken away, [`FdError::Denied`] without a descriptor for it.
+    pub(crate) fn region(&self) -> Result<Option<OwnedFd>, FdError> {
+        match &self.file {
+            File::Device(device) => {
+                device.backing().map(|memory| memory.try_clone_to_owned().map_err(|_| FdError::Denied)).transpose()
+            }
+            File::Returned(file) => file.region(),
+            _ => Ok(None),
         }
     }
 

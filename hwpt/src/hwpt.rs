@@ -224,6 +224,11 @@ impl Hwpt {
         self.dirty.forget(range);
     }
 
+    /// Marks pages as written, as a DMA marks them; nothing while not tracking.
+    pub fn mark_written(&self, range: IovaRange) {
+        self.dirty.mark(range.start().0, range.last().0);
+    }
+
     /// Whether it is tracking dirty pages.
     #[must_use]
     pub fn dirty_tracking(&self) -> bool {

@@ -147,6 +147,9 @@ pub enum FdError {
     /// The server may not look into this client.
     #[error("the server may not access the caller's descriptors")]
     Denied,
+    /// The memory that the descriptor stood for has been taken away.
+    #[error("the memory behind the descriptor has been revoked")]
+    Revoked,
 }
 
 /// Who makes one call. Valid while the caller waits for its answer.

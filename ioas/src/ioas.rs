@@ -30,7 +30,7 @@ use crate::readers::ReaderSet;
 use crate::request::{
     AreaMemory, AreaSnapshot, AreaView, IoasSnapshot, IovaChoice, IpcLock, MapRequest, ReservationOwner, Source,
 };
-use crate::resolve::Rights;
+use crate::resolve::{self, Rights};
 use crate::store::PageStore;
 use crate::table::PageTable;
 
@@ -126,7 +126,10 @@ impl Ioas {
         let client = self.store.client(caller).map_err(|error| fault_at(UserAddr(start), error))?;
         Ok(match source {
             Source::User(address) => Pages::of_user(client, address, length, terms),
-            Source::File { file, offset } => Pages::of_file(client, self.store.adopt_file(file), offset, length, terms),
+            Source::File { file, offset } => {
+                resolve::check_region(&file, offset, length)?;
+                Pages::of_file(client, self.store.adopt_file(file), offset, length, terms)
+            }
         })
     }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::addr::{PAGE_SHIFT, PAGE_SIZE, UserAddr};
 use crate::backing::{Backing, FileBacking};
-use crate::caller::{FileKind, MemoryError, MemoryMap, Vma};
+use crate::caller::{ClientFile, FileKind, MemoryError, MemoryMap, Vma};
 use crate::error::{FaultReason, IoasError};
 use crate::failpoint;
 use crate::store::{PageStore, Wanted};
@@ -100,6 +100,16 @@ fn check_size(file: &FileBacking, end_page: u64) -> Result<(), FaultReason> {
     if end_page > size.div_ceil(PAGE_SIZE) { Err(FaultReason::BeyondEnd { file: file.id, size }) } else { Ok(()) }
 }
 
+/// The region of a device does not grow: what is not in it when it is mapped never will be. It may be taken away later,
+/// which is found by DMA only.
+pub(crate) fn check_region(file: &ClientFile, offset: u64, length: u64) -> Result<(), IoasError> {
+    let &ClientFile { id, kind, size, .. } = file;
+    if kind != FileKind::DeviceRegion || offset.checked_add(length).is_some_and(|end| end <= size) {
+        return Ok(());
+    }
+    Err(IoasError::BadFile { file: id, kind, size, offset })
+}
+
 /// `pages` pages of a file that was named by descriptor, from byte `offset` on, if they may be held.
 pub(crate) fn file_memory(
     file: &Arc<FileBacking>,
@@ -116,11 +126,13 @@ pub(crate) fn file_memory(
     }
     let size = file.size();
     let end = pages.checked_mul(PAGE_SIZE).and_then(|bytes| offset.checked_add(bytes));
-    let kind_fits = matches!(file.kind, FileKind::Shmem | FileKind::Hugetlb(_) | FileKind::DeviceRegion);
-    if !kind_fits || end.is_none_or(|end| end > size) {
+    let is_region = file.kind == FileKind::DeviceRegion;
+    let kind_fits = is_region || matches!(file.kind, FileKind::Shmem | FileKind::Hugetlb(_));
+    let inside = is_region || end.is_some_and(|end| end <= size);
+    if !kind_fits || !inside {
         let offset = if kind_fits { size & !(PAGE_SIZE - 1) } else { offset };
         return Err(IoasError::BadFile { file: file.id, kind: file.kind, size, offset });
     }
-    let charged = file.kind != FileKind::DeviceRegion;
+    let charged = !is_region;
     Ok(Wanted { backing: Backing::File(Arc::clone(file)), index: offset >> PAGE_SHIFT, pages, charged })
 }

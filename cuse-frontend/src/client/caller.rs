@@ -104,7 +104,7 @@ impl Caller for ProcessCaller<'_> {
 
     fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
         if let Some(open_file) = self.transport.own_file(fd)? {
-            let region = file::device_region(&open_file, true).map_err(|_| FdError::Denied)?;
+            let region = file::region(&open_file)?;
             return region.map_or_else(|| file::nothing_to_hold().map_err(|_| FdError::Denied), Ok);
         }
         let copy = self.descriptor(fd)?;

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use ioas::caller::{ClientFile, FileId, FileKind};
+use ioas::caller::{ClientFile, FdError, FileId, FileKind};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 
@@ -50,6 +50,14 @@ pub(super) fn device_region(file: &OpenFile, writable: bool) -> io::Result<Optio
     let id = FileId { device: stat.device, inode: stat.inode };
     let fd = Arc::new(memory.try_clone_to_owned()?);
     Ok(Some(ClientFile { id, kind: FileKind::DeviceRegion, fd, writable, size: stat.size }))
+}
+
+/// The memory that a client names by a descriptor of one of our own files.
+pub(super) fn region(file: &OpenFile) -> Result<Option<ClientFile>, FdError> {
+    let Some(fd) = file.region()? else { return Ok(None) };
+    let stat = sys::stat(&fd).map_err(|_| FdError::Denied)?;
+    let id = FileId { device: stat.device, inode: stat.inode };
+    Ok(Some(ClientFile { id, kind: FileKind::DeviceRegion, fd: fd.into(), writable: true, size: stat.size }))
 }
 
 /// One of our own files that has no memory: it can be named, but not held. Its descriptor stands for another file,

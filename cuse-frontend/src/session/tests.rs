@@ -61,7 +61,7 @@ impl Exports for Toy {
                 Ok(Some(file)) => Ok(i32::try_from(file.number).expect("small")),
                 Ok(None) => Err(Errno(libc::EINVAL)),
                 Err(FdError::Bad(_)) => Err(Errno(libc::EBADF)),
-                Err(FdError::Denied) => Err(Errno(libc::EPERM)),
+                Err(FdError::Denied | FdError::Revoked) => Err(Errno(libc::EPERM)),
             },
             _ => Err(Errno(libc::ENOTTY)),
         }
