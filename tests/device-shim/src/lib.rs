@@ -6,6 +6,7 @@
 //! nvme    an NVMe 1.4 controller over a file
 //! ioat    an Intel I/OAT 3.3 DMA engine
 //! probe   `dma-probe`: DMA and interrupts at a test's will, by register writes
+//! mock    mock devices of Linux's iommufd selftest, and its ioctl: a row of `/dev/iommu`, not a PCI function
 //! ```
 //!
 //! Every device does its DMA on a thread of its own, because client memory can block for ever. A thread lives from
@@ -17,6 +18,7 @@
 
 pub mod ioat;
 pub mod lease;
+pub mod mock;
 pub mod nvme;
 pub mod pci;
 pub mod probe;

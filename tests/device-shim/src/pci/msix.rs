@@ -145,7 +145,7 @@ mod tests {
         let mut table = MsixTable::new(4);
         assert!(!table.raise(1));
         assert_eq!(pending(&table), 0, "disabled: lost");
-        assert_eq!(table.configure(MSIX_ENABLE, true), []);
+        assert_eq!(table.configure(MSIX_ENABLE, true), [0_u32; 0]);
         assert!(table.raise(1));
         assert!(!table.raise(4), "no such vector");
     }
@@ -154,7 +154,7 @@ mod tests {
     fn vector_masked_in_the_table_is_pending_until_unmasked() {
         let mut table = MsixTable::new(4);
         let _ = table.configure(MSIX_ENABLE, true);
-        assert_eq!(table.write_table(2 * ENTRY_SIZE + 12, &[1, 0, 0, 0]), []);
+        assert_eq!(table.write_table(2 * ENTRY_SIZE + 12, &[1, 0, 0, 0]), [0_u32; 0]);
         assert!(!table.raise(2));
         assert_eq!(pending(&table), 4);
         assert_eq!(table.write_table(2 * ENTRY_SIZE + 12, &[0, 0, 0, 0]), [2]);
