@@ -174,6 +174,8 @@ impl VfioDevice {
 
     /// Resets the function. Configuration space and the interrupts in use are as before.
     pub(crate) fn reset(&self) {
+        // A model may wait for its DMA to end, and DMA for a client that never answers.
+        self.hwpt.abort_page_requests(false);
         pci::reset(&*self.model);
         self.sync_msix();
     }
@@ -238,6 +240,7 @@ impl VfioDevice {
         if opens.files != 0 {
             return;
         }
+        self.hwpt.abort_page_requests(true);
         self.model.close();
         self.irqs.close();
         self.log.stop();

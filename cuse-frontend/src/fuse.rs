@@ -16,6 +16,7 @@ use nix::sys::stat::Mode;
 use crate::client::{Clients, OwnFiles, ProcessCaller, TransportCall};
 use crate::facade::{Facade, View};
 use crate::files::{Errno, IoctlReply, NodeKind, OpenFile};
+use crate::iommufd::Mapper;
 use crate::process;
 use crate::server::Server;
 use crate::session::{Caller, Exports, Files, Session};
@@ -79,6 +80,17 @@ impl Fuse {
         // Nobody is root by having gone.
         let uid = process::uid(call.tid).unwrap_or(u32::MAX);
         self.nodes.clients.caller(call.tid, Uid(uid), call)
+    }
+
+    /// What is to be asked later whether a thread's process still has a mapping of its descriptor `fd`, which is one of
+    /// ours; and a key that is the same for the same process and open file.
+    pub(crate) fn mapper(&self, tid: u32, fd: i32) -> Option<(u64, Mapper)> {
+        let (major, minor) = self.nodes.files.device()?;
+        let path = std::ffi::CString::new(format!("/proc/{tid}/fd/{fd}")).ok()?;
+        let (_, _, inode) = crate::sys::fuse::cached_identity(&path).ok()?;
+        let process = process::tgid(tid)?;
+        let key = inode << 32 | u64::from(process);
+        Some((key, Box::new(move |offset| process::has_mapped(process, (major, minor), inode, offset))))
     }
 
     /// Opens a file that an ioctl has returned to process `client` in our own tree. To be called on a thread that no request waits for.
@@ -176,6 +188,16 @@ impl Exports for Nodes {
 
     fn poll(&self, file: &OpenFile) -> u32 {
         file.poll()
+    }
+
+    fn watch(&self, file: &OpenFile, key: u64, tell: Box<dyn FnOnce() + Send>) {
+        if let Some(watchers) = file.watchers() {
+            watchers.watch(key, tell);
+        }
+    }
+
+    fn is_stream(&self, file: &OpenFile) -> bool {
+        file.is_stream()
     }
 
     fn mapping<'a>(&self, file: &'a OpenFile) -> Option<BorrowedFd<'a>> {

@@ -23,6 +23,21 @@ pub(crate) fn kill_pending(tid: u32) -> bool {
     })
 }
 
+/// Whether a process has a mapping of a file, named by device and inode number, that begins at byte `offset` of it.
+/// `None` when the process has gone.
+pub(crate) fn has_mapped(process: u32, (major, minor): (u32, u32), inode: u64, offset: u64) -> Option<bool> {
+    let maps = fs::read_to_string(format!("/proc/{process}/maps")).ok()?;
+    let device = format!("{major:02x}:{minor:02x}");
+    let is_it = |line: &str| {
+        let mut fields = line.split_whitespace().skip(2);
+        let at = fields.next().and_then(|field| u64::from_str_radix(field, 16).ok());
+        let on = fields.next();
+        let number = fields.next().and_then(|field| field.parse().ok());
+        (at, on, number) == (Some(offset), Some(device.as_str()), Some(inode))
+    };
+    Some(maps.lines().any(is_it))
+}
+
 fn status(tid: u32) -> Option<String> {
     fs::read_to_string(format!("/proc/{tid}/status")).ok()
 }
@@ -38,6 +53,18 @@ mod tests {
         let tid = nix::unistd::gettid().as_raw().cast_unsigned();
         assert_eq!(super::tgid(tid), Some(std::process::id()));
         assert!(!super::kill_pending(tid));
+    }
+
+    #[test]
+    fn mapping_of_a_file_is_found_by_its_offset() {
+        use std::os::linux::fs::MetadataExt;
+        let program = std::fs::metadata("/proc/self/exe").expect("this program");
+        let device = (nix::sys::stat::major(program.st_dev()) as u32, nix::sys::stat::minor(program.st_dev()) as u32);
+        let mapped = |offset| super::has_mapped(std::process::id(), device, program.st_ino(), offset);
+        assert_eq!(mapped(1), Some(false));
+        // The file system of the program may be one whose maps show another device, as overlays do.
+        assert!(mapped(0).is_some());
+        assert_eq!(super::has_mapped(u32::MAX, device, 1, 0), None);
     }
 
     #[test]

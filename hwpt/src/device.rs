@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 
-use ioas::{Ioas, IoasError, IovaRange, PageStore, ReaderSet, ReservationOwner};
+use ioas::{Access, Ioas, IoasError, Iova, IovaRange, PAGE_SIZE, PageStore, ReaderSet, ReservationOwner};
 use parking_lot::Mutex;
 use serde::Serialize;
 
@@ -20,7 +20,7 @@ use crate::driver::{IommuDriver, Unit};
 use crate::fault::{DmaCause, FaultSink};
 use crate::format::Format;
 use crate::hwpt::Hwpt;
-use crate::page_requests::FaultRoute;
+use crate::page_requests::{FaultRoute, PageRequest, Permission, RequestFlags, Response};
 use crate::sys::{Current, Guarded};
 
 /// What a device's IOMMU can do, and what the device keeps for itself.
@@ -101,11 +101,13 @@ fn unit() -> Arc<dyn IommuDriver> {
 pub struct Device {
     /// Immutable, never used twice: finds the device's lane in a thread.
     id: u64,
-    /// Immutable, as the next three.
+    /// Immutable, as the next four.
     name: Arc<str>,
     faults: Arc<dyn FaultSink>,
     hook: Option<AttachHook>,
     driver: Arc<dyn IommuDriver>,
+    /// The PASID it stands for, 0 for the device itself.
+    pasid: u32,
     /// Guarded by itself; a leaf lock.
     properties: Mutex<DeviceProperties>,
     /// What stands for its DMA with a PASID. A leaf lock.
@@ -128,7 +130,7 @@ impl Device {
     /// A device, attached to nothing. `name` is for people: a PCI address.
     #[must_use]
     pub fn new(name: impl Into<Arc<str>>, properties: DeviceProperties, faults: Arc<dyn FaultSink>) -> Arc<Self> {
-        Self::build(name.into(), properties, faults, None, unit())
+        Self::build(name.into(), properties, faults, None, (unit(), 0))
     }
 
     /// A device behind a unit of its own kind. Devices behind one unit share its driver.
@@ -139,7 +141,7 @@ impl Device {
         properties: DeviceProperties,
         faults: Arc<dyn FaultSink>,
     ) -> Arc<Self> {
-        Self::build(name.into(), properties, faults, None, driver)
+        Self::build(name.into(), properties, faults, None, (driver, 0))
     }
 
     /// A device whose properties change by attaching it: `hook` gives the new ones.
@@ -150,7 +152,7 @@ impl Device {
         faults: Arc<dyn FaultSink>,
         hook: AttachHook,
     ) -> Arc<Self> {
-        Self::build(name.into(), properties, faults, Some(hook), unit())
+        Self::build(name.into(), properties, faults, Some(hook), (unit(), 0))
     }
 
     fn build(
@@ -158,7 +160,7 @@ impl Device {
         properties: DeviceProperties,
         faults: Arc<dyn FaultSink>,
         hook: Option<AttachHook>,
-        driver: Arc<dyn IommuDriver>,
+        (driver, pasid): (Arc<dyn IommuDriver>, u32),
     ) -> Arc<Self> {
         static IDS: AtomicU64 = AtomicU64::new(0);
         Arc::new(Self {
@@ -167,6 +169,7 @@ impl Device {
             faults,
             hook,
             driver,
+            pasid,
             properties: Mutex::new(properties),
             pasids: Mutex::default(),
             current: Current::nothing(),
@@ -208,7 +211,7 @@ impl Device {
         let made = || {
             let properties = DeviceProperties { reserved: Vec::new(), ..self.properties() };
             let name = format!("{} PASID {pasid}", self.name);
-            Self::build(name.into(), properties, Arc::clone(&self.faults), None, Arc::clone(&self.driver))
+            Self::build(name.into(), properties, Arc::clone(&self.faults), None, (Arc::clone(&self.driver), pasid))
         };
         Arc::clone(self.pasids.lock().entry(pasid).or_insert_with(made))
     }
@@ -217,6 +220,35 @@ impl Device {
     /// route ends it for DMA that waits.
     pub fn set_fault_route(&self, route: Option<Arc<FaultRoute>>) {
         *self.fault_route.lock() = route;
+    }
+
+    /// The DMA that waits for a page is aborted: the device was reset. With `ends`, no DMA waits any more until it is
+    /// attached anew.
+    pub fn abort_page_requests(&self, ends: bool) {
+        let pasids: Vec<_> = self.pasids.lock().values().cloned().collect();
+        pasids.iter().for_each(|pasid| pasid.abort_page_requests(ends));
+        match self.fault_route() {
+            Some(route) if ends => route.close(),
+            Some(route) => route.abort(),
+            None => {}
+        }
+    }
+
+    /// Asks for a page that a DMA has missed, where misses are reported, and waits. False when it is not to be had.
+    pub(crate) fn ask_for_page(&self, iova: Iova, access: Access) -> Option<bool> {
+        /// Groups of page requests have 9 bits in PCI Express.
+        const GROUPS: u64 = 1 << 9;
+        static GROUP: AtomicU64 = AtomicU64::new(0);
+        let route = self.fault_route()?;
+        let mut flags = RequestFlags::LAST_PAGE;
+        flags.set(RequestFlags::PASID_VALID, self.pasid != 0);
+        let mut permission = Permission::empty();
+        permission.set(Permission::READ, access.contains(Access::READ));
+        permission.set(Permission::WRITE, access.contains(Access::WRITE));
+        let group = (GROUP.fetch_add(1, Ordering::Relaxed) % GROUPS) as u32;
+        let address = iova.0 & !(PAGE_SIZE - 1);
+        let answer = route.ask(PageRequest { flags, pasid: self.pasid, group, permission, address });
+        Some(answer == Response::Success)
     }
 
     /// Where DMA that finds no page asks for it.

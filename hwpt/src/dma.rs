@@ -8,6 +8,9 @@
 //! is one exchange on a cache line of the thread's own, and loads. Memory of a client can block for ever; nothing but
 //! the reader slot is held then, and only an unmap or a detach of the same IOAS waits for that.
 //!
+//! **A page that is missing** on a device whose misses are reported (`page_requests`) is asked for, and the DMA waits for
+//! the answer, outside the lane; then it goes on where it was, or is aborted.
+//!
 //! A write marks the dirty set before its bytes are copied; `dirty` says why that order does not matter. A fault is
 //! recorded after the lane has been left.
 
@@ -80,6 +83,12 @@ impl Dma {
         Self { device }
     }
 
+    /// The DMA of the same device with a PASID; 0 is without.
+    #[must_use]
+    pub fn with_pasid(&self, pasid: u32) -> Self {
+        Self { device: self.device.of_pasid(pasid) }
+    }
+
     /// The device.
     #[must_use]
     pub const fn device(&self) -> &Arc<Device> {
@@ -114,17 +123,19 @@ impl Dma {
     /// [`DmaFault`], already recorded, when the first byte cannot be reached.
     #[inline]
     pub fn translate(&self, iova: Iova, length: u64, access: Access) -> Result<Translation, DmaFault> {
-        let (mut address, mut reached, mut allowed, mut failed) = (0, 0, Access::empty(), None);
-        let inside =
-            self.inside(&mut |attachment, tlb| match stretch(attachment, tlb, iova.0, length.max(1), access) {
-                Ok(found) => (address, reached, allowed) = (found.address(), found.length, found.access),
-                Err(reason) => failed = Some(reason),
-            });
-        if inside && failed.is_none() {
-            let (frame, offset) = (Frame(address >> PAGE_SHIFT), address & (PAGE_SIZE - 1));
-            return Ok(Translation { frame, offset, length: reached, access: allowed });
+        loop {
+            let (mut address, mut reached, mut allowed, mut failed) = (0, 0, Access::empty(), None);
+            let inside =
+                self.inside(&mut |attachment, tlb| match stretch(attachment, tlb, iova.0, length.max(1), access) {
+                    Ok(found) => (address, reached, allowed) = (found.address(), found.length, found.access),
+                    Err(reason) => failed = Some(reason),
+                });
+            if inside && failed.is_none() {
+                let (frame, offset) = (Frame(address >> PAGE_SHIFT), address & (PAGE_SIZE - 1));
+                return Ok(Translation { frame, offset, length: reached, access: allowed });
+            }
+            self.wait_for_page(inside, failed.unwrap_or((iova, DmaCause::NotAttached)), access)?;
         }
-        Err(self.fault(inside, failed.unwrap_or((iova, DmaCause::NotAttached)), access))
     }
 
     fn transfer(
@@ -139,8 +150,8 @@ impl Dma {
             Err(RangeError::Zero) => return Ok(()),
             Err(RangeError::Overflow) => return Err(self.fault(true, (iova, DmaCause::Miss), access)),
         };
-        let mut copy_all = |attachment: &Attachment, tlb: &mut Iotlb| {
-            let mut done = 0;
+        let mut copy_all = |attachment: &Attachment, tlb: &mut Iotlb, from: usize| {
+            let mut done = from;
             while done < length {
                 let at = range.start().0 + done as u64;
                 let found = stretch(attachment, tlb, at, (length - done) as u64, access)?;
@@ -150,9 +161,14 @@ impl Dma {
             }
             Ok(())
         };
-        let mut outcome = Err((iova, DmaCause::NotAttached));
-        let inside = self.inside(&mut |attachment, tlb| outcome = copy_all(attachment, tlb));
-        outcome.map_err(|failed| self.fault(inside, failed, access))
+        let mut from = 0;
+        loop {
+            let mut outcome = Err((iova, DmaCause::NotAttached));
+            let inside = self.inside(&mut |attachment, tlb| outcome = copy_all(attachment, tlb, from));
+            let Err(failed) = outcome else { return Ok(()) };
+            self.wait_for_page(inside, failed, access)?;
+            from = (failed.0.0 - iova.0) as usize;
+        }
     }
 
     /// Runs `work` inside the reader count of what the device is attached to, with this thread's IOTLB; false when it
@@ -173,6 +189,17 @@ impl Dma {
             Ok(Some(ran)) => ran,
             // A DMA from within a DMA of this thread, or from a thread that is ending, has a lane for itself.
             Ok(None) | Err(_) => DeviceLane::new(device.id()).run(device, work),
+        }
+    }
+
+    /// A DMA has failed. If it can go on, because the page was asked for and has come, that is no fault.
+    #[cold]
+    fn wait_for_page(&self, inside: bool, (iova, cause): Failed, access: Access) -> Result<(), DmaFault> {
+        let missing = inside && matches!(cause, DmaCause::Miss | DmaCause::Permission);
+        match missing.then(|| self.device.ask_for_page(iova, access)).flatten() {
+            Some(true) => Ok(()),
+            Some(false) => Err(self.fault(inside, (iova, DmaCause::Refused), access)),
+            None => Err(self.fault(inside, (iova, cause), access)),
         }
     }
 

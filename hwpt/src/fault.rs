@@ -13,6 +13,9 @@ pub enum DmaCause {
     /// The device has been frozen: its DMA is stopped until it is thawed.
     #[error("the device is frozen")]
     Frozen,
+    /// The client was asked for the page, and said that it will not come, or went away.
+    #[error("the page was asked for and refused")]
+    Refused,
     /// Nothing is mapped there.
     #[error("nothing is mapped there")]
     Miss,

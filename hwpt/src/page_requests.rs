@@ -214,11 +214,27 @@ impl FaultRoute {
         self.queue.watchers.tell();
     }
 
+    /// Asks for one page and waits for the answer. On the thread of a device, with nothing held.
+    pub(crate) fn ask(&self, request: PageRequest) -> Response {
+        let (tell, told) = std::sync::mpsc::channel();
+        self.raise(
+            &[request],
+            Box::new(move |response| {
+                let _ = tell.send(response);
+            }),
+        );
+        told.recv().unwrap_or(Response::Invalid)
+    }
+
     /// Ends the route: every group of it that is still held is answered [`Response::Invalid`].
     #[doc(alias = "iommufd_auto_response_faults")]
     pub fn close(&self) {
-        let mut closed = self.closed.lock();
-        *closed = true;
+        *self.closed.lock() = true;
+        self.abort();
+    }
+
+    /// Answers every group of the route that is still held [`Response::Invalid`]: the device was reset.
+    pub fn abort(&self) {
         let mine = {
             let mut state = self.queue.state.lock();
             let arrived = std::mem::take(&mut state.arrived);
@@ -229,7 +245,6 @@ impl FaultRoute {
             mine.extend(cookies.iter().filter_map(|cookie| state.waiting.remove(cookie)));
             mine
         };
-        drop(closed);
         mine.into_iter().for_each(|held| (held.answer)(Response::Invalid));
     }
 }

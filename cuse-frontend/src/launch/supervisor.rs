@@ -16,6 +16,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::filter::mmap_offset_shift;
 use crate::files::{ClientCall, IoctlReply, NewFile, OpenFile, Promise};
 use crate::fuse::Fuse;
 use crate::sys::launch::{Answer, Notification, install_file, next_notification, respond, still_waits};
@@ -58,10 +59,13 @@ fn serve_apart(listener: &Arc<OwnedFd>, fuse: &Arc<Fuse>, notification: Notifica
 }
 
 fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
-    // The kernel takes both from the lower half of the register.
-    let (fd, cmd) = (notification.args[0] as u32 as i32, notification.args[1] as u32);
     let call = fuse.foreign_call(notification.tid);
     let client = fuse.client(&call);
+    if let Some(shift) = mmap_offset_shift(notification.arch, notification.number) {
+        return serve_mmap(listener, fuse, notification, &client, shift);
+    }
+    // The kernel takes both from the lower half of the register.
+    let (fd, cmd) = (notification.args[0] as u32 as i32, notification.args[1] as u32);
     let file = client.own_file(fd);
     if !still_waits(listener.as_fd(), notification.id) {
         return;
@@ -72,6 +76,31 @@ fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
     };
     if let Err(error) = deliver(listener.as_fd(), notification.id, &client, answer) {
         tracing::debug!(tid = notification.tid, %error, "the caller of a notified ioctl has gone");
+    }
+}
+
+/// An mmap: refused where the file has rules that the kernel does not know, else it goes on.
+fn serve_mmap(listener: &OwnedFd, fuse: &Fuse, notification: Notification, client: &dyn ClientCall, shift: u32) {
+    let [_, length, protection, _, fd, offset] = notification.args;
+    let file = client.own_file(fd as u32 as i32);
+    if !still_waits(listener.as_fd(), notification.id) {
+        return;
+    }
+    let executable = protection as i32 & libc::PROT_EXEC != 0;
+    let answer = match file {
+        Ok(Some(file)) => match file.check_mmap(offset << shift, length, true, executable) {
+            Ok(()) => {
+                if let Some((key, mapper)) = fuse.mapper(notification.tid, fd as u32 as i32) {
+                    file.mapped_by(key, mapper);
+                }
+                Answer::GoOn
+            }
+            Err(errno) => Answer::Error(errno.0),
+        },
+        _ => Answer::GoOn,
+    };
+    if let Err(error) = respond(listener.as_fd(), notification.id, answer) {
+        tracing::debug!(tid = notification.tid, %error, "the caller of a notified mmap has gone");
     }
 }
 

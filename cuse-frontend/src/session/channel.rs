@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
 use super::calls::slices;
-use crate::wire::OutHeader;
+use crate::wire::{NOTIFY_POLL, NotifyPoll, OutHeader};
 
 /// A connection to the kernel.
 pub(crate) struct Channel {
@@ -41,6 +41,17 @@ impl Channel {
         }
         self.ended.store(true, Ordering::Relaxed);
         None
+    }
+
+    /// Tells the kernel that poll(2) of the open file with poll handle `kh` may say more now.
+    pub(crate) fn notify_poll(&self, kh: u64) {
+        let length = size_of::<OutHeader>() + size_of::<NotifyPoll>();
+        let header = OutHeader { len: length as u32, error: NOTIFY_POLL, unique: 0 };
+        match nix::sys::uio::writev(&self.device, &slices(header.as_bytes(), &[NotifyPoll { kh }.as_bytes()])) {
+            // ENOENT: nobody polls it any more.
+            Ok(_) | Err(Errno::ENOENT | Errno::ENODEV | Errno::ECONNABORTED) => {}
+            Err(error) => tracing::warn!(%error, "the kernel does not take a notification of poll"),
+        }
     }
 
     /// Answers a request: errno 0 and bytes, or an errno. False when the kernel does not want the answer any more.

@@ -63,6 +63,17 @@ pub(crate) trait Exports: Send + Sync + Sized + 'static {
     /// The poll(2) events that hold now.
     fn poll(&self, file: &Self::File) -> u32;
 
+    /// Calls `tell` once, when [`Self::poll`] may say more than it does now. `key` is the same for each call of a file.
+    fn watch(&self, file: &Self::File, key: u64, tell: Box<dyn FnOnce() + Send>) {
+        let _ = (file, key, tell);
+    }
+
+    /// Whether the file has no position.
+    fn is_stream(&self, file: &Self::File) -> bool {
+        let _ = file;
+        false
+    }
+
     /// The file that an mmap maps.
     fn mapping<'a>(&self, file: &'a Self::File) -> Option<BorrowedFd<'a>>;
 

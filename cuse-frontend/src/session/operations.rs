@@ -180,7 +180,8 @@ impl<E: Exports> Engine<E> {
             Found::Entry(_) => return Err(Errno(libc::EISDIR)),
         };
         let backing = if mappable { self.back(&file) } else { None };
-        let backed = if backing.is_some() { OpenFlags::PASSTHROUGH } else { OpenFlags::empty() };
+        let mut backed = if backing.is_some() { OpenFlags::PASSTHROUGH } else { OpenFlags::empty() };
+        backed.set(OpenFlags::STREAM, self.exports.is_stream(&file));
         let open = Open { node, opened: Opened::File(file), backing, origin };
         Ok((open, flags | OpenFlags::PARALLEL_DIRECT_WRITES | backed))
     }
@@ -296,7 +297,14 @@ impl<E: Exports> Engine<E> {
     fn poll(&self, poll: &wire::PollIn) -> Result<Vec<u8>, Errno> {
         let open = self.file(poll.fh)?;
         let revents = match &open.opened {
-            Opened::File(file) => self.exports.poll(file),
+            Opened::File(file) => {
+                if poll.flags & wire::POLL_SCHEDULE_NOTIFY != 0 {
+                    // Before the look, so that nothing comes between.
+                    let (channel, kh) = (Arc::clone(&self.channel), poll.kh);
+                    self.exports.watch(file, kh, Box::new(move || channel.notify_poll(kh)));
+                }
+                self.exports.poll(file)
+            }
             Opened::Text(_) => u32::from((libc::POLLIN | libc::POLLRDNORM).cast_unsigned()),
         };
         Ok(wire::PollOut { revents: revents & poll.events, padding: 0 }.as_bytes().to_vec())

@@ -18,6 +18,10 @@ pub(crate) struct Notification {
     pub(crate) id: u64,
     /// The calling thread, in our pid namespace.
     pub(crate) tid: u32,
+    /// The caller's architecture, as seccomp names it, and the number of the system call there.
+    pub(crate) arch: u32,
+    /// See `arch`.
+    pub(crate) number: u32,
     /// The system call's arguments.
     pub(crate) args: [u64; 6],
 }
@@ -62,7 +66,8 @@ pub(crate) fn next_notification(listener: BorrowedFd<'_>) -> Result<Notification
     let mut notification: libc::seccomp_notif = unsafe { std::mem::zeroed() };
     // SAFETY: the ioctl fills one struct seccomp_notif.
     unsafe { ioctls::notif_recv(listener.as_raw_fd(), &raw mut notification) }?;
-    Ok(Notification { id: notification.id, tid: notification.pid, args: notification.data.args })
+    let libc::seccomp_data { nr, arch, args, .. } = notification.data;
+    Ok(Notification { id: notification.id, tid: notification.pid, arch, number: nr.cast_unsigned(), args })
 }
 
 /// True while the notified call still waits, so that its thread id still is its caller's.

@@ -34,6 +34,8 @@ bitflags::bitflags! {
     pub(crate) struct OpenFlags: u32 {
         /// Reads and writes come to the server; nothing is cached.
         const DIRECT_IO = 1 << 0;
+        /// The file has no position: each read and write comes with offset 0.
+        const STREAM = 1 << 4;
         /// close() sends no FLUSH: a server that closes its own copy of one of its files waits for nobody.
         const NOFLUSH = 1 << 5;
         /// Writes of one file do not wait for each other.
@@ -55,6 +57,11 @@ bitflags::bitflags! {
         const SIZE = 1 << 3;
     }
 }
+
+/// In [`PollIn`]'s flags: the client waits, and wants to be told.
+pub(crate) const POLL_SCHEDULE_NOTIFY: u32 = 1;
+/// In [`OutHeader`]'s `error` of a message that answers nothing: [`NotifyPoll`] follows.
+pub(crate) const NOTIFY_POLL: i32 = 1;
 
 /// What a request asks for.
 #[allow(missing_docs)]
@@ -276,6 +283,10 @@ wire_structs! {
         kh: u64,
         flags: u32,
         events: u32,
+    }
+    /// POLL: the kernel's poll handle, in a notification that something may have changed.
+    NotifyPoll = 8 {
+        kh: u64,
     }
     /// The answer to POLL.
     PollOut = 8 {

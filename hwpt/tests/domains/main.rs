@@ -5,4 +5,5 @@ mod changing;
 mod dirty;
 mod dma;
 mod failing;
+mod pages;
 mod world;
