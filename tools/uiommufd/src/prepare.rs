@@ -44,6 +44,10 @@ pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
             Dirty::Linux => compat::DirtyMode::Linux,
         },
         dma_entry_limit: options.dma_entry_limit,
+        container: match options.container {
+            Personality::Iommufd => compat::Flavour::Iommufd,
+            _ => compat::Flavour::Native,
+        },
         added_rows: if options.selftest { vec![device_shim::mock::row()] } else { Vec::new() },
     };
     Ok(Prepared { options, specs })
@@ -73,8 +77,8 @@ fn start_log(level: &str) -> Result<()> {
 
 /// Refuses what this build does not have.
 fn supported(options: &ServerOptions) -> Result<()> {
-    if options.container != Personality::Native {
-        bail!("this build has the native container only (--container native)");
+    if !matches!(options.container, Personality::Native | Personality::Iommufd) {
+        bail!("this build has no container of POWER's (--container native or iommufd)");
     }
     Ok(())
 }
