@@ -35,6 +35,7 @@ use crate::store::PageStore;
 use crate::table::PageTable;
 
 mod accesses;
+mod process;
 
 use accesses::AccessEntry;
 

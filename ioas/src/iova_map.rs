@@ -400,6 +400,11 @@ impl IovaMap {
         self.leaving.extend(ranges.iter().map(|range| (range.start().0, range.last().0)));
     }
 
+    /// An area whose readers have not gone yet.
+    pub(crate) fn any_leaving(&self) -> Option<IovaRange> {
+        self.leaving.iter().next().map(|(start, last)| range(*start, *last))
+    }
+
     /// Frees the IOVAs that [`Self::leave`] kept.
     pub(crate) fn left(&mut self, ranges: &[IovaRange]) {
         for range in ranges {

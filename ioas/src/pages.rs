@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr};
 use crate::backing::FileBacking;
+use crate::caller::FileKind;
 use crate::client::Client;
 use crate::error::IoasError;
 use crate::payer::PayerName;
@@ -68,8 +69,6 @@ pub(crate) struct Lent {
 /// The memory of one user mapping.
 #[derive(Debug)]
 pub(crate) struct Pages {
-    /// Immutable.
-    client: Arc<Client>,
     /// The file of a mapping by descriptor. Immutable.
     file: Option<Arc<FileBacking>>,
     /// Byte offset in the file, or user address; where the mapping starts, within its first page. Immutable.
@@ -79,7 +78,14 @@ pub(crate) struct Pages {
     /// Immutable.
     terms: Terms,
     /// Guarded by itself, see above.
-    fill: Ranked<PAGES, Fill>,
+    fill: Ranked<PAGES, Filled>,
+}
+
+/// Who mapped the memory, and pays for it, and what of it is filled.
+#[derive(Debug)]
+struct Filled {
+    client: Arc<Client>,
+    fill: Fill,
 }
 
 /// What is filled: nothing, everything in one run, or anything.
@@ -102,7 +108,8 @@ struct Segment {
 
 impl Pages {
     pub(crate) fn of_user(client: Arc<Client>, address: UserAddr, length: u64, terms: Terms) -> Arc<Self> {
-        Arc::new(Self { client, file: None, start: address.0, length, terms, fill: Ranked::new(Fill::Empty) })
+        let fill = Ranked::new(Filled { client, fill: Fill::Empty });
+        Arc::new(Self { file: None, start: address.0, length, terms, fill })
     }
 
     pub(crate) fn of_file(
@@ -112,7 +119,8 @@ impl Pages {
         length: u64,
         terms: Terms,
     ) -> Arc<Self> {
-        Arc::new(Self { client, file: Some(file), start: offset, length, terms, fill: Ranked::new(Fill::Empty) })
+        let fill = Ranked::new(Filled { client, fill: Fill::Empty });
+        Arc::new(Self { file: Some(file), start: offset, length, terms, fill })
     }
 
     pub(crate) const fn terms(&self) -> Terms {
@@ -145,20 +153,20 @@ impl Pages {
     }
 
     /// The payer of what is charged.
-    pub(crate) fn payer(&self) -> Option<PayerName> {
+    fn payer(&self, client: &Client) -> Option<PayerName> {
         match (self.terms.charge, self.terms.payer) {
             (ChargeRule::Free, _) => None,
-            (_, PayerMode::User) => Some(PayerName::User(self.client.uid)),
-            (_, PayerMode::MemoryMap) => Some(PayerName::MemoryMap(self.client.memory.id())),
+            (_, PayerMode::User) => Some(PayerName::User(client.uid)),
+            (_, PayerMode::MemoryMap) => Some(PayerName::MemoryMap(client.memory.id())),
         }
     }
 
-    fn bill(&self, limit: Limit) -> Option<Bill> {
-        let payer = self.payer()?;
+    fn bill(&self, client: &Client, limit: Limit) -> Option<Bill> {
+        let payer = self.payer(client)?;
         let enforced = self.terms.charge == ChargeRule::Limited;
         let limit = match limit {
-            Limit::Seen => self.client.seen_limit(),
-            Limit::Now => self.client.memlock_limit(),
+            Limit::Seen => client.seen_limit(),
+            Limit::Now => client.memlock_limit(),
         };
         Some(Bill { payer, limit, enforced })
     }
@@ -175,10 +183,10 @@ impl Pages {
         limit: Limit,
         runs: &mut Vec<FrameRun>,
     ) -> Result<(), IoasError> {
-        let mut fill = self.fill.lock();
-        match &mut *fill {
+        let Filled { client, fill } = &mut *self.fill.lock();
+        match fill {
             Fill::Empty if slice == self.all() => {
-                let held = self.hold(store, slice, limit)?;
+                let held = self.hold(client, store, slice, limit)?;
                 runs.extend(held.iter().map(|held| held.run));
                 *fill = match held[..] {
                     [Held { run, charged }] => Fill::Whole { first: run.first, areas: 1, charged },
@@ -194,7 +202,7 @@ impl Pages {
             _ => {}
         }
         let parts = fill.make_parts(self.all().pages);
-        let result = self.fill_gaps(store, parts, slice, limit);
+        let result = self.fill_gaps(client, store, parts, (slice, limit));
         if result.is_ok() {
             change(parts, slice, |segment| {
                 segment.areas += 1;
@@ -208,17 +216,17 @@ impl Pages {
     /// Holds what no area has filled yet.
     fn fill_gaps(
         &self,
+        client: &Client,
         store: &PageStore,
         parts: &mut BTreeMap<u64, Segment>,
-        slice: Slice,
-        limit: Limit,
+        (slice, limit): (Slice, Limit),
     ) -> Result<(), IoasError> {
         let mut held: Vec<(u64, Vec<Held>)> = Vec::new();
         for gap in gaps(parts, slice) {
-            match self.hold(store, gap, limit) {
+            match self.hold(client, store, gap, limit) {
                 Ok(runs) => held.push((gap.first, runs)),
                 Err(error) => {
-                    held.iter().for_each(|(_, held)| store.release(held, self.payer()));
+                    held.iter().for_each(|(_, held)| store.release(held, self.payer(client)));
                     return Err(error);
                 }
             }
@@ -231,8 +239,8 @@ impl Pages {
         Ok(())
     }
 
-    fn hold(&self, store: &PageStore, slice: Slice, limit: Limit) -> Result<Vec<Held>, IoasError> {
-        store.hold(&self.wanted(store, slice)?, self.bill(limit))
+    fn hold(&self, client: &Client, store: &PageStore, slice: Slice, limit: Limit) -> Result<Vec<Held>, IoasError> {
+        store.hold(&self.wanted(client, store, slice)?, self.bill(client, limit))
     }
 
     /// The frames of `slice`: what is filled as it is, the rest held and not charged.
@@ -240,13 +248,14 @@ impl Pages {
     /// # Errors
     /// EFAULT, EINVAL of a file, ENOMEM; nothing has changed.
     pub(crate) fn lend(&self, store: &PageStore, slice: Slice) -> Result<Lent, IoasError> {
-        let mut fill = self.fill.lock();
+        let mut filled = self.fill.lock();
+        let Filled { client, fill } = &mut *filled;
         let parts = fill.make_parts(self.all().pages);
         let mut lent = Lent { runs: Vec::new(), held: Vec::new() };
         let mut by_page: BTreeMap<u64, FrameRun> = BTreeMap::new();
         let mut outcome = Ok(());
         for gap in gaps(parts, slice) {
-            match self.wanted(store, gap).and_then(|wanted| store.hold(&wanted, None)) {
+            match self.wanted(client, store, gap).and_then(|wanted| store.hold(&wanted, None)) {
                 Ok(held) => {
                     let mut at = gap.first;
                     for Held { run, .. } in &held {
@@ -271,7 +280,7 @@ impl Pages {
             }
         }
         fill.tidy(slice, self.all().pages);
-        drop(fill);
+        drop(filled);
         if let Err(error) = outcome {
             store.release(&lent.held, None);
             return Err(error);
@@ -280,14 +289,14 @@ impl Pages {
         Ok(lent)
     }
 
-    fn wanted(&self, store: &PageStore, slice: Slice) -> Result<Vec<Wanted>, IoasError> {
+    fn wanted(&self, client: &Client, store: &PageStore, slice: Slice) -> Result<Vec<Wanted>, IoasError> {
         let mut wanted = Vec::with_capacity(1);
         let start = (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT);
         match &self.file {
             Some(file) => wanted.push(resolve::file_memory(file, start, slice.pages, self.terms.rights)?),
             None => resolve::user_memory(
                 store,
-                &self.client.memory,
+                &client.memory,
                 UserAddr(start),
                 slice.pages,
                 self.terms.rights,
@@ -299,7 +308,7 @@ impl Pages {
 
     /// Appends the frames of `slice`, which is filled, to `runs`.
     pub(crate) fn runs(&self, slice: Slice, runs: &mut Vec<FrameRun>) {
-        match &*self.fill.lock() {
+        match &self.fill.lock().fill {
             Fill::Empty => {}
             Fill::Whole { first, .. } => {
                 append(runs, FrameRun { first: Frame(first.0 + slice.first), pages: slice.pages });
@@ -319,15 +328,15 @@ impl Pages {
 
     /// Takes one area off the count of `slice`, which is filled, and releases and refunds what no area fills any more.
     pub(crate) fn release(&self, store: &PageStore, slice: Slice) {
-        let mut fill = self.fill.lock();
-        if let Fill::Whole { first, areas, charged } = &mut *fill
+        let Filled { client, fill } = &mut *self.fill.lock();
+        if let Fill::Whole { first, areas, charged } = fill
             && slice == self.all()
         {
             *areas -= 1;
             if *areas == 0 {
                 let held = Held { run: FrameRun { first: *first, pages: slice.pages }, charged: *charged };
                 *fill = Fill::Empty;
-                store.release(&[held], self.payer());
+                store.release(&[held], self.payer(client));
             }
             return;
         }
@@ -342,11 +351,54 @@ impl Pages {
         });
         parts.extract_if(slice.first..slice.first + slice.pages, |_, segment| segment.areas == 0).for_each(drop);
         fill.tidy(slice, self.all().pages);
-        store.release(&gone, self.payer());
+        store.release(&gone, self.payer(client));
+    }
+
+    /// Whether the memory was named by descriptor, and is no region of a device.
+    pub(crate) fn is_of_file(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.kind != FileKind::DeviceRegion)
+    }
+
+    /// Makes `new` the client that mapped the memory: what is filled is charged to it, and no more to who paid before.
+    /// With `bound` the charge is held against the new one's RLIMIT_MEMLOCK. Returns the client of before.
+    ///
+    /// # Errors
+    /// ENOMEM; nothing has changed.
+    pub(crate) fn change_client(
+        &self,
+        store: &PageStore,
+        new: &Arc<Client>,
+        bound: bool,
+    ) -> Result<Arc<Client>, IoasError> {
+        let Filled { client, fill } = &mut *self.fill.lock();
+        let (from, to) = (self.payer(client), self.bill(new, Limit::Now));
+        if let (Some(from), Some(to)) = (from, to)
+            && from != to.payer
+        {
+            store.move_charge(&fill.held(self.all().pages), from, Bill { enforced: to.enforced && bound, ..to })?;
+        }
+        Ok(std::mem::replace(client, Arc::clone(new)))
     }
 }
 
 impl Fill {
+    /// All that is filled.
+    fn held(&self, pages: u64) -> Vec<Held> {
+        match self {
+            Self::Empty => Vec::new(),
+            Self::Whole { first, charged, .. } => {
+                vec![Held { run: FrameRun { first: *first, pages }, charged: *charged }]
+            }
+            Self::Parts(parts) => {
+                let held = |segment: &Segment| {
+                    let run = FrameRun { first: segment.first, pages: segment.pages };
+                    Held { run, charged: segment.charged }
+                };
+                parts.values().map(held).collect()
+            }
+        }
+    }
+
     /// The general form, to be changed and then tidied.
     fn make_parts(&mut self, pages: u64) -> &mut BTreeMap<u64, Segment> {
         if !matches!(self, Self::Parts(_)) {

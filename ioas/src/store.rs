@@ -322,6 +322,14 @@ impl PageStore {
         result
     }
 
+    /// Charges what one payer is charged to another, or changes nothing.
+    pub(crate) fn move_charge(&self, held: &[Held], from: PayerName, to: Bill) -> Result<(), IoasError> {
+        let mut inner = self.inner.lock();
+        inner.charge(self.accounting, held.iter().copied(), to)?;
+        inner.refund(from, held);
+        Ok(())
+    }
+
     /// Releases pages that [`Self::hold`] has given, and takes the charge back.
     pub(crate) fn release(&self, held: &[Held], payer: Option<PayerName>) {
         let mut ended = Vec::new();

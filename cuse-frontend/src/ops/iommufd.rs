@@ -16,8 +16,8 @@ use crate::files::ClientCall;
 use crate::iommufd::Context;
 use crate::uapi::iommufd::{
     Destroy, FaultAlloc, GetDirtyBitmap, HwInfo, HwQueueAlloc, HwptAlloc, Invalidate, IoasAlloc, IoasAllowIovas,
-    IoasCopy, IoasIovaRanges, IoasMap, IoasMapFile, IoasUnmap, NoiommuGetPa, Opt, SetDirtyTracking, VdeviceAlloc,
-    VeventqAlloc, VfioIoas, ViommuAlloc, WireRange, map_flags, nr, option_id, option_op, vfio_ioas_op,
+    IoasChangeProcess, IoasCopy, IoasIovaRanges, IoasMap, IoasMapFile, IoasUnmap, NoiommuGetPa, Opt, SetDirtyTracking,
+    VdeviceAlloc, VeventqAlloc, VfioIoas, ViommuAlloc, WireRange, map_flags, nr, option_id, option_op, vfio_ioas_op,
 };
 
 const SLOTS: usize = (nr::LAST - nr::BASE) as usize + 1;
@@ -59,6 +59,7 @@ pub(crate) static TABLE: Table<Arc<Context>, SLOTS> = Table::new(
         op(nr::IOAS_MAP, "IOMMU_IOAS_MAP", size_of::<IoasMap>(), 40, ioas_map),
         op(nr::IOAS_MAP_FILE, "IOMMU_IOAS_MAP_FILE", size_of::<IoasMapFile>(), 40, ioas_map_file),
         op(nr::IOAS_UNMAP, "IOMMU_IOAS_UNMAP", size_of::<IoasUnmap>(), 24, ioas_unmap),
+        op(nr::IOAS_CHANGE_PROCESS, "IOMMU_IOAS_CHANGE_PROCESS", size_of::<IoasChangeProcess>(), 8, change_process),
         op(nr::OPTION, "IOMMU_OPTION", size_of::<Opt>(), 24, option),
         op(nr::VFIO_IOAS, "IOMMU_VFIO_IOAS", size_of::<VfioIoas>(), 12, vfio_ioas),
         op(nr::HWPT_ALLOC, "IOMMU_HWPT_ALLOC", size_of::<HwptAlloc>(), 24, objects::hwpt_alloc),
@@ -305,6 +306,13 @@ fn ioas_unmap(call: &Call<'_, Arc<Context>>) -> OpResult {
     };
     cmd.length = ioas.start_unmap(range).finish_unless(&call.interrupt())?;
     call.respond(&cmd)?;
+    DONE
+}
+
+fn change_process(call: &Call<'_, Arc<Context>>) -> OpResult {
+    none_of("reserved", call.get::<IoasChangeProcess>().reserved)?;
+    let ioases: Vec<_> = call.file.ioases().into_iter().map(|(_, ioas)| ioas).collect();
+    ioas::Ioas::change_process(call.caller, &ioases)?;
     DONE
 }
 

@@ -302,6 +302,11 @@ wire! {
         8 iova: u64,
         16 length: u64,
     }
+    /// IOMMU_IOAS_CHANGE_PROCESS.
+    IoasChangeProcess: 8 {
+        0 size: u32,
+        4 reserved: u32,
+    }
     /// IOMMU_OPTION.
     Opt: 24 {
         0 size: u32,
@@ -356,6 +361,7 @@ mod tests {
             IoasMapFile = linux::iommu_ioas_map_file { size, flags, ioas_id, fd, start, length, iova }
             IoasCopy = linux::iommu_ioas_copy { size, flags, dst_ioas_id, src_ioas_id, length, dst_iova, src_iova }
             IoasUnmap = linux::iommu_ioas_unmap { size, ioas_id, iova, length }
+            IoasChangeProcess = linux::iommu_ioas_change_process { size; reserved = __reserved }
             Opt = linux::iommu_option { size, option_id, op, object_id, val64; reserved = __reserved }
             VfioIoas = linux::iommu_vfio_ioas { size, ioas_id, op; reserved = __reserved }
             HwptAlloc = linux::iommu_hwpt_alloc {

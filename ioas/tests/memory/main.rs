@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 mod access;
+mod change;
 mod kinds;
 mod lifetimes;
 mod model;
