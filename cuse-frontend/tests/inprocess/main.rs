@@ -4,6 +4,7 @@ mod iommufd;
 #[allow(unsafe_code)]
 mod sys;
 mod vfio;
+mod ways;
 
 use std::fs::File;
 

@@ -20,12 +20,12 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::sys::Mapping;
 use crate::{PAGE, call, call_with, memfd, open};
 
-const READ_WRITE: u32 = map_flags::READ | map_flags::WRITE;
+pub(crate) const READ_WRITE: u32 = map_flags::READ | map_flags::WRITE;
 const BAR0: u64 = 0;
-const CONFIG: u64 = 7 << 40;
+pub(crate) const CONFIG: u64 = 7 << 40;
 
 /// A front end of a server with one device in each of the groups.
-fn front(groups: &[(u32, bool)]) -> InProcess {
+pub(crate) fn front(groups: &[(u32, bool)]) -> InProcess {
     let server = Server::new(ServerOptions::default());
     for (at, (group, noiommu)) in groups.iter().enumerate() {
         let reserved = IovaRange::from_bounds(Iova(0xfee0_0000), Iova(0xfeef_ffff)).expect("the MSI window");
@@ -48,18 +48,18 @@ fn front(groups: &[(u32, bool)]) -> InProcess {
 }
 
 /// A device that is up: its files' numbers.
-struct Up {
-    front: InProcess,
-    container: i32,
-    group: i32,
-    device: i32,
+pub(crate) struct Up {
+    pub(crate) front: InProcess,
+    pub(crate) container: i32,
+    pub(crate) group: i32,
+    pub(crate) device: i32,
 }
 
-fn set_container(front: &InProcess, group: i32, container: i32) -> Result<i32, i32> {
+pub(crate) fn set_container(front: &InProcess, group: i32, container: i32) -> Result<i32, i32> {
     call_with(front, group, nr::GROUP_SET_CONTAINER, (&raw const container) as u64)
 }
 
-fn get_device(front: &InProcess, group: i32, name: &std::ffi::CStr) -> Result<i32, i32> {
+pub(crate) fn get_device(front: &InProcess, group: i32, name: &std::ffi::CStr) -> Result<i32, i32> {
     call_with(front, group, nr::GROUP_GET_DEVICE_FD, name.as_ptr() as u64)
 }
 
@@ -77,12 +77,12 @@ fn up() -> Up {
 }
 
 impl Up {
-    fn map(&self, flags: u32, vaddr: u64, iova: u64, size: u64) -> Result<(), i32> {
+    pub(crate) fn map(&self, flags: u32, vaddr: u64, iova: u64, size: u64) -> Result<(), i32> {
         let cmd = DmaMap { argsz: 32, flags, vaddr, iova, size };
         call(&self.front, self.container, nr::IOMMU_MAP_DMA, cmd).map(|_| ())
     }
 
-    fn unmap(&self, iova: u64, size: u64) -> Result<u64, i32> {
+    pub(crate) fn unmap(&self, iova: u64, size: u64) -> Result<u64, i32> {
         let cmd = DmaUnmap { argsz: 24, flags: 0, iova, size };
         call(&self.front, self.container, nr::IOMMU_UNMAP_DMA, cmd).map(|cmd| cmd.size)
     }
@@ -93,12 +93,12 @@ impl Up {
         u32::from_le_bytes(bytes)
     }
 
-    fn set_register(&self, at: u64, value: u32) {
+    pub(crate) fn set_register(&self, at: u64, value: u32) {
         self.front.write(self.device, BAR0 + at, &value.to_le_bytes()).expect("a register");
     }
 
     /// Enables MSI-X in its capability, as a guest's driver does.
-    fn enable_msix(&self) {
+    pub(crate) fn enable_msix(&self) {
         let mut config = [0; 256];
         self.front.read(self.device, CONFIG, &mut config).expect("config");
         let mut at = config[0x34];
@@ -109,7 +109,7 @@ impl Up {
     }
 
     /// Has the device do a DMA between its buffer and memory. True when it was not aborted.
-    fn dma(&self, direction: u32, iova: u64, length: u32) -> bool {
+    pub(crate) fn dma(&self, direction: u32, iova: u64, length: u32) -> bool {
         self.set_register(register::STATUS, status::DONE | status::ABORTED);
         self.set_register(register::IOVA, iova as u32);
         self.set_register(register::IOVA + 4, (iova >> 32) as u32);
@@ -286,7 +286,7 @@ fn device_describes_itself() {
 }
 
 /// SET_IRQS with eventfds.
-fn set_eventfds(up: &Up, index: u32, start: u32, fds: &[i32]) -> Result<i32, i32> {
+pub(crate) fn set_eventfds(up: &Up, index: u32, start: u32, fds: &[i32]) -> Result<i32, i32> {
     let argsz = (size_of::<IrqSet>() + size_of_val(fds)) as u32;
     let flags = irq_set_flags::DATA_EVENTFD | irq_set_flags::ACTION_TRIGGER;
     let mut bytes = IrqSet { argsz, flags, index, start, count: fds.len() as u32 }.as_bytes().to_vec();
