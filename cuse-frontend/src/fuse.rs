@@ -21,6 +21,8 @@ use crate::process;
 use crate::server::Server;
 use crate::session::{Caller, Exports, Files, Session};
 use crate::tree::Tree;
+use crate::uapi::command;
+use crate::uapi::iommufd::nr;
 
 /// A running server of one mount.
 pub(crate) struct Fuse {
@@ -168,6 +170,10 @@ impl Exports for Nodes {
     }
 
     fn ioctl(&self, file: &OpenFile, caller: &Caller<'_, Self>, cmd: u32, arg: u64) -> Result<i32, Errno> {
+        if cmd == command(nr::DESTROY) {
+            // What the client closed before uses nothing any more.
+            self.files.settle_for(caller.tgid());
+        }
         match file.ioctl(&self.client(caller), cmd, arg)? {
             IoctlReply::Value(value) => Ok(value),
             // Dropping the file undoes the call.

@@ -169,8 +169,7 @@ impl<T> ObjectTable<T> {
         object.map(|object| RemovedObject { object })
     }
 
-    /// Takes out every object that nothing refers to, until only used ones are left, and returns how many ids are
-    /// left. For the close of a file, when no call runs any more: users go before what they use.
+    /// Takes out every object that nothing refers to, until only used ones are left, and returns how many are left. For the close of a file, when no call runs any more: users go before what they use.
     pub fn clear(&self) -> usize {
         self.clear_with(drop)
     }
@@ -185,7 +184,7 @@ impl<T> ObjectTable<T> {
                 published.filter(|(_, object)| unused(object)).map(|(id, _)| id).collect()
             };
             if idle.is_empty() {
-                return self.len();
+                return self.ids().len();
             }
             for id in idle {
                 if let Ok(removed) = self.remove(id) {
@@ -378,6 +377,7 @@ mod tests {
         assert!(table.take(user, true).is_some());
         assert_eq!(table.remove(1).err(), Some(ObjectError::NoEntry(1)));
         assert_eq!(table.reserve().expect("an id").id(), 2);
+        assert_eq!(table.clear(), 0, "nothing is left behind it");
     }
 
     #[test]

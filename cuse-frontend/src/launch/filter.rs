@@ -6,7 +6,8 @@
 //! allowed, never killed; its programs just get no descriptor.
 //!
 //! An mmap that shares a file is notified as well: through FUSE it would not be shown to the server, and `/dev/iommu`
-//! has rules for it. Private and anonymous mappings, which programs make in numbers, are not.
+//! has rules for it. Private and anonymous mappings, which programs make in numbers, are not. So is a read of no bytes,
+//! which FUSE answers by itself and queues refuse.
 //!
 //! The filter sees numbers, not files: 117 is DEVICE_FEATURE on a device and DIRTY_PAGES on a container, and any
 //! driver may use the same number. The supervisor looks at the file and lets go on what is not ours.
@@ -29,10 +30,12 @@ const RETURN_DESCRIPTORS: [u32; 5] = [
     TYPE | iommufd::TEST_CMD as u32,
 ];
 
-/// An architecture as seccomp names it (include/uapi/linux/audit.h), and its numbers of ioctl and mmap.
+/// An architecture as seccomp names it (include/uapi/linux/audit.h), and its numbers of ioctl, read
+/// and mmap.
 struct Abi {
     arch: u32,
     ioctl: u32,
+    read: u32,
     mmap: u32,
     /// log2 of the unit of mmap's offset in bytes.
     offset_shift: u32,
@@ -41,16 +44,16 @@ struct Abi {
 /// The ABIs that a program on this machine may use.
 #[cfg(target_arch = "x86_64")]
 const ABIS: [Abi; 3] = [
-    Abi { arch: 0xc000_003e, ioctl: 16, mmap: 9, offset_shift: 0 },
+    Abi { arch: 0xc000_003e, ioctl: 16, read: 0, mmap: 9, offset_shift: 0 },
     // x32: the architecture of x86-64 and bit 30 of the number.
-    Abi { arch: 0xc000_003e, ioctl: 0x4000_0000 + 514, mmap: 0x4000_0000 + 9, offset_shift: 0 },
+    Abi { arch: 0xc000_003e, ioctl: 0x4000_0000 + 514, read: 0x4000_0000, mmap: 0x4000_0000 + 9, offset_shift: 0 },
     // mmap2. The old mmap, with its arguments in memory, is used by nobody who maps devices.
-    Abi { arch: 0x4000_0003, ioctl: 54, mmap: 192, offset_shift: 12 },
+    Abi { arch: 0x4000_0003, ioctl: 54, read: 3, mmap: 192, offset_shift: 12 },
 ];
 #[cfg(target_arch = "aarch64")]
 const ABIS: [Abi; 2] = [
-    Abi { arch: 0xc000_00b7, ioctl: 29, mmap: 222, offset_shift: 0 },
-    Abi { arch: 0x4000_0028, ioctl: 54, mmap: 192, offset_shift: 12 },
+    Abi { arch: 0xc000_00b7, ioctl: 29, read: 63, mmap: 222, offset_shift: 0 },
+    Abi { arch: 0x4000_0028, ioctl: 54, read: 3, mmap: 192, offset_shift: 12 },
 ];
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!("launch::filter needs this architecture's AUDIT_ARCH and number of ioctl");
@@ -65,6 +68,14 @@ const FLAGS_LOW: u32 = 16 + 3 * 8 + LOW;
 /// Of these flags a mapping of a file that is shared with it has the first only.
 const SHARED_AND_ANONYMOUS: u32 = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u32;
 const SHARED: u32 = libc::MAP_SHARED as u32;
+
+/// The lower half of read's count.
+const COUNT_LOW: u32 = 16 + 2 * 8 + LOW;
+
+/// True when the system call is read.
+pub(super) fn is_read(arch: u32, number: u32) -> bool {
+    ABIS.iter().any(|abi| (abi.arch, abi.read) == (arch, number))
+}
 
 /// log2 of the unit of the offset, in bytes, when the system call is an mmap; `None` when it is another.
 pub(super) fn mmap_offset_shift(arch: u32, number: u32) -> Option<u32> {
@@ -87,8 +98,8 @@ const fn answer(value: u32) -> sock_filter {
     sock_filter { code: (BPF_RET | BPF_K) as u16, jt: 0, jf: 0, k: value }
 }
 
-/// The filter's instructions: for each ABI, is it this one; is it an mmap of a file that is shared; is it ioctl, and
-/// one of the numbers.
+/// The filter's instructions: for each ABI, is it this one; is it an mmap of a file that is shared; is it a read of no
+/// bytes; is it ioctl, and one of the numbers.
 pub(super) fn program() -> Vec<sock_filter> {
     let mut program = Vec::new();
     for abi in ABIS {
@@ -103,13 +114,21 @@ pub(super) fn program() -> Vec<sock_filter> {
             answer(libc::SECCOMP_RET_USER_NOTIF),
             answer(libc::SECCOMP_RET_ALLOW),
         ];
+        let empty_read = [
+            load(COUNT_LOW),
+            skip_unless_equal(0, 1),
+            answer(libc::SECCOMP_RET_USER_NOTIF),
+            answer(libc::SECCOMP_RET_ALLOW),
+        ];
         let behind_ioctl = u8::try_from(numbers.len() + 1).expect("a filter of a few instructions");
-        let behind_mmap = mapping.len() as u8;
-        // Load, test, the mapping, test.
-        let behind_arch = 2 + behind_mmap + 1 + behind_ioctl;
+        let (behind_mmap, behind_read) = (mapping.len() as u8, empty_read.len() as u8);
+        // A load, and three tests with what belongs to each.
+        let behind_arch = 2 + behind_mmap + 1 + behind_read + 1 + behind_ioctl;
         program.extend([load(ARCH), skip_unless_equal(abi.arch, behind_arch)]);
         program.extend([load(NR), skip_unless_equal(abi.mmap, behind_mmap)]);
         program.extend(mapping);
+        program.push(skip_unless_equal(abi.read, behind_read));
+        program.extend(empty_read);
         program.extend([skip_unless_equal(abi.ioctl, behind_ioctl), load(CMD_LOW)]);
         program.extend(numbers);
     }
@@ -127,6 +146,11 @@ mod tests {
     }
 
     fn run_with(arch: u32, number: u32, cmd: u32, flags: u32) -> u32 {
+        run_all(arch, number, [cmd, 1, flags])
+    }
+
+    /// With the lower halves of the second, third and fourth argument.
+    fn run_all(arch: u32, number: u32, [cmd, count, flags]: [u32; 3]) -> u32 {
         let program = program();
         let (mut at, mut word) = (0, 0);
         loop {
@@ -134,7 +158,7 @@ mod tests {
             at += 1;
             match u32::from(step.code) {
                 code if code == BPF_LD | BPF_W | BPF_ABS => {
-                    word = [(NR, number), (ARCH, arch), (CMD_LOW, cmd), (FLAGS_LOW, flags)]
+                    word = [(NR, number), (ARCH, arch), (CMD_LOW, cmd), (COUNT_LOW, count), (FLAGS_LOW, flags)]
                         .iter()
                         .find_map(|(offset, value)| (*offset == step.k).then_some(*value))
                         .expect("a field that the filter knows");
@@ -166,6 +190,15 @@ mod tests {
                 assert_eq!(run_with(abi.arch, abi.mmap, RETURN_DESCRIPTORS[0], other), libc::SECCOMP_RET_ALLOW);
             }
             assert_eq!(mmap_offset_shift(abi.arch, abi.ioctl), None);
+        }
+    }
+
+    #[test]
+    fn read_of_no_bytes_is_notified_on_every_abi() {
+        for abi in ABIS {
+            assert_eq!(run_all(abi.arch, abi.read, [0, 0, 0]), libc::SECCOMP_RET_USER_NOTIF);
+            assert_eq!(run_all(abi.arch, abi.read, [0, 1, 0]), libc::SECCOMP_RET_ALLOW);
+            assert!(is_read(abi.arch, abi.read) && !is_read(abi.arch, abi.ioctl));
         }
     }
 

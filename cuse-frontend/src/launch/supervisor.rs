@@ -16,7 +16,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::filter::mmap_offset_shift;
+use super::filter::{is_read, mmap_offset_shift};
 use crate::files::{ClientCall, IoctlReply, NewFile, OpenFile, Promise};
 use crate::fuse::Fuse;
 use crate::sys::launch::{Answer, Notification, install_file, next_notification, respond, still_waits};
@@ -64,6 +64,9 @@ fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
     if let Some(shift) = mmap_offset_shift(notification.arch, notification.number) {
         return serve_mmap(listener, fuse, notification, &client, shift);
     }
+    if is_read(notification.arch, notification.number) {
+        return serve_read(listener, notification, &client);
+    }
     // The kernel takes both from the lower half of the register.
     let (fd, cmd) = (notification.args[0] as u32 as i32, notification.args[1] as u32);
     let file = client.own_file(fd);
@@ -101,6 +104,25 @@ fn serve_mmap(listener: &OwnedFd, fuse: &Fuse, notification: Notification, clien
     };
     if let Err(error) = respond(listener.as_fd(), notification.id, answer) {
         tracing::debug!(tid = notification.tid, %error, "the caller of a notified mmap has gone");
+    }
+}
+
+/// A read of no bytes: a stream of ours says what it thinks of that, for others it goes on.
+fn serve_read(listener: &OwnedFd, notification: Notification, client: &dyn ClientCall) {
+    let [fd, _, count, ..] = notification.args;
+    let file = client.own_file(fd as u32 as i32);
+    if !still_waits(listener.as_fd(), notification.id) {
+        return;
+    }
+    let answer = match file {
+        Ok(Some(file)) if count == 0 && file.is_stream() => match file.read(client, 0, &mut []) {
+            Ok(_) => Answer::Value(0),
+            Err(errno) => Answer::Error(errno.0),
+        },
+        _ => Answer::GoOn,
+    };
+    if let Err(error) = respond(listener.as_fd(), notification.id, answer) {
+        tracing::debug!(tid = notification.tid, %error, "the caller of a notified read has gone");
     }
 }
 

@@ -93,6 +93,11 @@ impl<E: Exports> Caller<'_, E> {
         self.call.tid
     }
 
+    /// The caller's process id.
+    pub(crate) fn tgid(&self) -> u32 {
+        self.call.tgid()
+    }
+
     /// The caller's user id.
     pub(crate) fn uid(&self) -> u32 {
         self.call.uid
@@ -159,6 +164,11 @@ impl<F> Files<F> {
                 Err(FdError::Denied)
             }
         }
+    }
+
+    /// Waits, at most 100 ms, until files that are known to be closed and that a client opened have gone.
+    pub(crate) fn settle_for(&self, client: u32) {
+        self.opens.wait_for_releases(Some(opens::Origin { kind: None, client }));
     }
 
     /// Waits, at most 100 ms, until files that are known to be closed have gone.
