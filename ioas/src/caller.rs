@@ -163,6 +163,16 @@ pub trait Caller: Send + Sync {
     /// [`MemoryError::Denied`] or [`MemoryError::Gone`].
     fn memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError>;
 
+    /// As [`Self::memory_map`], but not proved to be the caller's of now: where that proof costs a look at the client,
+    /// this may be one that an exec has ended, which then answers [`MemoryError::Gone`] when it is asked for its
+    /// layout. For a caller of this that is about to ask, and that can start again with [`Self::memory_map`].
+    ///
+    /// # Errors
+    /// As [`Self::memory_map`].
+    fn likely_memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError> {
+        self.memory_map()
+    }
+
     /// RLIMIT_MEMLOCK of the caller in bytes; `u64::MAX` is no limit.
     fn memlock_limit(&self) -> u64;
 

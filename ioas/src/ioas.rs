@@ -25,7 +25,7 @@ use crate::failpoint;
 use crate::iova_map::{Area, IovaMap, Piece, Taking};
 use crate::leaving::{Leaving, Release};
 use crate::pages::{ChargeRule, Limit, Pages, Terms};
-use crate::rank::{MAP, Ranked, TABLES};
+use crate::rank::{MAP, Ranked, RankedGuard, TABLES};
 use crate::readers::ReaderSet;
 use crate::request::{
     AreaMemory, AreaSnapshot, AreaView, IoasSnapshot, IovaChoice, IpcLock, MapRequest, ReservationOwner, Source,
@@ -99,50 +99,65 @@ impl Ioas {
     #[doc(alias = "iopt_map_user_pages")]
     #[doc(alias = "iopt_map_file_pages")]
     pub fn map(&self, caller: &dyn Caller, request: MapRequest) -> Result<IovaRange, IoasError> {
-        let (length, iova, access) = (request.length, request.iova, request.access);
-        let pages = self.new_pages(caller, request)?;
-        self.map_pieces(&[Piece { pages, at: 0, length }], Limit::Seen, iova, access)
-    }
-
-    fn new_pages(&self, caller: &dyn Caller, request: MapRequest) -> Result<Arc<Pages>, IoasError> {
-        let MapRequest { source, length, access, payer, ipc_lock, device_regions, .. } = request;
-        let start = match &source {
-            Source::User(address) => address.0,
-            Source::File { offset, .. } => *offset,
-        };
-        if start.checked_add(length).is_none() {
-            return Err(IoasError::Overflow { start, length });
+        let start = check_bytes(&request)?;
+        if let Source::User(address) = request.source
+            && let Some(answer) = self.map_asking_little(caller, &request, address)
+        {
+            return answer;
         }
-        if length == 0 || length > u64::MAX - PAGE_SIZE {
-            return Err(IoasError::BadLength { length, alignment: 1 });
-        }
-        let charge = match (caller.capable(Capability::IpcLock), ipc_lock) {
-            (false, _) => ChargeRule::Limited,
-            (true, IpcLock::CountUnlimited) => ChargeRule::Unlimited,
-            (true, IpcLock::DoNotCount) => ChargeRule::Free,
-        };
-        let device_regions = device_regions || matches!(source, Source::File { .. });
-        let rights = Rights { writable: access.contains(Access::WRITE), device_regions };
-        let terms = Terms { rights, payer, charge };
-        let client = self.store.client(caller).map_err(|error| fault_at(UserAddr(start), error))?;
-        Ok(match source {
+        let capable = caller.capable(Capability::IpcLock);
+        let memory = caller.memory_map().map_err(|error| fault_at(UserAddr(start), error))?;
+        let client = self.store.client(caller, memory);
+        let terms = terms_of(&request, charge_rule(request.ipc_lock, capable));
+        let MapRequest { source, length, iova, access, .. } = request;
+        let pages = match source {
             Source::User(address) => Pages::of_user(client, address, length, terms),
             Source::File { file, offset } => {
                 resolve::check_region(&file, offset, length)?;
                 Pages::of_file(client, self.store.adopt_file(file), offset, length, terms)
             }
-        })
+        };
+        self.map_pieces(self.tables.lock(), &[Piece { pages, at: 0, length }], Limit::Seen, iova, access)
+    }
+
+    /// Maps, and asks the client no more than nearly every mapping needs: whether its kept memory map is that of now
+    /// shows when the layout is asked, and a capability counts only beyond the limit. `None` where that has not
+    /// decided, because nothing was filled, or one of the two turned out to matter; then nothing has changed.
+    fn map_asking_little(
+        &self,
+        caller: &dyn Caller,
+        request: &MapRequest,
+        address: UserAddr,
+    ) -> Option<Result<IovaRange, IoasError>> {
+        if self.table_count() == 0 {
+            return None;
+        }
+        let counted = request.ipc_lock == IpcLock::CountUnlimited;
+        let capable = !counted && caller.capable(Capability::IpcLock);
+        let client = self.store.client(caller, caller.likely_memory_map().ok()?);
+        let terms = terms_of(request, charge_rule(request.ipc_lock, capable));
+        let pages = Pages::of_user(client, address, request.length, terms);
+        let piece = Piece { pages, at: 0, length: request.length };
+        let tables = self.tables.lock();
+        if tables.list.is_empty() {
+            return None;
+        }
+        match self.map_pieces(tables, &[piece], Limit::Seen, request.iova, request.access) {
+            Err(IoasError::Limit { .. }) if counted => None,
+            Err(IoasError::Fault { reason: FaultReason::Memory(MemoryError::Gone), .. }) => None,
+            answer => Some(answer),
+        }
     }
 
     /// Makes areas of `pieces`, one after the other, or changes nothing.
     fn map_pieces(
         &self,
+        mut tables: RankedGuard<'_, TABLES, Tables>,
         pieces: &[Piece],
         limit: Limit,
         choice: IovaChoice,
         access: Access,
     ) -> Result<IovaRange, IoasError> {
-        let mut tables = self.tables.lock();
         let range = self.map.lock().place(pieces, choice, access)?;
         if !tables.list.is_empty()
             && let Err((filled, error)) = self.fill(&mut tables, range.start(), pieces, limit, access)
@@ -271,7 +286,7 @@ impl Ioas {
         access: Access,
     ) -> Result<IovaRange, IoasError> {
         let pieces = source.map.lock().pieces(range)?;
-        self.map_pieces(&pieces, Limit::Now, to, access)
+        self.map_pieces(self.tables.lock(), &pieces, Limit::Now, to, access)
     }
 
     /// The area that covers `iova`.
@@ -520,13 +535,15 @@ impl Ioas {
     }
 
     /// Gives the area that is exactly `range` the memory at `address` of the caller, which is to be the same memory,
-    /// and moves its charge to the caller (VFIO_DMA_MAP_FLAG_VADDR). Private memory is reached at the new address from
-    /// now on.
+    /// and moves its charge to the caller (VFIO_DMA_MAP_FLAG_VADDR), whose CAP_IPC_LOCK counts from now on. Private
+    /// memory is reached at the new address from now on.
     ///
     /// # Errors
     /// ENOENT when there is no such area, EEXIST when its address is valid, EFAULT, ENOMEM; nothing has changed.
     pub fn update_vaddr(&self, caller: &dyn Caller, range: IovaRange, address: UserAddr) -> Result<(), IoasError> {
-        let client = self.store.client(caller).map_err(|error| fault_at(address, error))?;
+        let memory = caller.memory_map().map_err(|error| fault_at(address, error))?;
+        let client = self.store.client(caller, memory);
+        let capable = caller.capable(Capability::IpcLock);
         let tables = self.tables.lock();
         let area = self.map.lock().overlapping(range).next().map(|(start, area)| (start, area.clone()));
         let Some((start, area)) = area.filter(|(start, area)| area.range(*start) == range) else {
@@ -536,7 +553,11 @@ impl Ioas {
             return Err(IoasError::Overlap { range, area: range });
         }
         let length = area.last - start + 1;
-        let pages = Pages::of_user(client, address, length, area.pages.terms());
+        let mut terms = area.pages.terms();
+        if terms.charge != ChargeRule::Free {
+            terms.charge = charge_rule(IpcLock::CountUnlimited, capable);
+        }
+        let pages = Pages::of_user(client, address, length, terms);
         let new = Area { pages, at: 0, vaddr_valid: true, ..area.clone() };
         let mut releases = Vec::new();
         if !tables.list.is_empty() {
@@ -612,6 +633,36 @@ impl fmt::Debug for Ioas {
 
 const fn fault_at(address: UserAddr, error: MemoryError) -> IoasError {
     IoasError::Fault { address, reason: FaultReason::Memory(error) }
+}
+
+/// Checks the bytes that are to be mapped, and returns where they start.
+fn check_bytes(request: &MapRequest) -> Result<u64, IoasError> {
+    let length = request.length;
+    let start = match &request.source {
+        Source::User(address) => address.0,
+        Source::File { offset, .. } => *offset,
+    };
+    if start.checked_add(length).is_none() {
+        return Err(IoasError::Overflow { start, length });
+    }
+    if length == 0 || length > u64::MAX - PAGE_SIZE {
+        return Err(IoasError::BadLength { length, alignment: 1 });
+    }
+    Ok(start)
+}
+
+const fn charge_rule(ipc_lock: IpcLock, capable: bool) -> ChargeRule {
+    match (capable, ipc_lock) {
+        (false, _) => ChargeRule::Limited,
+        (true, IpcLock::CountUnlimited) => ChargeRule::Unlimited,
+        (true, IpcLock::DoNotCount) => ChargeRule::Free,
+    }
+}
+
+const fn terms_of(request: &MapRequest, charge: ChargeRule) -> Terms {
+    let device_regions = request.device_regions || matches!(request.source, Source::File { .. });
+    let rights = Rights { writable: request.access.contains(Access::WRITE), device_regions };
+    Terms { rights, payer: request.payer, charge }
 }
 
 fn alignment_of(tables: &Tables, huge_pages: bool) -> u64 {

@@ -40,7 +40,8 @@ pub enum PayerMode {
 /// What CAP_IPC_LOCK means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IpcLock {
-    /// Counted, without limit: type1 and SPAPR.
+    /// Counted, without limit: type1 and SPAPR. Asked only of a caller who would pass its limit; who stays below it is
+    /// held to it when the same mapping is filled again.
     CountUnlimited,
     /// Not counted at all: iommufd.
     DoNotCount,

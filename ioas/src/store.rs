@@ -307,11 +307,10 @@ impl PageStore {
         (!writable || known.writable()).then_some(known)
     }
 
-    /// The record of a caller, one for all its mappings, with its RLIMIT_MEMLOCK of now.
-    pub(crate) fn client(&self, caller: &dyn Caller) -> Result<Arc<Client>, MemoryError> {
-        let memory = caller.memory_map()?;
+    /// The record of a caller, one for all its mappings, with its RLIMIT_MEMLOCK of now; `memory` is its memory map.
+    pub(crate) fn client(&self, caller: &dyn Caller, memory: Arc<dyn MemoryMap>) -> Arc<Client> {
         let (uid, limit) = (caller.uid(), caller.memlock_limit());
-        Ok(self.inner.lock().clients.record(memory, uid, limit))
+        self.inner.lock().clients.record(memory, uid, limit)
     }
 
     /// Holds all of `wanted` and charges it, or changes nothing. The answer has the frames, in order.

@@ -33,6 +33,7 @@ pub struct ProcessCaller<'a> {
     tid: i32,
     uid: Uid,
     transport: &'a dyn TransportCall,
+    /// The process of the thread. An exec may have ended the memory map that is kept of it.
     process: OnceLock<Result<Arc<Process>, MemoryError>>,
 }
 
@@ -90,7 +91,15 @@ impl Caller for ProcessCaller<'_> {
 
     fn memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError> {
         let process = self.process()?;
+        if process.memory.in_use() {
+            return Ok(Arc::clone(&process.memory) as Arc<dyn MemoryMap>);
+        }
+        let process = self.clients.look_up(self.tid)?;
         Ok(Arc::clone(&process.memory) as Arc<dyn MemoryMap>)
+    }
+
+    fn likely_memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError> {
+        Ok(Arc::clone(&self.process()?.memory) as Arc<dyn MemoryMap>)
     }
 
     fn memlock_limit(&self) -> u64 {

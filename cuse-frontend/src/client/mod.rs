@@ -6,7 +6,8 @@
 //! maps memory opens nothing.
 //!
 //! A kept handle is taken up again only after it has proved to be the caller's: the thread belongs to that process
-//! still, that process lives, and the memory map behind the handle is in use still, which an exec or an exit ends.
+//! still, that process lives, and the memory map behind the handle is in use still, which an exec or an exit ends. The
+//! last is left out for whoever asks the memory map for its layout at once: that answer says it too.
 //! Two processes that share one memory map (clone with CLONE_VM) get the same handle.
 //!
 //! **Our own files.** A descriptor or a mapping of a client may be one of our own nodes. They are recognised by the
@@ -77,11 +78,11 @@ impl Clients {
         ProcessCaller::new(self, tid, uid, transport)
     }
 
-    /// The process of a thread that is waiting for an answer of ours.
+    /// The process of a thread that is waiting for an answer of ours; an exec may have ended its memory map.
     fn process(&self, tid: i32) -> Result<Arc<Process>, MemoryError> {
         let kept = self.processes.lock().get(&tid).cloned();
         match kept {
-            Some(process) if process.has(tid) && process.memory.in_use() => Ok(process),
+            Some(process) if process.has(tid) => Ok(process),
             _ => self.look_up(tid),
         }
     }

@@ -162,8 +162,12 @@ fn exec_ends_a_kept_memory_map_and_the_next_call_finds_the_new_one() {
     assert_eq!(old.vma(address), Err(MemoryError::Gone));
     assert_eq!(old.read(address, &mut [0; 8]), Err(MemoryError::Gone));
     assert_eq!(old.write(address, &[0; 8]), Err(MemoryError::Gone));
-    let new = call(&clients, child.pid()).memory_map().expect("the new memory map");
+    let caller = call(&clients, child.pid());
+    assert_eq!(caller.likely_memory_map().expect("the kept one").id(), old.id());
+    let new = caller.memory_map().expect("the new memory map");
     assert_ne!(old.id(), new.id());
+    let caller = call(&clients, child.pid());
+    assert_eq!(caller.likely_memory_map().expect("the kept one").id(), new.id(), "what was found is kept");
     assert!(new.vma(child.at("private")).is_ok());
 }
 

@@ -1,6 +1,7 @@
 //! What happens to held memory afterwards: munmap, exit, truncation, a full tmpfs, tables that come and go.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use ioas::{
     Access, Accounting, Ioas, IoasError, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PAGE_SIZE, PageStore,
@@ -161,6 +162,36 @@ fn ipc_lock_counts_for_type1_and_not_for_iommufd() {
     assert_eq!((bench.held(), bench.charged()), (4 * PAGE_SIZE, 4 * PAGE_SIZE));
     bench.ioas.unmap(IovaRange::everything()).expect("unmapped");
     bench.assert_empty();
+}
+
+#[test]
+fn capability_is_asked_of_type1_only_beyond_the_limit() {
+    let mut bench = Bench { client: Client::limited(1, 2 * PAGE_SIZE), ..Bench::new() };
+    bench.client.ipc_lock = true;
+    let mapping = Mapping::private(4);
+    let type1 = |iova, at: u64, pages| MapRequest {
+        ipc_lock: IpcLock::CountUnlimited,
+        ..user(mapping.address() + at * PAGE_SIZE, pages, iova, RW)
+    };
+    bench.map(type1(0, 0, 2)).expect("the limit allows it");
+    assert_eq!(bench.client.asked.load(Ordering::Relaxed), 0);
+    bench.map(type1(0x10000, 2, 2)).expect("the capability allows it");
+    assert_eq!(bench.client.asked.load(Ordering::Relaxed), 1);
+    assert_eq!(bench.charged(), 4 * PAGE_SIZE);
+}
+
+#[test]
+fn map_by_a_kept_memory_map_that_has_gone_takes_the_one_of_now() {
+    let mut bench = Bench::new();
+    let gone = Client::new(7).memory;
+    gone.end();
+    bench.client.kept = Some(gone);
+    let mapping = Mapping::private(1);
+    bench.map(user(mapping.address(), 1, 0, RW)).expect("mapped");
+    assert_eq!(bench.store.snapshot().payers[0].payer, "mm 1");
+    let bench = Bench { client: Client { kept: bench.client.kept.take(), ..Client::new(1) }, ..Bench::without_table() };
+    bench.map(user(mapping.address(), 1, 0, RW)).expect("not looked at yet");
+    bench.ioas.add_table(bench.table.clone()).expect("the memory map of now has it");
 }
 
 #[test]

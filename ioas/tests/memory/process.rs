@@ -118,12 +118,23 @@ pub(crate) struct Client {
     pub(crate) uid: u32,
     pub(crate) limit: u64,
     pub(crate) ipc_lock: bool,
+    /// The memory map that is kept of it, if that is not its own any more.
+    pub(crate) kept: Option<Arc<ProcessMemory>>,
+    /// How often it was asked for a capability.
+    pub(crate) asked: AtomicU64,
 }
 
 impl Client {
     /// A caller without any capability or limit, whose memory map has this number.
     pub(crate) fn new(id: u64) -> Self {
-        Self { memory: ProcessMemory::new(id), uid: 1000, limit: u64::MAX, ipc_lock: false }
+        Self {
+            memory: ProcessMemory::new(id),
+            uid: 1000,
+            limit: u64::MAX,
+            ipc_lock: false,
+            kept: None,
+            asked: AtomicU64::new(0),
+        }
     }
 
     /// The same with RLIMIT_MEMLOCK, in bytes.
@@ -143,11 +154,16 @@ impl Caller for Client {
         Ok(Arc::clone(&self.memory) as Arc<dyn MemoryMap>)
     }
 
+    fn likely_memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError> {
+        Ok(Arc::clone(self.kept.as_ref().unwrap_or(&self.memory)) as Arc<dyn MemoryMap>)
+    }
+
     fn memlock_limit(&self) -> u64 {
         self.limit
     }
 
     fn capable(&self, capability: Capability) -> bool {
+        self.asked.fetch_add(1, Ordering::Relaxed);
         capability == Capability::IpcLock && self.ipc_lock
     }
 
