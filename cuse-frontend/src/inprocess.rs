@@ -175,13 +175,17 @@ impl InProcess {
         Ok(fd)
     }
 
-    /// Takes over a file of memory. Returns its descriptor number, which nobody can give to another file any more, so
-    /// calls that name it need not look at it again.
+    /// Takes over a file of memory. Returns its descriptor number, which nobody can give to another file any more, and
+    /// its size is sealed, so calls that name it need not look at it again.
     ///
     /// # Errors
-    /// The file cannot be looked at.
+    /// EINVAL for a file that is not sealed against growing and shrinking; the file cannot be looked at.
     pub fn adopt(&self, file: File) -> io::Result<i32> {
+        const FIXED: i32 = libc::F_SEAL_GROW | libc::F_SEAL_SHRINK;
         let file = OwnedFd::from(file);
+        if sys::seals(&file) & FIXED != FIXED {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         let stat = sys::stat(&file)?;
         let memory = describe(file, stat)?;
         let fd = memory.fd.as_raw_fd();

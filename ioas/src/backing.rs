@@ -7,6 +7,7 @@
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::stat::fstat;
 use parking_lot::Mutex;
@@ -24,6 +25,8 @@ pub(crate) struct FileBacking {
     pub(crate) kind: FileKind,
     /// The best descriptor seen so far. Guarded by itself; a leaf lock.
     descriptor: Mutex<Descriptor>,
+    /// Bytes: the size when the file was looked at last.
+    seen_size: AtomicU64,
 }
 
 #[derive(Debug, Clone)]
@@ -36,11 +39,13 @@ pub(crate) struct Descriptor {
 impl FileBacking {
     pub(crate) fn new(file: ClientFile) -> Self {
         let descriptor = Descriptor { fd: file.fd, writable: file.writable };
-        Self { id: file.id, kind: file.kind, descriptor: Mutex::new(descriptor) }
+        let seen_size = AtomicU64::new(file.size);
+        Self { id: file.id, kind: file.kind, descriptor: Mutex::new(descriptor), seen_size }
     }
 
-    /// Takes over the descriptor of `file`, which is the same file, if it can do more.
+    /// Takes over the size of `file`, which is the same file, and its descriptor if that can do more.
     pub(crate) fn improve(&self, file: ClientFile) {
+        self.seen_size.store(file.size, Ordering::Relaxed);
         if file.writable && !self.writable() {
             let better = Descriptor { fd: file.fd, writable: true };
             let worse = std::mem::replace(&mut *self.descriptor.lock(), better);
@@ -59,7 +64,14 @@ impl FileBacking {
 
     /// Its size in bytes now; 0 when it cannot be told.
     pub(crate) fn size(&self) -> u64 {
-        fstat(self.descriptor().fd.as_fd()).map_or(0, |stat| stat.st_size.cast_unsigned())
+        let size = fstat(self.descriptor().fd.as_fd()).map_or(0, |stat| stat.st_size.cast_unsigned());
+        self.seen_size.store(size, Ordering::Relaxed);
+        size
+    }
+
+    /// Its size in bytes when it was looked at last: by a client's call that named it, or by [`Self::size`].
+    pub(crate) fn seen_size(&self) -> u64 {
+        self.seen_size.load(Ordering::Relaxed)
     }
 
     /// The pages by which the file can be mapped at the least: its huge page, or 2 MiB.

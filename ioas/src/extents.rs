@@ -145,7 +145,7 @@ impl Extents {
         let highest = after.map_or(u64::MAX, |((_, index), _)| *index);
         let (region, unit, wished) = match backing {
             Backing::Private(_) => (Region::Private, GIB_PAGES, (at, end)),
-            Backing::File(file) => (Region::Arena, file.unit_pages(), wished_of_file(file.size(), at, end)),
+            Backing::File(file) => (Region::Arena, file.unit_pages(), wished_of_file(file.seen_size(), at, end)),
         };
         // Where frames are scarce, nobody takes more than is needed.
         let tries = if space.is_roomy(region) { [wished, (at, end)] } else { [(at, end); 2] };

@@ -42,12 +42,12 @@ pub(crate) struct Terms {
     pub(crate) charge: ChargeRule,
 }
 
-/// Which RLIMIT_MEMLOCK of the client a charge is held against.
+/// Which limits memory is held against: RLIMIT_MEMLOCK of the client, and the size of a file that it named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Limit {
-    /// The one that its call has just shown.
+    /// Those that its call has just shown.
     Seen,
-    /// The one of now: the client is not the caller.
+    /// Those of now: the client is not the caller.
     Now,
 }
 
@@ -240,7 +240,7 @@ impl Pages {
     }
 
     fn hold(&self, client: &Client, store: &PageStore, slice: Slice, limit: Limit) -> Result<Vec<Held>, IoasError> {
-        store.hold(&self.wanted(client, store, slice)?, self.bill(client, limit))
+        store.hold(&self.wanted(client, store, slice, limit)?, self.bill(client, limit))
     }
 
     /// The frames of `slice`: what is filled as it is, the rest held and not charged.
@@ -255,7 +255,7 @@ impl Pages {
         let mut by_page: BTreeMap<u64, FrameRun> = BTreeMap::new();
         let mut outcome = Ok(());
         for gap in gaps(parts, slice) {
-            match self.wanted(client, store, gap).and_then(|wanted| store.hold(&wanted, None)) {
+            match self.wanted(client, store, gap, Limit::Now).and_then(|wanted| store.hold(&wanted, None)) {
                 Ok(held) => {
                     let mut at = gap.first;
                     for Held { run, .. } in &held {
@@ -289,11 +289,17 @@ impl Pages {
         Ok(lent)
     }
 
-    fn wanted(&self, client: &Client, store: &PageStore, slice: Slice) -> Result<Vec<Wanted>, IoasError> {
+    fn wanted(&self, client: &Client, store: &PageStore, slice: Slice, limit: Limit) -> Result<Vec<Wanted>, IoasError> {
         let mut wanted = Vec::with_capacity(1);
         let start = (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT);
         match &self.file {
-            Some(file) => wanted.push(resolve::file_memory(file, start, slice.pages, self.terms.rights)?),
+            Some(file) => {
+                let size = match limit {
+                    Limit::Seen => file.seen_size(),
+                    Limit::Now => file.size(),
+                };
+                wanted.push(resolve::file_memory(file, size, start, slice.pages, self.terms.rights)?);
+            }
             None => resolve::user_memory(
                 store,
                 &client.memory,

@@ -110,9 +110,10 @@ pub(crate) fn check_region(file: &ClientFile, offset: u64, length: u64) -> Resul
     Err(IoasError::BadFile { file: id, kind, size, offset })
 }
 
-/// `pages` pages of a file that was named by descriptor, from byte `offset` on, if they may be held.
+/// `pages` pages of a file of `size` bytes that was named by descriptor, from byte `offset` on, if they may be held.
 pub(crate) fn file_memory(
     file: &Arc<FileBacking>,
+    size: u64,
     offset: u64,
     pages: u64,
     rights: Rights,
@@ -124,7 +125,6 @@ pub(crate) fn file_memory(
     if rights.writable && !file.writable() {
         return Err(IoasError::Fault { address, reason: FaultReason::NotWritable });
     }
-    let size = file.size();
     let end = pages.checked_mul(PAGE_SIZE).and_then(|bytes| offset.checked_add(bytes));
     let is_region = file.kind == FileKind::DeviceRegion;
     let kind_fits = is_region || matches!(file.kind, FileKind::Shmem | FileKind::Hugetlb(_));

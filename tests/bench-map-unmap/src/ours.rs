@@ -9,6 +9,7 @@ use cuse_frontend::uapi::command;
 use cuse_frontend::uapi::iommufd::{IoasAlloc, IoasMapFile, IoasUnmap, nr};
 use cuse_frontend::{InProcess, Server, ServerOptions};
 use hwpt::{Device, DeviceProperties, Format, Group, Hwpt, IgnoreFaults};
+use nix::sys::resource::{Resource, getrlimit};
 use zerocopy::IntoBytes;
 
 use crate::Side;
@@ -41,6 +42,8 @@ impl Ours {
         group.add_device(&Device::new("0000:c1:00.0", properties, Arc::new(IgnoreFaults)))?;
         let hwpt = list.attach(&group)?;
         let memory = front.adopt(memory)?;
+        front.pretend_memlock_limit(getrlimit(Resource::RLIMIT_MEMLOCK)?.0);
+        front.pretend_capabilities(&[]);
         Ok(Self { front, fd, ioas: alloc.out_ioas_id, memory, _domain: (group, hwpt) })
     }
 
