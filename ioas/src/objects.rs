@@ -169,7 +169,8 @@ impl<T> ObjectTable<T> {
         object.map(|object| RemovedObject { object })
     }
 
-    /// Takes out every object that nothing refers to, until only used ones are left, and returns how many are left. For the close of a file, when no call runs any more: users go before what they use.
+    /// Takes out every object that nothing refers to, until only used ones are left, and returns how many are left;
+    /// buried ids are not counted. For the close of a file, when no call runs any more: users go before what they use.
     pub fn clear(&self) -> usize {
         self.clear_with(drop)
     }
