@@ -15,6 +15,7 @@ use std::sync::{Arc, Weak};
 use compat::device::{Bdf, DeviceModel};
 use compat::{Container, DeviceFile, DirtyMode, Flavour, Vfio, VfioOptions};
 use hwpt::{DmaFault, FaultSink};
+use ioas::caller::{Capability, Uid};
 use ioas::{Accounting, Failures, PageStore};
 use parking_lot::{Mutex, RwLock};
 
@@ -37,6 +38,9 @@ pub struct ServerOptions {
     pub dma_entry_limit: u32,
     /// What `/dev/vfio/vfio` is: a container of VFIO's own, or an iommufd that stands for one.
     pub container: Flavour,
+    /// Root may say who pays even where the machine has taken CAP_SYS_RESOURCE from it, as containers do. For tests
+    /// that are written for root.
+    pub root_sets_payer: bool,
     /// Rows added to the op table of `/dev/iommu`, for ioctls that it does not have.
     pub added_rows: Vec<OpRow>,
 }
@@ -49,6 +53,7 @@ impl Default for ServerOptions {
             dirty,
             dma_entry_limit: compat::DMA_ENTRY_LIMIT,
             container: Flavour::Native,
+            root_sets_payer: false,
             added_rows: Vec::new(),
         }
     }
@@ -85,7 +90,8 @@ pub struct Server {
     failures: Arc<FailureLog>,
     /// Immutable.
     container: Flavour,
-    /// Immutable.
+    /// Immutable, as the next.
+    root_sets_payer: bool,
     added_rows: Vec<OpRow>,
     devices: RwLock<Vec<DeviceEntry>>,
     opens: Mutex<Vec<Weak<OpenFile>>>,
@@ -108,13 +114,28 @@ impl Server {
     /// A server without devices.
     #[must_use]
     pub fn new(options: ServerOptions) -> Arc<Self> {
-        let ServerOptions { accounting, dirty, dma_entry_limit, container, added_rows } = options;
+        let ServerOptions { accounting, dirty, dma_entry_limit, container, root_sets_payer, added_rows } = options;
         let store = PageStore::new(accounting);
         let failures = Arc::new(FailureLog::default());
         let faults = Arc::clone(&failures) as Arc<dyn FaultSink>;
         let vfio = Vfio::new(VfioOptions { store: Arc::clone(&store), dma_entry_limit, dirty, faults });
         let (devices, opens) = (RwLock::default(), Mutex::default());
-        Arc::new(Self { store, vfio, container, failures, added_rows, devices, opens, serial: AtomicU64::new(0) })
+        Arc::new(Self {
+            store,
+            vfio,
+            container,
+            failures,
+            root_sets_payer,
+            added_rows,
+            devices,
+            opens,
+            serial: AtomicU64::new(0),
+        })
+    }
+
+    /// Whether a caller may say who pays for what an iommufd holds.
+    pub(crate) fn may_set_payer(&self, caller: &dyn ClientCall) -> bool {
+        caller.capable(Capability::SysResource) || (self.root_sets_payer && caller.uid() == Uid(0))
     }
 
     /// The added row of an ioctl of `/dev/iommu`.

@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use hwpt::driver::{Paging, UserData};
 use hwpt::{Device, Group, Hwpt, HwptFlags, HwptList};
-use ioas::caller::{Caller, Capability};
 use ioas::{Ioas, ObjectError, ObjectRef, ObjectTable, PageStore, PayerMode, RemovedObject, Reservation};
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 
@@ -243,11 +242,9 @@ impl Context {
         self.settings.lock().payer
     }
 
-    /// Sets who pays: 0 the user, 1 the memory map. In Linux's order: EPERM, EBUSY once there is an object, EINVAL.
-    pub(crate) fn set_payer(&self, caller: &dyn Caller, mode: u64) -> Result<(), OpError> {
-        if !caller.capable(Capability::SysResource) {
-            return Err(OpError::Incapable(Capability::SysResource));
-        }
+    /// Sets who pays: 0 the user, 1 the memory map. In Linux's order: EBUSY once there is an object, EINVAL. Whether
+    /// the caller may has been asked before.
+    pub(crate) fn set_payer(&self, mode: u64) -> Result<(), OpError> {
         let mut settings = self.settings.lock();
         if !self.objects.is_empty() {
             return Err(OpError::HasObjects { objects: self.objects.len() });

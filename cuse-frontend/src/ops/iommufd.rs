@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ioas::caller::Capability;
 use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -332,7 +333,8 @@ fn option_rlimit_mode(call: &Call<'_, Arc<Context>>, cmd: &Opt) -> Result<u64, O
     none_of("object_id", cmd.object_id)?;
     match cmd.op {
         option_op::GET => Ok((call.file.payer() == PayerMode::MemoryMap).into()),
-        option_op::SET => call.file.set_payer(call.caller, cmd.val64).map(|()| cmd.val64),
+        option_op::SET if !call.server.may_set_payer(call.caller) => Err(OpError::Incapable(Capability::SysResource)),
+        option_op::SET => call.file.set_payer(cmd.val64).map(|()| cmd.val64),
         op => Err(OpError::Unsupported { field: "op", value: op.into() }),
     }
 }

@@ -48,6 +48,7 @@ pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
             Personality::Iommufd => compat::Flavour::Iommufd,
             _ => compat::Flavour::Native,
         },
+        root_sets_payer: options.selftest,
         added_rows: if options.selftest { vec![device_shim::mock::row()] } else { Vec::new() },
     };
     Ok(Prepared { options, specs })
