@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -154,7 +154,11 @@ fn run_that_is_stopped_stops_command_and_both_go_on() {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("a living process");
         stat.rsplit_once(") ").expect("a state").1.chars().next()
     };
-    let mut run = Ready::start(itself(&["run", "sh", "-c", "echo ready; read line; exit 6"]));
+    let mut run = itself(&["run", "sh", "-c", "echo ready; read line; exit 6"]);
+    // The kernel stops nobody in an orphaned process group, and ours may be one. A group of its own is none: we are
+    // its parent, in the same session.
+    run.process_group(0);
+    let mut run = Ready::start(run);
     let (ours, command) = (pid(&run.child), children(pid(&run.child))[0]);
     run.kill(Signal::SIGTSTP);
     eventually(|| state(ours) == Some('T') && state(command) == Some('T'), "both stop");
