@@ -1,6 +1,7 @@
 //! The rows, in suites.
 
 mod after;
+mod cdev;
 mod container;
 mod device;
 mod dirty;
@@ -35,7 +36,7 @@ pub const SUITES: &[Suite] = &[
     Suite { name: Flavour::Type1v2.name(), flavour: Flavour::Type1v2, tables: CONTAINER },
     Suite { name: Flavour::CompatType1.name(), flavour: Flavour::CompatType1, tables: CONTAINER },
     Suite { name: Flavour::CompatType1v2.name(), flavour: Flavour::CompatType1v2, tables: CONTAINER },
-    Suite { name: "device", flavour: Flavour::Type1v2, tables: &[device::ROWS] },
+    Suite { name: "device", flavour: Flavour::Type1v2, tables: &[device::ROWS, cdev::ROWS] },
     Suite { name: "noiommu", flavour: Flavour::NoIommu, tables: &[noiommu::ROWS] },
     Suite { name: "iommufd", flavour: Flavour::CompatType1v2, tables: &[ioas::ROWS, ioas::SIZE_ROWS] },
 ];
