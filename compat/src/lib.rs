@@ -5,7 +5,7 @@
 //! ([`VfioError`]) and which errno that is.
 //!
 //! Lock order: [`Vfio`]'s list of changes, a device's opens, a group's state, a container's members, a type1's state,
-//! then the locks of `hwpt` and `ioas`. Interrupts and logs have leaf locks of their own.
+//! or what of a device an iommufd has attached and the locks of that iommufd; then the locks of `hwpt` and `ioas`. Interrupts and logs have leaf locks of their own.
 #![deny(unsafe_code)]
 
 mod bus;
