@@ -1,12 +1,14 @@
 //! What COMMAND does in these tests: a VFIO client, step by step, with an exit status that says where it failed.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags};
 
 use crate::sys::{adopt, ioctl, ioctl_bytes};
 use crate::{BDF, GROUP};
@@ -17,6 +19,9 @@ const GROUP_SET_CONTAINER: u32 = 0x3b68;
 const GROUP_GET_DEVICE_FD: u32 = 0x3b6a;
 const DEVICE_GET_INFO: u32 = 0x3b6b;
 const IOAS_ALLOC: u32 = 0x3b81;
+const DESTROY: u32 = 0x3b80;
+const FAULT_QUEUE_ALLOC: u32 = 0x3b8e;
+const TEST_CMD: u32 = 0x3ba0;
 const TYPE1V2: u64 = 3;
 /// Region 7 lies at 7 << 40.
 const CONFIG: u64 = 7 << 40;
@@ -105,9 +110,42 @@ fn waits_to_be_killed() {
 }
 
 /// Does what the word says. A failure panics, which gives exit status 101.
+/// Makes a fault queue, waits in poll(2) for a page request, and answers it.
+fn answers_page_requests() {
+    let iommu = open("/dev/iommu");
+    let mut alloc = [16_u32, 0, 0, 0].map(u32::to_ne_bytes).concat();
+    assert_eq!(ioctl_bytes(&iommu, FAULT_QUEUE_ALLOC, &mut alloc), Ok(0));
+    let word = |bytes: &[u8], at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+    let (id, mut queue) = (word(&alloc, 8), adopt(word(&alloc, 12) as i32));
+    let poll = |queue: &File, milliseconds: u16| {
+        let mut ready = [PollFd::new(queue.as_fd(), PollFlags::POLLIN)];
+        nix::poll::poll(&mut ready, milliseconds).expect("poll")
+    };
+    assert_eq!(poll(&queue, 0), 0);
+    let mut test = [8, id].map(u32::to_ne_bytes).concat();
+    assert_eq!(ioctl_bytes(&iommu, TEST_CMD, &mut test), Ok(0));
+    let mut destroy = [8, id].map(u32::to_ne_bytes).concat();
+    assert_eq!(ioctl_bytes(&iommu, DESTROY, &mut destroy), Err(Errno::EBUSY));
+    let mut addresses = Vec::new();
+    for _ in 0..2 {
+        assert_eq!(poll(&queue, 5000), 1, "woken");
+        let mut record = [0; 80];
+        assert_eq!(queue.read(&mut record).expect("a record"), 40);
+        assert_eq!((word(&record, 4), word(&record, 36)), (9, 1), "device and cookie");
+        addresses.push(word(&record, 24));
+        assert_eq!(queue.write(&[1_u32, 0].map(u32::to_ne_bytes).concat()).expect("a response"), 8);
+    }
+    assert_eq!(addresses, [0x5000, 1]);
+    assert_eq!(queue.read(&mut [0; 40]).expect("nothing"), 0);
+    assert_eq!(queue.read(&mut [0; 41]).map_err(|error| error.raw_os_error()), Err(Some(libc::ESPIPE)));
+    drop(queue);
+    assert_eq!(ioctl_bytes(&iommu, DESTROY, &mut destroy), Ok(0), "closed before");
+}
+
 pub(crate) fn act(word: &str) -> ExitCode {
     match word {
         "reads-the-device" => reads_the_device(),
+        "answers-page-requests" => answers_page_requests(),
         "sees-the-machine" => sees_the_machine(),
         "outlives-the-server" => outlives_the_server(),
         "waits-to-be-killed" => waits_to_be_killed(),

@@ -17,18 +17,48 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cuse_frontend::files::IoctlReply;
+use cuse_frontend::iommufd::Object;
 use cuse_frontend::launch::{self, Exit, LaunchError};
-use cuse_frontend::{DeviceSpec, Server, ServerOptions};
+use cuse_frontend::{DeviceSpec, OpError, OpRow, Server, ServerOptions};
 use device_shim::probe::Probe;
-use hwpt::{DeviceProperties, Format};
+use hwpt::{DeviceProperties, FaultRoute, Format, PageRequest, Permission, RequestFlags, Response};
 use nix::sys::signal::{Signal, kill, raise};
 use nix::unistd::Pid;
 
 const BDF: &str = "0000:c1:00.0";
 const GROUP: u32 = 17;
 
+/// Asks for a page, and waits for the answer.
+fn ask(route: &FaultRoute, address: u64) -> Option<Response> {
+    let (flags, permission) = (RequestFlags::LAST_PAGE, Permission::READ);
+    let request = PageRequest { flags, pasid: 0, group: 0, permission, address };
+    let (tell, told) = std::sync::mpsc::channel();
+    let answer = move |response| tell.send(response).expect("somebody waits");
+    route.raise(&[request], Box::new(answer));
+    told.recv().ok()
+}
+
+/// IOMMU_TEST_CMD with a fault queue's id behind the size: a moment later there is a page request in it, and when it is
+/// answered another one, whose address is 1 if that was a success.
+fn page_request() -> OpRow {
+    OpRow::new(0xa0, "IOMMU_TEST_CMD", (8, 8), |call| {
+        let [_, _, _, _, a, b, c, d] = call.bytes() else { unreachable!("a struct of 8 bytes") };
+        let id = u32::from_ne_bytes([*a, *b, *c, *d]);
+        let object = call.context().get(id).ok_or(OpError::NoObject { kind: "fault queue", id })?;
+        let Object::Fault(queue) = &*object else { return Err(OpError::NoObject { kind: "fault queue", id }) };
+        let route = FaultRoute::new(queue, 9);
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            let success = ask(&route, 0x5000) == Some(Response::Success);
+            ask(&route, success.into())
+        });
+        Ok(IoctlReply::Value(0))
+    })
+}
+
 fn server() -> Result<Arc<Server>, String> {
-    let server = Server::new(ServerOptions::default());
+    let server = Server::new(ServerOptions { added_rows: vec![page_request()], ..ServerOptions::default() });
     let properties = DeviceProperties {
         unit: "test".into(),
         format: Format::x86(48).map_err(|error| error.to_string())?,
@@ -189,6 +219,10 @@ fn device_descriptor_is_given_to_command() {
     assert_eq!(run_client("reads-the-device").status().expect("run").code(), Some(0));
 }
 
+fn queue_descriptor_is_given_in_the_struct_and_poll_is_woken() {
+    assert_eq!(run_client("answers-page-requests").status().expect("run").code(), Some(0));
+}
+
 fn server_killed_leaves_command_alive_with_errors() {
     let mut run = Ready::start(run_client("outlives-the-server"));
     run.kill(Signal::SIGKILL);
@@ -305,6 +339,7 @@ fn main() -> ExitCode {
         sigpipe_is_as_it_was_for_command,
         command_sees_nodes_facade_and_machine_and_outside_nothing_changes,
         device_descriptor_is_given_to_command,
+        queue_descriptor_is_given_in_the_struct_and_poll_is_woken,
         server_killed_leaves_command_alive_with_errors,
         command_killed_ends_run_by_the_same_signal,
         status_is_told_while_command_runs,
