@@ -26,4 +26,4 @@ pub mod script;
 mod sys;
 pub mod way;
 
-pub use sys::{Mapping, Memory};
+pub use sys::{Mapping, Memory, in_child};

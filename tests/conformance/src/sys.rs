@@ -63,6 +63,16 @@ impl Memory {
         Ok(memory)
     }
 
+    /// Maps `length` bytes at this very address, where nothing is mapped yet.
+    ///
+    /// # Errors
+    /// What mmap answers; EEXIST if something is there.
+    pub fn at(address: u64, length: u64, mapping: Mapping<'_>) -> Result<Self, Errno> {
+        let flags = mapping.flags | libc::MAP_FIXED_NOREPLACE;
+        mmap(address, length, Mapping { flags, ..mapping })?;
+        Ok(Self { address, length })
+    }
+
     /// The address of its first byte.
     #[must_use]
     pub fn address(&self) -> u64 {
@@ -172,7 +182,7 @@ fn unmap(address: u64, length: u64) {
 ///
 /// # Errors
 /// What fork answers.
-pub(crate) fn in_child(work: impl FnOnce() -> i32) -> Result<i32, Errno> {
+pub fn in_child(work: impl FnOnce() -> i32) -> Result<i32, Errno> {
     // SAFETY: the rows run on the only thread of the client program, so the child may do anything.
     let child = Errno::result(unsafe { libc::fork() })?;
     if child == 0 {

@@ -1,0 +1,61 @@
+//! Plays sequences on this machine's `/dev/iommu`.
+//!
+//! `differential-client seeds FAMILY FIRST COUNT LENGTH` prints a line `SEED HASH` for each; `text` instead of `seeds`
+//! prints the text of each after a line `# SEED`. `differential-client play FILE...` plays files of steps, each after
+//! a line `# FILE`. A sequence whose process is killed gets the line `# killed`.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use differential::generate::sequence;
+use differential::play::play;
+use differential::structs::family;
+use differential::text::{Step, hash, parse};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("differential-client: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words[..] {
+        [how @ ("seeds" | "text"), name, first, count, length] => {
+            let family = family(name).with_context(|| format!("there is no family '{name}'"))?;
+            let (first, count, length): (u64, u64, usize) = (first.parse()?, count.parse()?, length.parse()?);
+            for seed in first..first.saturating_add(count) {
+                let steps = sequence(family, seed, length);
+                if how == "seeds" {
+                    one(&steps, |text| format!("{seed} {:016x}\n", hash(text)))?;
+                } else {
+                    one(&steps, |text| format!("# {seed}\n{text}"))?;
+                }
+            }
+        }
+        ["play", ref files @ ..] => {
+            for file in files {
+                let text = std::fs::read_to_string(file).with_context(|| (*file).to_owned())?;
+                one(&parse(&text)?, |text| format!("# {file}\n{text}"))?;
+            }
+        }
+        _ => bail!("seeds|text FAMILY FIRST COUNT LENGTH, or play FILE..."),
+    }
+    Ok(())
+}
+
+fn one(steps: &[Step], say: impl FnOnce(&str) -> String) -> Result<()> {
+    let print = |text: &str| i32::from(std::io::stdout().write_all(say(text).as_bytes()).is_err());
+    match play(steps, print)? {
+        0 => {}
+        -1 => println!("# killed"),
+        status => bail!("a sequence ended with status {status}"),
+    }
+    Ok(())
+}

@@ -1,0 +1,63 @@
+//! Our nodes answer the recorded seeds as the real kernel did.
+
+use std::fs::File;
+
+use anyhow::{Result, ensure};
+use differential::recorded::{LENGTH, SEEDS, hashes, load};
+use differential::shrink::first_difference;
+use differential::structs::{FAMILIES, Family};
+use e2e::server::Run;
+
+fn ours(family: &Family, how: &str, seed: u64, count: u64) -> Result<String> {
+    let mut options = ["--accounting", "linux", "--dirty", "linux"].map(str::to_owned).to_vec();
+    if family.mock {
+        options.push("--selftest".to_owned());
+    }
+    let (seed, count, length) = (seed.to_string(), count.to_string(), LENGTH.to_string());
+    let command = [env!("CARGO_BIN_EXE_differential-client"), how, family.name, &seed, &count, &length];
+    let report = Run::start(&options, &command)?.finish()?;
+    ensure!(report.status.success(), "{}", report.stderr);
+    Ok(report.lines.join("\n"))
+}
+
+/// What differs in one family, each with what shows it.
+fn differences(family: &Family) -> Result<Vec<String>> {
+    let recording = load(family.name)?;
+    let answers = hashes(&ours(family, "seeds", 1, SEEDS)?);
+    let again = |seed| format!("tools/differential --family {} --first {seed} --seeds 1", family.name);
+    let wrong = recording.hashes.iter().filter(|(seed, hash)| answers.get(seed) != Some(*hash));
+    let mut wrong: Vec<String> = wrong.map(|(seed, _)| again(seed)).collect();
+    for (seed, linux) in &recording.texts {
+        let text = ours(family, "text", *seed, 1)?;
+        let text = text.split_once('\n').map_or("", |(_, steps)| steps);
+        if let Some(at) = first_difference(text, linux) {
+            let (linux, text) = (linux.lines().nth(at), text.lines().nth(at));
+            wrong.push(format!("seed {seed}, Linux: {linux:?}\n  ours: {text:?}"));
+        }
+    }
+    Ok(wrong)
+}
+
+/// Compares one family, or says why it cannot.
+fn family_has_the_answers_of_linux(name: &str) {
+    let family = differential::structs::family(name).expect("a family");
+    if File::options().read(true).write(true).open("/dev/fuse").is_err() {
+        println!("Skipped(/dev/fuse cannot be opened)");
+        return;
+    }
+    let wrong = differences(family).expect("our nodes answer, and there is a recording");
+    assert!(wrong.is_empty(), "ask both again by:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn sequences_of_address_spaces_have_the_answers_of_linux() {
+    family_has_the_answers_of_linux("ioas");
+}
+
+#[test]
+fn recordings_hold_every_seed() {
+    for family in FAMILIES {
+        let recording = load(family.name).expect("run tools/differential --record");
+        assert!((1..=SEEDS).eq(recording.hashes.keys().copied()), "{}: run tools/differential --record", family.name);
+    }
+}
