@@ -638,11 +638,12 @@ const fn fault_at(address: UserAddr, error: MemoryError) -> IoasError {
 /// Checks the bytes that are to be mapped, and returns where they start.
 fn check_bytes(request: &MapRequest) -> Result<u64, IoasError> {
     let length = request.length;
-    let start = match &request.source {
-        Source::User(address) => address.0,
-        Source::File { offset, .. } => *offset,
+    // The last byte of the address space is no client's; the last byte that an offset can name passes.
+    let (start, end) = match &request.source {
+        Source::User(address) => (address.0, address.0.checked_add(length)),
+        Source::File { offset, .. } => (*offset, offset.checked_add(length.saturating_sub(1))),
     };
-    if start.checked_add(length).is_none() {
+    if end.is_none() {
         return Err(IoasError::Overflow { start, length });
     }
     if length == 0 || length > u64::MAX - PAGE_SIZE {

@@ -122,9 +122,6 @@ pub(crate) fn file_memory(
     if failpoint::reached("resolve.file") {
         return Err(IoasError::Fault { address, reason: FaultReason::Injected });
     }
-    if rights.writable && !file.writable() {
-        return Err(IoasError::Fault { address, reason: FaultReason::NotWritable });
-    }
     let end = pages.checked_mul(PAGE_SIZE).and_then(|bytes| offset.checked_add(bytes));
     let is_region = file.kind == FileKind::DeviceRegion;
     let kind_fits = is_region || matches!(file.kind, FileKind::Shmem | FileKind::Hugetlb(_));
@@ -132,6 +129,10 @@ pub(crate) fn file_memory(
     if !kind_fits || !inside {
         let offset = if kind_fits { size & !(PAGE_SIZE - 1) } else { offset };
         return Err(IoasError::BadFile { file: file.id, kind: file.kind, size, offset });
+    }
+    // After the kind of file: Linux looks at no descriptor's rights here.
+    if rights.writable && !file.writable() {
+        return Err(IoasError::Fault { address, reason: FaultReason::NotWritable });
     }
     let charged = !is_region;
     Ok(Wanted { backing: Backing::File(Arc::clone(file)), index: offset >> PAGE_SHIFT, pages, charged })
