@@ -50,6 +50,11 @@ impl CapChain {
         })
     }
 
+    /// Bytes of padding behind each capability.
+    pub(super) fn paddings(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().map(|cap| cap.length() - size_of::<CapHeader>() - cap.body.len())
+    }
+
     /// The bytes of the chain when it starts `place` bytes behind the start of the info struct.
     pub(super) fn image(&self, place: usize) -> Vec<u8> {
         let mut image = Vec::with_capacity(self.length());

@@ -260,8 +260,9 @@ fn iommufd_caps<F: ContainerFile>(call: &Call<'_, F>, info: &mut Type1Info, chai
     let needed = place + chain.length();
     let image = chain.image(place);
     let room = (info.argsz as usize).saturating_sub(place);
-    for part in chain.parts().filter(|part| part.end <= room) {
-        call.write((place + part.start) as u64, &image[part])?;
+    // Linux leaves the padding as the client had it.
+    for (part, padding) in chain.parts().zip(chain.paddings()).filter(|(part, _)| part.end <= room) {
+        call.write((place + part.start) as u64, &image[part.start..part.end - padding])?;
     }
     if info.argsz as usize >= needed {
         info.cap_offset = place as u32;
