@@ -176,8 +176,8 @@ const OBJECTS: &[Request] = &[
         &[Size, NONE, Id(&[Viommu]), Word(&[0, 1, 0xdead_beef]), Word(&[0, 1, 2]), Out, Iova, Length],
     ),
     row(iommufd(0x95), 40, 2, &[Size, NONE, Id(&[Ioas]), NONE, Iova, Long(&[0]), Long(&[0])]),
-    // Numbers that nobody has.
-    row(iommufd(0x96), 8, 1, &[Size, NONE]),
+    // Numbers that nobody has. Those between the last one and the mock's are another matter on a kernel with the mock.
+    row(iommufd(0xa1), 8, 1, &[Size, NONE]),
     row(iommufd(0x7f), 8, 1, &[Size, NONE]),
 ];
 
@@ -192,20 +192,36 @@ const COMPAT: &[Request] = &[
     row(arg::VFIO_IOMMU_DIRTY_PAGES, 8, 1, &[Size, Word(&[1, 2, 4])]),
 ];
 
-/// The mock's requests that tell nothing about how a page table is built inside.
+/// The mock's requests that tell nothing about how a page table is built inside: a device comes, its page table is
+/// replaced, IOVAs are reserved.
 const MOCKS: &[Request] = &[
     making(
         row(
             iommufd(0xa0),
-            8,
-            8,
-            &[Size, Word(&[2]), Id(&[Ioas, Hwpt]), NONE, Out, Out, Out, NONE, Long(&[0]), Long(&[0]), Long(&[0]), NONE],
+            68,
+            10,
+            &[
+                Size,
+                Word(&[2]),
+                Id(&[Ioas, Hwpt]),
+                NONE,
+                Out,
+                Out,
+                Out,
+                NONE,
+                Long(&[0]),
+                Long(&[0]),
+                Long(&[0]),
+                Long(&[0]),
+                NONE,
+                NONE,
+            ],
         ),
         &[Mock, Device, Hwpt],
     ),
     row(
         iommufd(0xa0),
-        8,
+        68,
         8,
         &[
             Size,
@@ -218,14 +234,29 @@ const MOCKS: &[Request] = &[
             Long(&[0]),
             Long(&[0]),
             Long(&[0]),
+            Long(&[0]),
+            NONE,
             NONE,
         ],
     ),
     row(
         iommufd(0xa0),
-        8,
+        68,
         2,
-        &[Size, Word(&[1]), Id(&[Ioas]), NONE, Iova, Length, Long(&[0]), Long(&[0]), Long(&[0]), NONE],
+        &[
+            Size,
+            Word(&[1]),
+            Id(&[Ioas]),
+            NONE,
+            Iova,
+            Length,
+            Long(&[0]),
+            Long(&[0]),
+            Long(&[0]),
+            Long(&[0]),
+            NONE,
+            NONE,
+        ],
     ),
 ];
 

@@ -55,6 +55,16 @@ fn sequences_of_address_spaces_have_the_answers_of_linux() {
 }
 
 #[test]
+fn sequences_of_objects_have_the_answers_of_linux() {
+    family_has_the_answers_of_linux("objects");
+}
+
+#[test]
+fn sequences_of_a_containers_numbers_have_the_answers_of_linux() {
+    family_has_the_answers_of_linux("compat");
+}
+
+#[test]
 fn recordings_hold_every_seed() {
     for family in FAMILIES {
         let recording = load(family.name).expect("run tools/differential --record");
