@@ -99,9 +99,10 @@ fn role(word: &str, rest: &[OsString]) -> ExitCode {
     }
 }
 
+/// This program again, in another role. Whoever runs the tests may ignore signals (nohup does); the role does not.
 fn itself(words: &[&str]) -> Command {
-    let mut command = Command::new(std::env::current_exe().expect("this program"));
-    command.args(words);
+    let mut command = Command::new("env");
+    command.arg("--default-signal").arg(std::env::current_exe().expect("this program")).args(words);
     command
 }
 
