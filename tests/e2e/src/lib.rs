@@ -11,11 +11,14 @@
 
 pub mod guest;
 pub mod image;
+pub mod ioat;
+pub mod iommufd;
 pub mod nvme;
 pub mod server;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod vfio;
+pub mod ways;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -37,6 +40,13 @@ pub fn repository() -> PathBuf {
 pub fn skipped(reason: &str) {
     // A closed stderr leaves nobody to tell.
     let _ = writeln!(std::io::stderr(), "Skipped({reason})");
+}
+
+/// Why no server can run here, if so.
+#[must_use]
+pub fn no_fuse() -> Option<&'static str> {
+    let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
+    open.is_err().then_some("/dev/fuse cannot be opened")
 }
 
 /// Asks again and again until `question` has an answer.

@@ -89,6 +89,8 @@ pub struct Nvme {
     registers: Box<dyn Registers>,
     memory: Memory,
     pages: [u64; QUEUE_PAGES],
+    /// The vector that the I/O queue raises.
+    vector: Option<u16>,
     admin: Queue,
     io: Queue,
 }
@@ -100,7 +102,20 @@ impl Nvme {
     /// # Errors
     /// The errno of a call, or an error that says what the controller did not do.
     pub fn start(registers: Box<dyn Registers>, memory: Memory, pages: [u64; QUEUE_PAGES]) -> Result<Self> {
-        let mut nvme = Self { registers, memory, pages, admin: Queue::new(0), io: Queue::new(1) };
+        Self::start_with_vector(registers, memory, pages, None)
+    }
+
+    /// The same; the completions of the I/O queue raise the MSI-X vector `vector`.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with_vector(
+        registers: Box<dyn Registers>,
+        memory: Memory,
+        pages: [u64; QUEUE_PAGES],
+        vector: Option<u16>,
+    ) -> Result<Self> {
+        let mut nvme = Self { registers, memory, pages, vector, admin: Queue::new(0), io: Queue::new(1) };
         nvme.enable()?;
         nvme.create_io_queue()?;
         Ok(nvme)
@@ -120,7 +135,9 @@ impl Nvme {
 
     fn create_io_queue(&mut self) -> Result<()> {
         let size = u32::from(ENTRIES - 1) << 16 | 1;
-        for (opcode, page, flags) in [(0x05, self.pages[3], 1), (0x01, self.pages[2], 1 << 16 | 1)] {
+        // Physically contiguous, and interrupts enabled.
+        let completions = 1 | self.vector.map_or(0, |vector| u32::from(vector) << 16 | 2);
+        for (opcode, page, flags) in [(0x05, self.pages[3], completions), (0x01, self.pages[2], 1 << 16 | 1)] {
             let mut command = [0; SUBMISSION];
             command[0] = opcode;
             command[24..32].copy_from_slice(&page.to_le_bytes());
@@ -139,7 +156,16 @@ impl Nvme {
     /// # Errors
     /// The errno of a register access, or a timeout.
     pub fn transfer(&mut self, opcode: Opcode, blocks: u16, prp1: u64, prp2: u64) -> Result<Status> {
-        let command = block_command(opcode, blocks, prp1, prp2);
+        self.transfer_at(opcode, 0, blocks, prp1, prp2)
+    }
+
+    /// The same from block `first` on.
+    ///
+    /// # Errors
+    /// As [`Self::transfer`].
+    pub fn transfer_at(&mut self, opcode: Opcode, first: u64, blocks: u16, prp1: u64, prp2: u64) -> Result<Status> {
+        let mut command = block_command(opcode, blocks, prp1, prp2);
+        command[40..48].copy_from_slice(&first.to_le_bytes());
         self.execute(false, command)
     }
 

@@ -3,13 +3,18 @@
 use std::io::{Error, Result};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
+use iommufd_bindings::iommufd::{
+    iommu_destroy, iommu_fault_alloc, iommu_hw_info, iommu_hwpt_alloc, iommu_hwpt_get_dirty_bitmap,
+    iommu_hwpt_set_dirty_tracking, iommu_ioas_alloc, iommu_ioas_map, iommu_ioas_unmap,
+};
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_TYPE, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_region_info,
+    VFIO_BASE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_detach_iommufd_pt,
+    vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_irq_set, vfio_region_info,
 };
 
-/// The number of VFIO's ioctl `offset`: no direction, size 0.
+/// The number of VFIO's ioctl `offset`: no direction, size 0. Those of iommufd go on where VFIO's end.
 fn number(offset: u32) -> libc::Ioctl {
     (u64::from(VFIO_TYPE) << 8 | u64::from(VFIO_BASE + offset)) as libc::Ioctl
 }
@@ -53,8 +58,42 @@ pub fn device_fd(group: BorrowedFd<'_>, offset: u32, name: &std::ffi::CStr) -> R
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A structure that an ioctl takes: plain numbers, no pointers, beginning with its size.
+/// IOMMU_FAULT_QUEUE_ALLOC: the queue's id and its descriptor.
+///
+/// # Errors
+/// The errno.
+pub fn fault_queue(iommufd: BorrowedFd<'_>, offset: u32) -> Result<(u32, OwnedFd)> {
+    let size = u32::try_from(size_of::<iommu_fault_alloc>()).expect("a few bytes");
+    let mut alloc = iommu_fault_alloc { size, ..Default::default() };
+    ioctl_struct(iommufd, offset, &mut alloc)?;
+    // SAFETY: the ioctl has just made this descriptor for us.
+    Ok((alloc.out_fault_id, unsafe { OwnedFd::from_raw_fd(alloc.out_fault_fd as RawFd) }))
+}
+
+/// VFIO_DEVICE_SET_IRQS with one eventfd.
+#[repr(C)]
+pub struct IrqSet {
+    /// What to do with it.
+    pub header: vfio_irq_set,
+    /// It.
+    pub eventfd: RawFd,
+}
+
+/// A structure that an ioctl takes: plain numbers, beginning with its size; what it points to outlives the call.
 pub trait Argument {}
+impl Argument for IrqSet {}
+impl Argument for vfio_device_bind_iommufd {}
+impl Argument for vfio_device_attach_iommufd_pt {}
+impl Argument for vfio_device_detach_iommufd_pt {}
+impl Argument for iommu_destroy {}
+impl Argument for iommu_fault_alloc {}
+impl Argument for iommu_hw_info {}
+impl Argument for iommu_hwpt_alloc {}
+impl Argument for iommu_hwpt_get_dirty_bitmap {}
+impl Argument for iommu_hwpt_set_dirty_tracking {}
+impl Argument for iommu_ioas_alloc {}
+impl Argument for iommu_ioas_map {}
+impl Argument for iommu_ioas_unmap {}
 impl Argument for vfio_iommu_type1_dma_map {}
 impl Argument for vfio_iommu_type1_dma_unmap {}
 impl Argument for vfio_region_info {}
@@ -163,11 +202,42 @@ impl Memory {
         fence(Ordering::Release);
     }
 
+    /// Where a number of `size` bytes lies that is reached in one piece.
+    fn number<T>(&self, offset: usize) -> *mut T {
+        let size = size_of::<T>();
+        assert!(offset.is_multiple_of(size) && offset + size <= self.length, "offset {offset}");
+        self.byte(offset).as_ptr().cast()
+    }
+
     fn word(&self, offset: usize) -> &AtomicU32 {
-        assert!(offset.is_multiple_of(4) && offset + 4 <= self.length, "offset {offset}");
-        let word: *mut u32 = self.byte(offset).as_ptr().cast();
         // SAFETY: aligned and inside the mapping, and any four bytes are a valid AtomicU32.
-        unsafe { AtomicU32::from_ptr(word) }
+        unsafe { AtomicU32::from_ptr(self.number(offset)) }
+    }
+
+    fn half(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: as in `word`.
+        unsafe { AtomicU16::from_ptr(self.number(offset)) }
+    }
+
+    fn double(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: as in `word`.
+        unsafe { AtomicU64::from_ptr(self.number(offset)) }
+    }
+
+    /// Writes a 16-bit number in one piece, after all that was written before.
+    pub fn write_u16(&self, offset: usize, value: u16) {
+        self.half(offset).store(value, Ordering::Release);
+    }
+
+    /// Reads a 64-bit number in one piece.
+    #[must_use]
+    pub fn read_u64(&self, offset: usize) -> u64 {
+        self.double(offset).load(Ordering::Acquire)
+    }
+
+    /// Writes a 64-bit number in one piece, after all that was written before.
+    pub fn write_u64(&self, offset: usize, value: u64) {
+        self.double(offset).store(value, Ordering::Release);
     }
 
     /// Reads a 32-bit number in one piece: what another writes in one piece is seen whole.

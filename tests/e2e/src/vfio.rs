@@ -1,17 +1,21 @@
-//! A small client of legacy VFIO: one container, one group, one device, as a user-space driver uses them.
+//! A small client of VFIO: a container with groups, and their devices, as a user-space driver uses them.
+//!
+//! A container is an open `/dev/vfio/vfio`, or an open `/dev/iommu`, which answers the same ioctls.
 
 use std::fs::{File, OpenOptions};
 use std::io::Result;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use vfio_bindings::bindings::vfio::{
-    VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_TYPE1v2_IOMMU, vfio_iommu_type1_dma_map,
-    vfio_iommu_type1_dma_unmap, vfio_region_info,
+    VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_IRQ_SET_ACTION_TRIGGER,
+    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_TYPE1v2_IOMMU,
+    vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_irq_set, vfio_region_info,
 };
 
 use crate::nvme::{MEMORY_AND_MASTER, Nvme, PAGE, PCI_COMMAND, QUEUE_PAGES, Registers};
-use crate::sys::{self, Memory};
+use crate::sys::{self, IrqSet, Memory};
 
 /// Offsets of the ioctls from VFIO_BASE (Linux's include/uapi/linux/vfio.h).
 mod offset {
@@ -20,6 +24,8 @@ mod offset {
     pub(super) const GROUP_SET_CONTAINER: u32 = 4;
     pub(super) const GROUP_GET_DEVICE_FD: u32 = 6;
     pub(super) const DEVICE_GET_REGION_INFO: u32 = 8;
+    pub(super) const DEVICE_SET_IRQS: u32 = 10;
+    pub(super) const DEVICE_RESET: u32 = 11;
     pub(super) const MAP_DMA: u32 = 13;
     pub(super) const UNMAP_DMA: u32 = 14;
 }
@@ -42,7 +48,11 @@ pub struct Group(File);
 /// An open device.
 pub struct Device(File);
 
-fn open(path: &str) -> Result<File> {
+/// Opens a node.
+///
+/// # Errors
+/// The errno.
+pub(crate) fn open(path: &str) -> Result<File> {
     OpenOptions::new().read(true).write(true).open(path)
 }
 
@@ -52,7 +62,15 @@ impl Container {
     /// # Errors
     /// The errno.
     pub fn open() -> Result<Self> {
-        let container = Self(open("/dev/vfio/vfio")?);
+        Self::open_node("/dev/vfio/vfio")
+    }
+
+    /// The same with another node that answers a container's ioctls.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn open_node(path: &str) -> Result<Self> {
+        let container = Self(open(path)?);
         let version = sys::ioctl_value(container.0.as_fd(), offset::GET_API_VERSION, 0)?;
         assert_eq!(u32::try_from(version), Ok(VFIO_API_VERSION));
         Ok(container)
@@ -63,10 +81,27 @@ impl Container {
     /// # Errors
     /// The errno.
     pub fn add_group(&self, number: u32) -> Result<Group> {
+        let group = self.join(number)?;
+        self.set_iommu(VFIO_TYPE1v2_IOMMU)?;
+        Ok(group)
+    }
+
+    /// Puts the group `number` into the container.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn join(&self, number: u32) -> Result<Group> {
         let group = open(&format!("/dev/vfio/{number}"))?;
         sys::ioctl_struct(group.as_fd(), offset::GROUP_SET_CONTAINER, &mut self.0.as_raw_fd())?;
-        sys::ioctl_value(self.0.as_fd(), offset::SET_IOMMU, VFIO_TYPE1v2_IOMMU as usize)?;
         Ok(Group(group))
+    }
+
+    /// Makes it an IOMMU of this kind, once it has a group.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn set_iommu(&self, kind: u32) -> Result<()> {
+        sys::ioctl_value(self.0.as_fd(), offset::SET_IOMMU, kind as usize).map(drop)
     }
 
     /// Maps `memory` at `iova`.
@@ -120,16 +155,77 @@ impl Group {
     }
 }
 
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Device {
+    /// A device whose file was opened in another way than by its group.
+    pub(crate) const fn new(file: File) -> Self {
+        Self(file)
+    }
+
     /// Where the region `index` begins in the device's file.
     ///
     /// # Errors
     /// The errno.
     pub fn region(&self, index: u32) -> Result<u64> {
+        self.region_info(index).map(|info| info.offset)
+    }
+
+    fn region_info(&self, index: u32) -> Result<vfio_region_info> {
         let argsz = u32::try_from(size_of::<vfio_region_info>()).expect("a few bytes");
         let mut info = vfio_region_info { argsz, index, ..Default::default() };
         sys::ioctl_struct(self.0.as_fd(), offset::DEVICE_GET_REGION_INFO, &mut info)?;
-        Ok(info.offset)
+        Ok(info)
+    }
+
+    /// Maps the region at the start of the device's file, BAR 0. `None` when it cannot be mapped.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn map_bar0(&self) -> Result<Option<Memory>> {
+        let info = self.region_info(0)?;
+        assert_eq!(info.offset, 0, "the first region is where the file begins");
+        let mappable = info.flags & VFIO_REGION_INFO_FLAG_MMAP != 0;
+        mappable.then(|| Memory::shared(self.0.as_fd(), info.size as usize)).transpose()
+    }
+
+    /// Lets memory be decoded, and DMA and messages leave the device.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn become_master(&self) -> Result<()> {
+        self.write(self.region(7)? + PCI_COMMAND, &MEMORY_AND_MASTER.to_le_bytes())
+    }
+
+    /// Enables MSI-X with one vector, vector 0, which signals the eventfd that is returned. Its reads do not wait.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn enable_msix(&self) -> Result<EventFd> {
+        let eventfd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        let header = vfio_irq_set {
+            argsz: u32::try_from(size_of::<IrqSet>()).expect("a few bytes"),
+            flags: VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER,
+            index: VFIO_PCI_MSIX_IRQ_INDEX,
+            start: 0,
+            count: 1,
+            ..Default::default()
+        };
+        let mut argument = IrqSet { header, eventfd: eventfd.as_fd().as_raw_fd() };
+        sys::ioctl_struct(self.0.as_fd(), offset::DEVICE_SET_IRQS, &mut argument)?;
+        Ok(eventfd)
+    }
+
+    /// Resets the function.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn reset(&self) -> Result<()> {
+        sys::ioctl_value(self.0.as_fd(), offset::DEVICE_RESET, 0).map(drop)
     }
 
     /// Reads registers at an offset of the device's file.
@@ -177,7 +273,17 @@ impl Registers for Bar0 {
 pub fn start_nvme(container: &Container, device: Device) -> Result<Nvme> {
     let memory = Memory::private(QUEUE_PAGES * 4096)?;
     container.map(QUEUES, &memory, Allowed::ReadWrite)?;
-    device.write(device.region(7)? + PCI_COMMAND, &MEMORY_AND_MASTER.to_le_bytes())?;
+    start_nvme_in(memory, QUEUES, device, None)
+}
+
+/// Starts the NVMe controller `device`, with its queues in `memory`, which the device finds at `iova`. The completions
+/// of its I/O queue raise `vector`.
+///
+/// # Errors
+/// As [`start_nvme`].
+pub fn start_nvme_in(memory: Memory, iova: u64, device: Device, vector: Option<u16>) -> Result<Nvme> {
+    device.become_master()?;
     let start = device.region(0)?;
-    Nvme::start(Box::new(Bar0 { device, start }), memory, [0, 1, 2, 3].map(|page| QUEUES + page * PAGE))
+    let pages = [0, 1, 2, 3].map(|page| iova + page * PAGE);
+    Nvme::start_with_vector(Box::new(Bar0 { device, start }), memory, pages, vector)
 }

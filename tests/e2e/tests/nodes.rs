@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::guest::{BDF, kept_alive};
 use e2e::image::Image;
 use e2e::server::{Run, binary, client};
-use e2e::skipped;
+use e2e::{no_fuse, skipped};
 
 /// A disk of this many MiB is enough here.
 const DISK_MEGABYTES: u64 = 1;
@@ -25,11 +25,6 @@ fn nvme(bdf: &str, image: &Image) -> [String; 2] {
 fn words(program: &Path, arguments: &[&str]) -> Vec<String> {
     let program = program.display().to_string();
     std::iter::once(program).chain(arguments.iter().map(|text| (*text).to_owned())).collect()
-}
-
-fn no_fuse() -> Option<&'static str> {
-    let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
-    open.is_err().then_some("/dev/fuse cannot be opened")
 }
 
 #[test]
