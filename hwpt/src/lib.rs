@@ -25,6 +25,7 @@ mod radix;
 #[allow(unsafe_code)]
 mod sys;
 mod table;
+pub mod vtd;
 mod watchers;
 
 pub use device::{AttachHook, Device, DeviceProperties};
