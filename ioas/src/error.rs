@@ -1,7 +1,7 @@
 //! Why a call on an IOAS was refused: one enum, with the numbers that a reader of the log needs, and its projection
 //! onto the errno that Linux gives for the same cause.
 
-use crate::addr::{Access, IovaRange, UserAddr};
+use crate::addr::{Access, IovaRange, UserAddr, UserRange};
 use crate::caller::{FileId, FileKind, MemoryError};
 use crate::payer::PayerName;
 use crate::store::StoreError;
@@ -231,6 +231,22 @@ pub enum IoasError {
         /// Pages asked for.
         pages: u64,
     },
+    /// A range to be registered overlaps one that is registered and is not equal to it.
+    #[error("user addresses {range} overlap the registered region {region}")]
+    RegionOverlap {
+        /// To be registered.
+        range: UserRange,
+        /// The region in the way.
+        region: UserRange,
+    },
+    /// The last holder of a registered region cannot give it up while table entries point into it.
+    #[error("{uses} table entries point into the registered region {region}")]
+    RegionUsed {
+        /// The region.
+        region: UserRange,
+        /// How many entries.
+        uses: u64,
+    },
     /// A table could not take the mapping.
     #[error(transparent)]
     Table(#[from] TableFull),
@@ -259,13 +275,16 @@ impl IoasError {
             | Self::AccessAttached
             | Self::NoPins
             | Self::NotOfFile(_)
+            | Self::RegionOverlap { .. }
             | Self::BadFile { .. } => errno::EINVAL,
             Self::Overflow { .. } => errno::EOVERFLOW,
             Self::Overlap { .. } => errno::EEXIST,
             Self::NoSpace { .. } => errno::ENOSPC,
             Self::ReadOnly | Self::NotPermitted { .. } => errno::EPERM,
             Self::NotMapped(_) | Self::Bisects { .. } | Self::AccessDetached => errno::ENOENT,
-            Self::Busy(_) | Self::Pinned(_) | Self::Locked(_) | Self::AccessMoving => errno::EBUSY,
+            Self::Busy(_) | Self::Pinned(_) | Self::Locked(_) | Self::AccessMoving | Self::RegionUsed { .. } => {
+                errno::EBUSY
+            }
             Self::PinsStay(_) => errno::EDEADLK,
             Self::InUse { .. } => errno::EADDRINUSE,
             Self::Fault { .. } => errno::EFAULT,

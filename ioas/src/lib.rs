@@ -8,6 +8,7 @@ mod access;
 mod addr;
 mod backing;
 pub mod caller;
+mod charge;
 mod client;
 mod counts;
 mod error;
@@ -21,8 +22,10 @@ mod leaving;
 mod objects;
 mod pages;
 mod payer;
+mod pins;
 mod rank;
 mod readers;
+mod registered;
 mod registry;
 mod request;
 mod resolve;
@@ -36,6 +39,7 @@ pub use access::{AccessKind, AccessMode, AccessUser, IoasAccess};
 pub use addr::{
     Access, FRAME_BITS, Frame, FrameRun, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, RangeError, UserAddr, UserRange,
 };
+pub use charge::Charge;
 pub use error::{FaultReason, IoasError, errno};
 pub use failures::{Failure, Failures};
 pub use ioas::Ioas;
@@ -43,6 +47,7 @@ pub use leaving::Leaving;
 pub use objects::{ObjectError, ObjectRef, ObjectTable, ObjectUser, RemovedObject, Reservation};
 pub use payer::{Accounting, PayerName, PayerSnapshot};
 pub use readers::{Interrupt, Interrupted, ReadGuard, Reader, ReaderSet, Uninterruptible};
+pub use registered::{Region, RegionSnapshot, RegisteredMemory, Registration, Registrations};
 pub use request::{
     AreaMemory, AreaSnapshot, AreaView, IoasSnapshot, IovaChoice, IpcLock, MapRequest, PayerMode, ReservationOwner,
     Source,

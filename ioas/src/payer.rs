@@ -113,6 +113,22 @@ impl Account {
         }
     }
 
+    /// Charges `pages` pages that nobody holds, or nothing.
+    pub(crate) fn charge_unheld(&mut self, pages: u64, limit: u64, enforce: bool) -> Result<(), OverLimit> {
+        self.limit = limit;
+        let would = self.pages.saturating_add(pages);
+        if enforce && pages > 0 && would > limit / PAGE_SIZE {
+            return Err(OverLimit { would: would.saturating_mul(PAGE_SIZE) });
+        }
+        self.pages = would;
+        Ok(())
+    }
+
+    /// Takes [`Self::charge_unheld`] back.
+    pub(crate) fn refund_unheld(&mut self, pages: u64) {
+        self.pages = self.pages.saturating_sub(pages);
+    }
+
     /// True when nothing is charged.
     pub(crate) fn is_idle(&self) -> bool {
         self.pages == 0 && self.holders.is_empty()

@@ -329,6 +329,31 @@ impl PageStore {
         Ok(())
     }
 
+    /// Charges pages that nobody holds, or changes nothing.
+    pub(crate) fn charge_unheld(&self, bill: Bill, pages: u64) -> Result<(), IoasError> {
+        if failpoint::reached("store.charge") {
+            return Err(IoasError::Injected("store.charge"));
+        }
+        let Bill { payer, limit, enforced } = bill;
+        let mut inner = self.inner.lock();
+        let account = inner.accounts.entry(payer).or_insert_with(|| Account::new(self.accounting));
+        let charged = account.charge_unheld(pages, limit, enforced);
+        if account.is_idle() {
+            inner.accounts.remove(&payer);
+        }
+        charged.map_err(|over| IoasError::Limit { payer, would: over.would, limit })
+    }
+
+    /// Takes [`Self::charge_unheld`] back.
+    pub(crate) fn refund_unheld(&self, payer: PayerName, pages: u64) {
+        let mut inner = self.inner.lock();
+        let Some(account) = inner.accounts.get_mut(&payer) else { return };
+        account.refund_unheld(pages);
+        if account.is_idle() {
+            inner.accounts.remove(&payer);
+        }
+    }
+
     /// Releases pages that [`Self::hold`] has given, and takes the charge back.
     pub(crate) fn release(&self, held: &[Held], payer: Option<PayerName>) {
         let mut ended = Vec::new();

@@ -8,6 +8,7 @@ mod lifetimes;
 mod model;
 
 mod process;
+mod registered;
 #[allow(unsafe_code)]
 mod sys;
 
