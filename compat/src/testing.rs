@@ -305,6 +305,7 @@ pub(crate) fn x86() -> DeviceProperties {
         reserved: vec![msi],
         coherent: true,
         dirty_tracking: true,
+        windows: None,
     }
 }
 

@@ -56,6 +56,7 @@ impl World {
             reserved: Vec::new(),
             coherent: true,
             dirty_tracking: true,
+            windows: None,
         };
         let bdf = "0000:c1:00.0".parse().expect("canonical");
         let model = Probe::new().expect("a device");

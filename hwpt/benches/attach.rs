@@ -17,6 +17,7 @@ fn group(number: u32, coherent: bool) -> Arc<Group> {
         reserved: Vec::new(),
         coherent,
         dirty_tracking: true,
+        windows: None,
     };
     let group = Group::new(number);
     group.add_device(&Device::new("device", properties, Arc::new(IgnoreFaults))).expect("not attached");

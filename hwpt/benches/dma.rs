@@ -44,6 +44,7 @@ fn main() {
         reserved: Vec::new(),
         coherent: true,
         dirty_tracking: true,
+        windows: None,
     };
     let device = Device::new("device", properties, Arc::new(IgnoreFaults));
     group.add_device(&device).expect("not attached");

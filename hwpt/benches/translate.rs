@@ -46,6 +46,7 @@ fn ours() -> (f64, f64) {
         reserved: Vec::new(),
         coherent: true,
         dirty_tracking: true,
+        windows: None,
     };
     let (client, ioas) = (FakeClient::new(), Ioas::new(PageStore::new(Accounting::Once)));
     let (list, group) = (HwptList::new(Arc::clone(&ioas)), Group::new(1));

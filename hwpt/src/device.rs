@@ -21,6 +21,7 @@ use crate::fault::{DmaCause, FaultSink};
 use crate::format::Format;
 use crate::hwpt::Hwpt;
 use crate::page_requests::{FaultRoute, PageRequest, Permission, RequestFlags, Response};
+use crate::spapr::WindowRules;
 use crate::sys::{Current, Guarded};
 
 /// What a device's IOMMU can do, and what the device keeps for itself.
@@ -36,6 +37,8 @@ pub struct DeviceProperties {
     pub coherent: bool,
     /// The IOMMU tracks dirty pages.
     pub dirty_tracking: bool,
+    /// The windows that the IOMMU can have, if it translates by windows; `format` is then that of its default window.
+    pub windows: Option<WindowRules>,
 }
 
 /// Called each time a device has been attached, with its properties of before; returns those it has from now on.

@@ -316,6 +316,7 @@ mod tests {
             reserved: Vec::new(),
             coherent: true,
             dirty_tracking: true,
+            windows: None,
         };
         Device::new("device", properties, Arc::new(IgnoreFaults))
     }

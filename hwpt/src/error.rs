@@ -59,6 +59,9 @@ pub enum AttachError {
     /// The device's IOMMU does not do what the HWPT is to do.
     #[error("the IOMMU of {0} has no dirty tracking")]
     NoDirtyTracking(Arc<str>),
+    /// The device's IOMMU does not translate by windows, or not by these.
+    #[error("the IOMMU of {0} has no such windows")]
+    NoWindows(Arc<str>),
     /// The HWPT belongs to another IOAS, or has been destroyed.
     #[error("HWPT {0} is not on this list")]
     ForeignHwpt(HwptId),
@@ -87,9 +90,11 @@ impl AttachError {
     pub const fn errno(&self) -> i32 {
         match self {
             Self::AlreadyAttached { .. } | Self::Attached { .. } => errno::EBUSY,
-            Self::NotAttached(_) | Self::MixedGroup { .. } | Self::Incompatible { .. } | Self::Unstable(_) => {
-                errno::EINVAL
-            }
+            Self::NotAttached(_)
+            | Self::MixedGroup { .. }
+            | Self::Incompatible { .. }
+            | Self::Unstable(_)
+            | Self::NoWindows(_) => errno::EINVAL,
             Self::NoDevice(_) => ENODEV,
             Self::NoDirtyTracking(_) => EOPNOTSUPP,
             Self::ForeignHwpt(_) => errno::ENOENT,

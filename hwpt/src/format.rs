@@ -45,6 +45,8 @@ pub enum FormatError {
 pub struct Format {
     page_sizes: u64,
     apertures: Vec<IovaRange>,
+    /// log2 of the page of each aperture, in bytes, if they are windows.
+    windows: Option<Box<[u8]>>,
 }
 
 impl Format {
@@ -67,7 +69,7 @@ impl Format {
         if let Some(pair) = apertures.windows(2).find(|pair| pair[0].last() >= pair[1].start()) {
             return Err(FormatError::Unsorted(pair[1]));
         }
-        Ok(Self { page_sizes, apertures })
+        Ok(Self { page_sizes, apertures, windows: None })
     }
 
     /// An x86 server's IOMMU: pages of 4 KiB, 2 MiB and 1 GiB, and an aperture from 0 of `bits` address bits.
@@ -78,6 +80,31 @@ impl Format {
         let last = if bits >= 64 { u64::MAX } else { (1 << bits) - 1 };
         let aperture = IovaRange::from_bounds(Iova(0), Iova(last)).expect("0 is not above any address");
         Self::new(1 << 12 | 1 << 21 | 1 << 30, vec![aperture])
+    }
+
+    /// Windows (`spapr`), each with a page size of its own, given by its log2 in bytes. There may be none.
+    ///
+    /// # Panics
+    /// When the windows are not sorted, overlap, or are not made of whole pages of 4 KiB or more: who makes windows
+    /// has checked that.
+    #[must_use]
+    pub(crate) fn windows(windows: &[(IovaRange, u8)]) -> Self {
+        let sorted = windows.windows(2).all(|pair| pair[0].0.last() < pair[1].0.start());
+        let whole = |(range, shift): &(IovaRange, u8)| u32::from(*shift) >= PAGE_SHIFT && range.is_aligned(1 << shift);
+        assert!(sorted && windows.iter().all(whole), "windows are sorted and made of whole pages");
+        let page_sizes = windows.iter().fold(0, |sizes, (_, shift)| sizes | 1 << shift);
+        Self {
+            page_sizes: if windows.is_empty() { ioas::PAGE_SIZE } else { page_sizes },
+            apertures: windows.iter().map(|(range, _)| *range).collect(),
+            windows: Some(windows.iter().map(|(_, shift)| *shift).collect()),
+        }
+    }
+
+    /// The windows and the page of each in bytes, if that is what its apertures are.
+    #[must_use]
+    pub fn window_pages(&self) -> Option<Vec<(IovaRange, u64)>> {
+        let shifts = self.windows.as_ref()?;
+        Some(self.apertures.iter().copied().zip(shifts.iter().map(|shift| 1 << shift)).collect())
     }
 
     /// The page sizes as a bitmap: bit n set is a page of 2^n bytes.
@@ -98,10 +125,10 @@ impl Format {
         &self.apertures
     }
 
-    /// The last IOVA of the last aperture.
+    /// The last IOVA of the last aperture; 0 when there is no window.
     #[must_use]
     pub fn last(&self) -> Iova {
-        self.apertures[self.apertures.len() - 1].last()
+        self.apertures.last().map_or(Iova(0), |aperture| aperture.last())
     }
 
     /// log2 of the bytes that a leaf of the lowest level translates: the smallest page, or a frame where that is
@@ -128,14 +155,28 @@ impl Format {
 
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(shifts) = &self.windows {
+            f.write_str("windows")?;
+            let mut windows = self.apertures.iter().zip(shifts);
+            return windows.try_for_each(|(range, shift)| write!(f, " {range}:{}", Page(u32::from(*shift))));
+        }
         f.write_str("pages")?;
         let mut separator = ' ';
         for shift in (0_u32..64).filter(|shift| self.page_sizes & (1 << shift) != 0) {
-            let unit = ["", "K", "M", "G", "T", "P", "E"][shift as usize / 10];
-            write!(f, "{separator}{}{unit}", 1_u64 << (shift % 10))?;
+            write!(f, "{separator}{}", Page(shift))?;
             separator = '|';
         }
         self.apertures.iter().try_for_each(|range| write!(f, " {range}"))
+    }
+}
+
+/// A page size by its log2, for people: `64K`.
+struct Page(u32);
+
+impl fmt::Display for Page {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unit = ["", "K", "M", "G", "T", "P", "E"][self.0 as usize / 10];
+        write!(f, "{}{unit}", 1_u64 << (self.0 % 10))
     }
 }
 

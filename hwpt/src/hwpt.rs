@@ -25,6 +25,7 @@ use crate::error::AttachError;
 use crate::format::Format;
 use crate::list::HwptList;
 use crate::radix::Translation;
+use crate::spapr::Windows;
 use crate::sys;
 use crate::table::Table;
 
@@ -191,6 +192,12 @@ impl Hwpt {
     #[must_use]
     pub fn tag(&self) -> Option<&Arc<dyn Any + Send + Sync>> {
         self.owner.as_ref()?.tag.as_ref()
+    }
+
+    /// Its windows, if they are filled one TCE at a time.
+    #[must_use]
+    pub fn windows(&self) -> Option<&Windows> {
+        self.table.windows()
     }
 
     /// How often its caches were emptied.

@@ -22,6 +22,7 @@ mod iotlb;
 mod list;
 mod page_requests;
 mod radix;
+pub mod spapr;
 #[allow(unsafe_code)]
 mod sys;
 mod table;

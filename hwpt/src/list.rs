@@ -32,6 +32,7 @@ use crate::error::{AttachError, step};
 use crate::format::Format;
 use crate::group::Group;
 use crate::hwpt::{Hwpt, HwptFlags, HwptParts, HwptSnapshot, Owner};
+use crate::spapr::{WindowRules, Windows};
 use crate::table::Table;
 
 /// How often a group may become something else by being attached.
@@ -92,6 +93,7 @@ struct Needs {
     format: Format,
     coherent: bool,
     dirty_tracking: bool,
+    windows: Option<WindowRules>,
 }
 
 impl Needs {
@@ -101,7 +103,7 @@ impl Needs {
         let mut needs = Self::of_device(first);
         for device in rest {
             let other = Self::of_device(device);
-            if other.format != needs.format {
+            if (&other.format, &other.windows) != (&needs.format, &needs.windows) {
                 let (device, has, wanted) = (Arc::clone(device.name()), other.format, needs.format);
                 return Err(AttachError::MixedGroup { group, device, has, wanted });
             }
@@ -114,7 +116,7 @@ impl Needs {
     fn of_device(device: &Device) -> Self {
         let properties = device.properties();
         let (coherent, dirty_tracking) = (properties.coherent, properties.dirty_tracking);
-        Self { format: properties.format, coherent, dirty_tracking }
+        Self { format: properties.format, coherent, dirty_tracking, windows: properties.windows }
     }
 
     const fn flags(&self) -> HwptFlags {
@@ -131,6 +133,8 @@ impl Needs {
         if hwpt.driver().is_some() {
             // Its driver was asked.
             None
+        } else if let Some(windows) = hwpt.windows() {
+            (self.windows.as_ref() != Some(windows.rules())).then_some("windows that its IOMMU cannot have")
         } else if *hwpt.format() != self.format {
             Some("another format")
         } else if hwpt.coherent() != self.coherent {
@@ -293,8 +297,30 @@ impl HwptList {
     ) -> Result<Arc<Hwpt>, AttachError> {
         let _changes = self.changes.lock();
         let Paging { format, tag } = paging;
-        let needs = Needs { format, coherent, dirty_tracking: flags.contains(HwptFlags::DIRTY_TRACKING) };
+        let dirty_tracking = flags.contains(HwptFlags::DIRTY_TRACKING);
+        let needs = Needs { format, coherent, dirty_tracking, windows: None };
         self.create(&needs, false, flags, Some(Owner { driver: Arc::clone(driver), tag }))
+    }
+
+    /// Makes an HWPT of windows that are filled one TCE at a time, for groups whose IOMMU is as that of `device`, to
+    /// attach to by [`Self::attach_to`] or [`Self::replace_with`]: the whole group gets all of its windows, or none.
+    /// Tables that the group walks already, and that `windows` has too, translate all the time. It stays until
+    /// [`Self::destroy`].
+    ///
+    /// The IOAS is there for its readers and its store; it must have no areas.
+    ///
+    /// # Errors
+    /// [`AttachError::NoWindows`] unless the windows obey the rules of the device's IOMMU; nothing has changed.
+    pub fn alloc_windows(&self, device: &Device, windows: Windows) -> Result<Arc<Hwpt>, AttachError> {
+        let _changes = self.changes.lock();
+        step("hwpt: a new HWPT")?;
+        let properties = device.properties();
+        if properties.windows.as_ref() != Some(windows.rules()) {
+            return Err(AttachError::NoWindows(Arc::clone(device.name())));
+        }
+        let table = Arc::new(Table::of_windows(windows));
+        let (coherent, flags) = (properties.coherent, HwptFlags::empty());
+        Ok(self.publish(table, (coherent, false, flags), None))
     }
 
     /// Destroys an HWPT that [`Self::alloc`] made.
@@ -324,13 +350,20 @@ impl HwptList {
     /// The list as `uiommufd status` shows it. Waits for no client.
     #[must_use]
     pub fn snapshot(&self) -> ListSnapshot {
-        let tables: Vec<_> = self.members.lock().tables.iter().map(|used| Arc::clone(&used.table)).collect();
+        let (tables, hwpts) = {
+            let members = self.members.lock();
+            let filled = members.tables.iter().map(|used| &used.table);
+            let windowed =
+                members.hwpts.iter().map(|member| member.hwpt.table()).filter(|table| table.windows().is_some());
+            let tables: Vec<_> = filled.chain(windowed).cloned().collect();
+            (tables, members.hwpts.iter().map(|member| Arc::clone(&member.hwpt)).collect::<Vec<_>>())
+        };
         ListSnapshot {
             tables: tables
                 .iter()
                 .map(|table| TableSnapshot { format: table.format().to_string(), leaves: table.leaves() })
                 .collect(),
-            hwpts: self.hwpts().iter().map(|hwpt| hwpt.snapshot()).collect(),
+            hwpts: hwpts.iter().map(|hwpt| hwpt.snapshot()).collect(),
         }
     }
 
@@ -461,17 +494,20 @@ impl HwptList {
     ) -> Result<Arc<Hwpt>, AttachError> {
         step("hwpt: a new HWPT")?;
         let table = self.table(&needs.format)?;
-        let hwpt = Hwpt::new(HwptParts {
-            ioas: Arc::clone(&self.ioas),
-            table,
-            coherent: needs.coherent,
-            automatic,
-            flags,
-            owner,
-            list: Weak::clone(&self.me),
-        });
+        Ok(self.publish(table, (needs.coherent, automatic, flags), owner))
+    }
+
+    /// A new HWPT beside `table`; if it is automatic, a use of it is counted.
+    fn publish(
+        &self,
+        table: Arc<Table>,
+        (coherent, automatic, flags): (bool, bool, HwptFlags),
+        owner: Option<Owner>,
+    ) -> Arc<Hwpt> {
+        let (ioas, list) = (Arc::clone(&self.ioas), Weak::clone(&self.me));
+        let hwpt = Hwpt::new(HwptParts { ioas, table, coherent, automatic, flags, owner, list });
         self.members.lock().hwpts.push(Member { hwpt: Arc::clone(&hwpt), groups: usize::from(automatic) });
-        Ok(hwpt)
+        hwpt
     }
 
     /// The table of a format, made and filled when there is none; a use of it is counted. Under `changes`.

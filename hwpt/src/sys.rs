@@ -54,6 +54,16 @@ pub(crate) enum Entry<'p> {
     Child(&'p Node),
 }
 
+/// What a slot is to hold.
+pub(crate) enum Link {
+    /// Nothing.
+    Empty,
+    /// A leaf; the lowest bit is set.
+    Leaf(u64),
+    /// A node, with all below it.
+    Child(Box<Node>),
+}
+
 /// A node of a radix tree. All zeros is an empty node.
 pub(crate) struct Node {
     slots: [AtomicPtr<Node>; FANOUT],
@@ -81,8 +91,8 @@ impl Node {
         } else if raw.addr() as u64 & LEAF != 0 {
             Entry::Leaf(raw.addr() as u64)
         } else {
-            // SAFETY: a reference demands a live node. Only `publish` stores pointers without the leaf bit, from a
-            // box; the node is freed only by `unlink` through the epoch, which the pin holds back, or with the node
+            // SAFETY: a reference demands a live node. Only `publish` and `swap` store pointers without the leaf bit,
+            // from a box; the node is freed only by `unlink` through the epoch, which the pin holds back, or with the node
             // it hangs from, which `&'p self` and the pin keep alive for as long.
             Entry::Child(unsafe { &*raw })
         }
@@ -120,7 +130,20 @@ impl Node {
 
     /// Empties a slot; a child that hung there is freed, with all below it, once no pin sees it any more.
     pub(crate) fn unlink(&self, index: usize, pin: &Pin) {
-        let raw = self.slots[index].swap(ptr::null_mut(), Ordering::AcqRel);
+        self.swap(index, Link::Empty, pin);
+    }
+
+    /// Puts `new` into a slot, in one store; what was there goes as [`Self::unlink`] says.
+    pub(crate) fn swap(&self, index: usize, new: Link, pin: &Pin) {
+        let new = match new {
+            Link::Empty => ptr::null_mut(),
+            Link::Leaf(leaf) => {
+                assert!(leaf & LEAF != 0, "a leaf has its lowest bit set");
+                ptr::without_provenance_mut(leaf as usize)
+            }
+            Link::Child(child) => Box::into_raw(child),
+        };
+        let raw = self.slots[index].swap(new, Ordering::AcqRel);
         if !raw.is_null() && raw.addr() as u64 & LEAF == 0 {
             let free = move || {
                 // SAFETY: `Box::from_raw` demands sole ownership: the swap took the only link to the node, and the

@@ -232,6 +232,7 @@ fn server_with_device() -> Arc<Server> {
             reserved: Vec::new(),
             coherent: true,
             dirty_tracking: true,
+            windows: None,
         },
         model: Probe::new().expect("a device"),
     };

@@ -39,6 +39,7 @@ pub(crate) fn front(groups: &[(u32, bool)]) -> InProcess {
                 reserved: vec![reserved],
                 coherent: true,
                 dirty_tracking: true,
+                windows: None,
             },
             model: Probe::new().expect("a device"),
         };

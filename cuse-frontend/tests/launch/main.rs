@@ -65,6 +65,7 @@ fn server() -> Result<Arc<Server>, String> {
         reserved: Vec::new(),
         coherent: true,
         dirty_tracking: false,
+        windows: None,
     };
     let model = Probe::new().map_err(|error| error.to_string())?;
     let bdf = BDF.parse().map_err(|error| format!("{error}"))?;

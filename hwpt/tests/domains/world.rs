@@ -28,6 +28,7 @@ pub(crate) fn server() -> DeviceProperties {
         reserved: vec![bounds(0xfee0_0000, 0xfeef_ffff)],
         coherent: true,
         dirty_tracking: true,
+        windows: None,
     }
 }
 
@@ -44,6 +45,7 @@ pub(crate) fn hostile() -> DeviceProperties {
         reserved: vec![bounds(0x4000_0000, 0x4000_ffff)],
         coherent: true,
         dirty_tracking: false,
+        windows: None,
     }
 }
 

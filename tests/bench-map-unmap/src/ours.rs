@@ -38,6 +38,7 @@ impl Ours {
             reserved: Vec::new(),
             coherent: true,
             dirty_tracking: true,
+            windows: None,
         };
         group.add_device(&Device::new("0000:c1:00.0", properties, Arc::new(IgnoreFaults)))?;
         let hwpt = list.attach(&group)?;

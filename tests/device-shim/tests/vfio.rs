@@ -52,6 +52,7 @@ impl Client {
             reserved: Vec::new(),
             coherent: true,
             dirty_tracking: true,
+            windows: None,
         };
         let bdf = "0000:c1:00.0".parse().expect("an address");
         vfio.add_device(DeviceSpec { bdf, group: 7, noiommu: false, properties, model }).expect("added");

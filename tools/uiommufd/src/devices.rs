@@ -53,5 +53,6 @@ fn properties(spec: &Spec) -> Result<DeviceProperties> {
         reserved: spec.reserved.clone(),
         coherent: spec.coherent,
         dirty_tracking: true,
+        windows: None,
     })
 }

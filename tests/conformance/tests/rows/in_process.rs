@@ -69,6 +69,7 @@ fn add(server: &Arc<Server>, nth: u32, noiommu: bool, disk: &std::path::Path) ->
         reserved: vec![reserved],
         coherent: true,
         dirty_tracking: true,
+        windows: None,
     };
     let spec = DeviceSpec { bdf: bdf.parse()?, group, noiommu, properties, model: Nvme::new(Options::new(disk))? };
     let node = server.add_device(spec)?;

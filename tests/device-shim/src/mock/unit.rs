@@ -120,6 +120,7 @@ impl MockUnit {
             reserved: Vec::new(),
             coherent: false,
             dirty_tracking: flags & wire::DEVICE_NO_DIRTY == 0,
+            windows: None,
         };
         let driver = Arc::clone(self) as Arc<dyn IommuDriver>;
         let device = Device::behind(driver, Arc::clone(&name), properties, Arc::new(IgnoreFaults));
