@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hwpt::{DeviceProperties, Format, IgnoreFaults};
-use ioas::caller::{Caller, Capability, ClientFile, FdError, MemoryError, MemoryMap, MmId, Uid, Vma};
+use ioas::caller::{Caller, Capability, ClientFile, FdError, FileBacking, MemoryError, MemoryMap, MmId, Uid, Vma};
 use ioas::{Accounting, Interrupt, Iova, IovaRange, PAGE_SIZE, PageStore, UserAddr, UserRange};
 use nix::sys::eventfd::{EfdFlags, EventFd as TestFd};
 use parking_lot::Mutex;
@@ -147,7 +147,7 @@ impl Caller for Client {
         }
     }
 
-    fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
+    fn file(&self, fd: i32) -> Result<Arc<FileBacking>, FdError> {
         Err(FdError::Bad(fd))
     }
 

@@ -18,7 +18,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use ioas::UserAddr;
-use ioas::caller::{Caller, Capability, ClientFile, FdError, MemoryError, MemoryMap, MmId, Uid, Vma};
+use ioas::caller::{Caller, Capability, ClientFile, FdError, FileBacking, MemoryError, MemoryMap, MmId, Uid, Vma};
 use parking_lot::Mutex;
 
 use crate::client::{OwnFiles, ProcessMemory, describe, whole};
@@ -77,7 +77,7 @@ enum Known {
     /// An open file of the server, and what keeps its number.
     Opened { _placeholder: OwnedFd, file: Arc<OpenFile> },
     /// A file of memory, whose descriptor has the number.
-    Memory(ClientFile),
+    Memory(Arc<FileBacking>),
 }
 
 /// What this front end knows by number: a table like the kernel's.
@@ -189,7 +189,7 @@ impl InProcess {
         let stat = sys::stat(&file)?;
         let memory = describe(file, stat)?;
         let fd = memory.fd.as_raw_fd();
-        self.descriptors.lock().put(&fd, Known::Memory(memory));
+        self.descriptors.lock().put(&fd, Known::Memory(memory.into()));
         Ok(fd)
     }
 
@@ -309,13 +309,13 @@ impl Caller for InProcessCaller<'_> {
         sys::effective_capabilities(0).is_ok_and(|set| sys::holds(set, capability))
     }
 
-    fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
+    fn file(&self, fd: i32) -> Result<Arc<FileBacking>, FdError> {
         if let Some(Known::Memory(file)) = self.front.descriptors.lock().get(fd) {
-            return Ok(file.clone());
+            return Ok(Arc::clone(file));
         }
         let copy = self.descriptor(fd)?;
         let stat = sys::stat(&copy).map_err(|_| FdError::Denied)?;
-        describe(copy, stat).map_err(|_| FdError::Denied)
+        describe(copy, stat).map(Into::into).map_err(|_| FdError::Denied)
     }
 
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {

@@ -16,9 +16,10 @@ use crate::addr::PAGE_SHIFT;
 use crate::caller::{ClientFile, FileId, FileKind, MemoryMap, MmId};
 use crate::frames::UNIT_PAGES;
 
-/// A shared file whose pages are held, or may be.
+/// A shared file whose pages are held, or may be: a [`ClientFile`] with what the store learns about it later. It is made
+/// of one by `into`. While one of a file is in use, the store takes it in the place of any other of the same file.
 #[derive(Debug)]
-pub(crate) struct FileBacking {
+pub struct FileBacking {
     /// Immutable.
     pub(crate) id: FileId,
     /// Immutable.
@@ -37,17 +38,11 @@ pub(crate) struct Descriptor {
 }
 
 impl FileBacking {
-    pub(crate) fn new(file: ClientFile) -> Self {
-        let descriptor = Descriptor { fd: file.fd, writable: file.writable };
-        let seen_size = AtomicU64::new(file.size);
-        Self { id: file.id, kind: file.kind, descriptor: Mutex::new(descriptor), seen_size }
-    }
-
     /// Takes over the size of `file`, which is the same file, and its descriptor if that can do more.
-    pub(crate) fn improve(&self, file: ClientFile) {
-        self.seen_size.store(file.size, Ordering::Relaxed);
-        if file.writable && !self.writable() {
-            let better = Descriptor { fd: file.fd, writable: true };
+    pub(crate) fn improve(&self, file: &Self) {
+        self.seen_size.store(file.seen_size(), Ordering::Relaxed);
+        if !self.writable() && file.writable() {
+            let better = file.descriptor();
             let worse = std::mem::replace(&mut *self.descriptor.lock(), better);
             drop(worse);
         }
@@ -57,8 +52,15 @@ impl FileBacking {
         self.descriptor.lock().clone()
     }
 
+    /// What it is.
+    #[must_use]
+    pub const fn kind(&self) -> FileKind {
+        self.kind
+    }
+
     /// Whether a client has shown a descriptor with which the file can be written.
-    pub(crate) fn writable(&self) -> bool {
+    #[must_use]
+    pub fn writable(&self) -> bool {
         self.descriptor.lock().writable
     }
 
@@ -80,6 +82,20 @@ impl FileBacking {
             FileKind::Hugetlb(bytes) => (bytes >> PAGE_SHIFT).next_power_of_two().max(UNIT_PAGES),
             _ => UNIT_PAGES,
         }
+    }
+}
+
+impl From<ClientFile> for FileBacking {
+    fn from(file: ClientFile) -> Self {
+        let descriptor = Descriptor { fd: file.fd, writable: file.writable };
+        let seen_size = AtomicU64::new(file.size);
+        Self { id: file.id, kind: file.kind, descriptor: Mutex::new(descriptor), seen_size }
+    }
+}
+
+impl From<ClientFile> for Arc<FileBacking> {
+    fn from(file: ClientFile) -> Self {
+        Self::new(file.into())
     }
 }
 

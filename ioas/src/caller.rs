@@ -13,6 +13,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::addr::{UserAddr, UserRange};
+pub use crate::backing::FileBacking;
 
 /// Names one memory map for as long as the server lives; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -179,11 +180,12 @@ pub trait Caller: Send + Sync {
     /// Whether the caller has the capability.
     fn capable(&self, capability: Capability) -> bool;
 
-    /// A copy of the caller's open file `fd`.
+    /// The caller's open file `fd`, as the store keeps it: a [`ClientFile`] that has just been looked at. A front end may
+    /// give the same one again while it knows that nothing about the file has changed.
     ///
     /// # Errors
     /// [`FdError::Bad`] when it is not open, [`FdError::Denied`] when the server may not look.
-    fn file(&self, fd: i32) -> Result<ClientFile, FdError>;
+    fn file(&self, fd: i32) -> Result<Arc<FileBacking>, FdError>;
 
     /// Copies argument bytes in.
     ///

@@ -1,9 +1,11 @@
 //! What a caller asks of an IOAS, and what it sees of it: typed requests and views, with no behaviour.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use crate::addr::{Access, Iova, IovaRange, UserAddr};
-use crate::caller::{ClientFile, FileId};
+use crate::caller::{FileBacking, FileId};
 
 /// Where the memory of a mapping is.
 #[derive(Debug)]
@@ -13,7 +15,7 @@ pub enum Source {
     /// In a file that the caller named by descriptor.
     File {
         /// The file.
-        file: ClientFile,
+        file: Arc<FileBacking>,
         /// Byte offset of the mapping's start in it.
         offset: u64,
     },

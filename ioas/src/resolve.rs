@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::addr::{PAGE_SHIFT, PAGE_SIZE, UserAddr};
 use crate::backing::{Backing, FileBacking};
-use crate::caller::{ClientFile, FileKind, MemoryError, MemoryMap, Vma};
+use crate::caller::{FileKind, MemoryError, MemoryMap, Vma};
 use crate::error::{FaultReason, IoasError};
 use crate::failpoint;
 use crate::store::{PageStore, Wanted};
@@ -78,7 +78,7 @@ fn shared_file(
         return Ok(Some((known, offset)));
     }
     match memory.open_file(vma) {
-        Ok(file) => Ok(Some((store.adopt_file(file), offset))),
+        Ok(file) => Ok(Some((store.adopt_file(file.into()), offset))),
         Err(MemoryError::Denied) => Ok(None),
         Err(error) => Err(error),
     }
@@ -102,8 +102,8 @@ fn check_size(file: &FileBacking, end_page: u64) -> Result<(), FaultReason> {
 
 /// The region of a device does not grow: what is not in it when it is mapped never will be. It may be taken away later,
 /// which is found by DMA only.
-pub(crate) fn check_region(file: &ClientFile, offset: u64, length: u64) -> Result<(), IoasError> {
-    let &ClientFile { id, kind, size, .. } = file;
+pub(crate) fn check_region(file: &FileBacking, offset: u64, length: u64) -> Result<(), IoasError> {
+    let (id, kind, size) = (file.id, file.kind, file.seen_size());
     if kind != FileKind::DeviceRegion || offset.checked_add(length).is_some_and(|end| end <= size) {
         return Ok(());
     }

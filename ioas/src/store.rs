@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr, UserRange};
 use crate::backing::{Backing, FileBacking};
-use crate::caller::{Caller, ClientFile, FileId, MemoryError, MemoryMap};
+use crate::caller::{Caller, FileId, MemoryError, MemoryMap};
 use crate::client::{Client, Clients};
 use crate::counts::CountMap;
 use crate::error::IoasError;
@@ -287,18 +287,18 @@ impl PageStore {
     }
 
     /// The backing of a client's file; one for all who name the same file.
-    pub(crate) fn adopt_file(&self, file: ClientFile) -> Arc<FileBacking> {
+    pub(crate) fn adopt_file(&self, file: Arc<FileBacking>) -> Arc<FileBacking> {
         let mut inner = self.inner.lock();
         if let Some(known) = inner.files.get(&file.id) {
             // Closing a descriptor can block.
             drop(inner);
-            known.improve(file);
+            if !Arc::ptr_eq(&known, &file) {
+                known.improve(&file);
+            }
             return known;
         }
-        let id = file.id;
-        let backing = Arc::new(FileBacking::new(file));
-        inner.files.insert(id, &backing);
-        backing
+        inner.files.insert(file.id, &file);
+        file
     }
 
     /// The backing of a file that some client has shown already, if it was shown with the rights that are needed.

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 
 use ioas::UserAddr;
-use ioas::caller::{Caller, Capability, ClientFile, FdError, MemoryError, MemoryMap, Uid};
+use ioas::caller::{Caller, Capability, FdError, FileBacking, MemoryError, MemoryMap, Uid};
 
 use super::{Clients, Process, file, thread_group};
 use crate::files::{ClientCall, OpenFile};
@@ -111,14 +111,14 @@ impl Caller for ProcessCaller<'_> {
         has && self.process().is_ok_and(|process| process.namespace.is_ours())
     }
 
-    fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
+    fn file(&self, fd: i32) -> Result<Arc<FileBacking>, FdError> {
         if let Some(open_file) = self.transport.own_file(fd)? {
             let region = file::region(&open_file)?;
-            return region.map_or_else(|| file::nothing_to_hold().map_err(|_| FdError::Denied), Ok);
+            return region.map_or_else(|| file::nothing_to_hold().map_err(|_| FdError::Denied), Ok).map(Into::into);
         }
         let copy = self.descriptor(fd)?;
         let stat = sys::stat(&copy).map_err(|_| FdError::Denied)?;
-        file::describe(copy, stat).map_err(|_| FdError::Denied)
+        file::describe(copy, stat).map(Into::into).map_err(|_| FdError::Denied)
     }
 
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use device_shim::probe::Probe;
 use hwpt::{DeviceProperties, Format};
 use ioas::UserAddr;
-use ioas::caller::{Caller, Capability, ClientFile, FdError, MemoryError, MemoryMap, Uid};
+use ioas::caller::{Caller, Capability, FdError, FileBacking, MemoryError, MemoryMap, Uid};
 use parking_lot::Mutex;
 
 use super::{Argument, Table, container, device, group, iommufd};
@@ -61,7 +61,7 @@ impl Caller for Memory {
     fn capable(&self, _: Capability) -> bool {
         false
     }
-    fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
+    fn file(&self, fd: i32) -> Result<Arc<FileBacking>, FdError> {
         Err(FdError::Bad(fd))
     }
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {

@@ -208,7 +208,7 @@ fn threads_of_one_process_share_one_memory_map() {
 fn descriptors_are_told_apart() {
     let (child, clients) = (Child::start(), clients());
     let caller = call(&clients, child.pid());
-    let kind = |name: &str| caller.file(child.fd(name)).map(|file| (file.kind, file.writable));
+    let kind = |name: &str| caller.file(child.fd(name)).map(|file| (file.kind(), file.writable()));
     assert_eq!(kind("memfd"), Ok((FileKind::Shmem, true)));
     assert_eq!(kind("memfd-sealed"), Ok((FileKind::Shmem, false)));
     assert_eq!(kind("program"), Ok((FileKind::Writeback, false)));

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use ioas::caller::FileKind;
 use ioas::{
     Access, Accounting, FaultReason, Ioas, IoasError, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PAGE_SIZE,
     PageStore, PayerMode, Source, UserAddr, errno,
@@ -11,7 +12,7 @@ use ioas::{
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags};
 
-use crate::process::{Client, memfd, named, skipped};
+use crate::process::{Client, look_at, memfd, named, named_as, skipped};
 use crate::sys::{Mapping, secret_memfd};
 use crate::table::{MapTable, range};
 
@@ -191,7 +192,7 @@ fn writeback_file_shared_is_refused_writeable_and_taken_readable() {
     let directory = std::env::current_dir().expect("a directory");
     let named = tempfile::tempfile_in(directory).expect("a file");
     named.set_len(PAGE_SIZE).expect("a size");
-    if crate::process::named(&named, true).kind != ioas::caller::FileKind::Writeback {
+    if look_at(named.try_clone().expect("a descriptor").into(), true).kind != FileKind::Writeback {
         return skipped("the working directory is on a tmpfs");
     }
     let mapping = Mapping::of_file(&named, 1, PROT_RW, MapFlags::MAP_SHARED);
@@ -238,8 +239,7 @@ fn file_by_descriptor_of_another_kind_or_beyond_its_end_is_invalid() {
     let directory = std::env::current_dir().expect("a directory");
     let other = tempfile::tempfile_in(directory).expect("a file");
     other.set_len(PAGE_SIZE).expect("a size");
-    let mut other = named(&other, true);
-    other.kind = ioas::caller::FileKind::Writeback;
+    let other = named_as(FileKind::Writeback, &other);
     let error = bench.map(request(Source::File { file: other, offset: 0 }, 1, 0, RW)).expect_err("not shared memory");
     assert_eq!(error.errno(), errno::EINVAL);
     bench.assert_empty();
@@ -251,8 +251,7 @@ fn device_region_is_mapped_uncharged_for_type1_and_refused_for_iommufd() {
     let region = memfd(4 * PAGE_SIZE);
     let mapping = Mapping::of_file(&region, 4, PROT_RW, MapFlags::MAP_SHARED);
     // A front end would know the region's file; here it is shown as one beforehand, to be known by identity.
-    let mut file = named(&region, true);
-    file.kind = ioas::caller::FileKind::DeviceRegion;
+    let file = named_as(FileKind::DeviceRegion, &region);
     let by_fd = Source::File { file, offset: 0 };
     bench.map(request(by_fd, 1, 0x100000, RW)).expect("a device's own buffer by descriptor");
     let reason = bench.fault(user(mapping.address(), 4, 0, RW));

@@ -7,7 +7,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use ioas::caller::{Caller, Capability, ClientFile, FdError, FileId, FileKind, MemoryError, MemoryMap, MmId, Uid, Vma};
+use ioas::caller::{
+    Caller, Capability, ClientFile, FdError, FileBacking, FileId, FileKind, MemoryError, MemoryMap, MmId, Uid, Vma,
+};
 use ioas::{UserAddr, UserRange};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
@@ -67,7 +69,7 @@ impl MemoryMap for ProcessMemory {
             return Err(MemoryError::Fault(vma.range.start()));
         }
         let file = File::options().read(true).write(vma.writable).open(path).map_err(|_| MemoryError::Denied)?;
-        Ok(client_file(file.into(), vma.writable))
+        Ok(look_at(file.into(), vma.writable))
     }
 
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
@@ -99,7 +101,7 @@ fn parse_vma(line: &str) -> Option<Vma> {
 }
 
 /// What a front end finds out about a descriptor.
-pub(crate) fn client_file(fd: OwnedFd, writable: bool) -> ClientFile {
+pub(crate) fn look_at(fd: OwnedFd, writable: bool) -> ClientFile {
     let file = File::from(fd);
     let stat = file.metadata().expect("an open file");
     let system = fstatfs(&file).expect("a file system").filesystem_type();
@@ -167,9 +169,9 @@ impl Caller for Client {
         capability == Capability::IpcLock && self.ipc_lock
     }
 
-    fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
+    fn file(&self, fd: i32) -> Result<Arc<FileBacking>, FdError> {
         let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{fd}"));
-        file.map(|file| client_file(file.into(), true)).map_err(|_| FdError::Bad(fd))
+        file.map(|file| look_at(file.into(), true).into()).map_err(|_| FdError::Bad(fd))
     }
 
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
@@ -190,8 +192,13 @@ pub(crate) fn memfd(bytes: u64) -> File {
 }
 
 /// A copy of a descriptor as a client's file.
-pub(crate) fn named(file: &File, writable: bool) -> ClientFile {
-    client_file(file.as_fd().try_clone_to_owned().expect("a descriptor"), writable)
+pub(crate) fn named(file: &File, writable: bool) -> Arc<FileBacking> {
+    look_at(file.as_fd().try_clone_to_owned().expect("a descriptor"), writable).into()
+}
+
+/// The same, of a file that a front end takes for another kind.
+pub(crate) fn named_as(kind: FileKind, file: &File) -> Arc<FileBacking> {
+    ClientFile { kind, ..look_at(file.as_fd().try_clone_to_owned().expect("a descriptor"), true) }.into()
 }
 
 /// Says that a test does not run here, past the harness's capture.

@@ -10,7 +10,9 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ioas::caller::{Caller, Capability, ClientFile, FdError, FileId, FileKind, MemoryError, MemoryMap, MmId, Uid, Vma};
+use ioas::caller::{
+    Caller, Capability, ClientFile, FdError, FileBacking, FileId, FileKind, MemoryError, MemoryMap, MmId, Uid, Vma,
+};
 use ioas::{Access, Iova, IovaChoice, IpcLock, MapRequest, PayerMode, Source, UserAddr, UserRange};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use parking_lot::{Condvar, Mutex};
@@ -209,7 +211,7 @@ impl Caller for FakeClient {
         false
     }
 
-    fn file(&self, fd: i32) -> Result<ClientFile, FdError> {
+    fn file(&self, fd: i32) -> Result<Arc<FileBacking>, FdError> {
         Err(FdError::Bad(fd))
     }
 
@@ -254,7 +256,7 @@ pub const fn map_user(from: u64, iova: u64, length: u64, access: Access) -> MapR
 /// A mapping of `length` bytes of `file` from `offset` on, at a fixed IOVA.
 #[must_use]
 pub fn map_file(file: &File, offset: u64, iova: u64, length: u64, access: Access) -> MapRequest {
-    request(Source::File { file: client_file(file), offset }, iova, length, access)
+    request(Source::File { file: client_file(file).into(), offset }, iova, length, access)
 }
 
 const fn request(source: Source, iova: u64, length: u64, access: Access) -> MapRequest {
