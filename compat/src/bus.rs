@@ -1,11 +1,11 @@
 //! What an open device is given: translated DMA, and interrupts that go where its client pointed them.
 //!
 //! A DMA passes no lock of this room. The fault of a DMA that was aborted is recorded by `hwpt` before it comes back
-//! here.
+//! here. The DMA log of VFIO knows the device's own address space only, so DMA with a PASID is not in it.
 
 use std::sync::Arc;
 
-use hwpt::Dma;
+use hwpt::{Device, Dma};
 use ioas::Iova;
 
 use crate::device::{Bus, DmaAbort, Irq};
@@ -14,9 +14,20 @@ use crate::irqs::Irqs;
 
 /// The bus of one device, from its first open to its last close.
 pub(crate) struct DeviceBus {
-    pub(crate) dma: Dma,
-    pub(crate) irqs: Arc<Irqs>,
-    pub(crate) log: Arc<DmaLog>,
+    device: Arc<Device>,
+    /// 0 for DMA without one.
+    pasid: u32,
+    /// Of the device with the PASID.
+    dma: Dma,
+    irqs: Arc<Irqs>,
+    log: Arc<DmaLog>,
+}
+
+impl DeviceBus {
+    /// The bus of `device` without a PASID.
+    pub(crate) fn new(device: &Arc<Device>, irqs: &Arc<Irqs>, log: &Arc<DmaLog>) -> Self {
+        Self { device: Arc::clone(device), pasid: 0, dma: device.dma(), irqs: Arc::clone(irqs), log: Arc::clone(log) }
+    }
 }
 
 impl Bus for DeviceBus {
@@ -26,8 +37,20 @@ impl Bus for DeviceBus {
 
     fn write(&self, iova: Iova, data: &[u8]) -> Result<(), DmaAbort> {
         let result = self.dma.write(iova, data).map_err(|fault| DmaAbort { iova: fault.iova });
-        self.log.written(iova, data.len() as u64);
+        if self.pasid == 0 {
+            self.log.written(iova, data.len() as u64);
+        }
         result
+    }
+
+    fn of_pasid(&self, pasid: u32) -> Arc<dyn Bus> {
+        let dma = self.device.of_pasid(pasid).dma();
+        let (device, irqs, log) = (Arc::clone(&self.device), Arc::clone(&self.irqs), Arc::clone(&self.log));
+        Arc::new(Self { device, pasid, dma, irqs, log })
+    }
+
+    fn abort_waiting(&self) {
+        self.device.abort_page_requests(false);
     }
 
     fn interrupt(&self, irq: Irq) {

@@ -190,6 +190,14 @@ pub trait Bus: Send + Sync {
     /// [`DmaAbort`]; memory before the failing IOVA may have been written.
     fn write(&self, iova: Iova, data: &[u8]) -> Result<(), DmaAbort>;
 
+    /// The same device's way to memory with `pasid` (1 to 2^20 - 1) on its requests; with 0, which is no PASID, the way
+    /// without one. Interrupts are the same.
+    fn of_pasid(&self, pasid: u32) -> Arc<dyn Bus>;
+
+    /// DMA of the device that waits for a page of its client, which may never come, is aborted: the device is being
+    /// reset. DMA that comes later waits anew.
+    fn abort_waiting(&self);
+
     /// Raises an interrupt, or sets the level of the pin. An interrupt nobody listens to is lost; a masked one is
     /// pending until it is unmasked.
     fn interrupt(&self, irq: Irq);
@@ -224,6 +232,11 @@ pub trait DeviceModel: Send + Sync {
 
     /// Its interrupts; fixed for its life.
     fn irqs(&self) -> IrqCounts;
+
+    /// How many bits of PASID it can put on its requests, at most 20; 0 when it puts none. Fixed for its life.
+    fn pasid_bits(&self) -> u8 {
+        0
+    }
 
     /// Reads registers. Any length and alignment: the model splits or answers as its hardware would.
     ///

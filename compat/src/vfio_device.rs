@@ -9,8 +9,9 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, LazyLock, Weak};
 
+use hwpt::driver::{IommuDriver, Unit};
 use ioas::caller::Caller;
 use parking_lot::Mutex;
 
@@ -24,6 +25,9 @@ use crate::iommufd::{Bound, Iommufd, Ruler};
 use crate::irqs::Irqs;
 use crate::pci::{self, MsixTable};
 use crate::vfio::{DeviceSpec, Vfio};
+
+/// A PASID has as many bits on PCI Express (Base 4.0, section 6.20).
+const MAX_PASID_BITS: u8 = 20;
 
 /// A device of a server.
 pub struct VfioDevice {
@@ -68,6 +72,13 @@ pub struct DeviceSnapshot {
     pub open: bool,
 }
 
+/// The unit of an ordinary device with so many bits of PASID.
+fn unit(pasid_bits: u8) -> Arc<dyn IommuDriver> {
+    static UNITS: LazyLock<[Arc<dyn IommuDriver>; MAX_PASID_BITS as usize + 1]> =
+        LazyLock::new(|| std::array::from_fn(|bits| Arc::new(Unit { max_pasid_log2: bits as u8 }) as _));
+    Arc::clone(&UNITS[usize::from(pasid_bits.min(MAX_PASID_BITS))])
+}
+
 impl VfioDevice {
     /// Whether clients can mmap device files at all.
     fn regions_mappable(&self) -> bool {
@@ -80,7 +91,12 @@ impl VfioDevice {
             vfio: Arc::downgrade(vfio),
             bdf,
             group_id: group,
-            hwpt: hwpt::Device::new(bdf.to_string(), properties, Arc::clone(vfio.faults())),
+            hwpt: hwpt::Device::behind(
+                unit(model.pasid_bits()),
+                bdf.to_string(),
+                properties,
+                Arc::clone(vfio.faults()),
+            ),
             irqs: Irqs::new(model.irqs(), Arc::clone(vfio.watcher())),
             log: Arc::default(),
             msix: pci::msix_table(&*model),
@@ -218,8 +234,7 @@ impl VfioDevice {
 
     /// Gives the model its bus. `opens` is held.
     fn start(&self) {
-        let bus = DeviceBus { dma: self.hwpt.dma(), irqs: Arc::clone(&self.irqs), log: Arc::clone(&self.log) };
-        self.model.open(Arc::new(bus));
+        self.model.open(Arc::new(DeviceBus::new(&self.hwpt, &self.irqs, &self.log)));
         pci::enable(&*self.model);
         self.open.store(true, Ordering::Release);
     }

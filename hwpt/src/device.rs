@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Weak};
 
 use ioas::{Access, Ioas, IoasError, Iova, IovaRange, PAGE_SIZE, PageStore, ReaderSet, ReservationOwner};
 use parking_lot::Mutex;
@@ -113,8 +113,8 @@ pub struct Device {
     pasid: u32,
     /// Guarded by itself; a leaf lock.
     properties: Mutex<DeviceProperties>,
-    /// What stands for its DMA with a PASID. A leaf lock.
-    pasids: Mutex<BTreeMap<u32, Arc<Self>>>,
+    /// What stands for its DMA with a PASID, as long as somebody attaches it or does such DMA. A leaf lock.
+    pasids: Mutex<BTreeMap<u32, Weak<Self>>>,
     /// Follows `state`.
     current: Current<Attachment>,
     state: Mutex<State>,
@@ -205,18 +205,37 @@ impl Device {
     }
 
     /// What stands for its DMA with `pasid`: attached on its own, with nothing reserved. For PASID 0, which is no
-    /// PASID, the device itself.
+    /// PASID, the device itself. It is the same one as long as anybody has it.
     #[must_use]
     pub fn of_pasid(self: &Arc<Self>, pasid: u32) -> Arc<Self> {
         if pasid == 0 {
             return Arc::clone(self);
         }
+        let frozen = self.state.lock().frozen;
         let made = || {
             let properties = DeviceProperties { reserved: Vec::new(), ..self.properties() };
             let name = format!("{} PASID {pasid}", self.name);
-            Self::build(name.into(), properties, Arc::clone(&self.faults), None, (Arc::clone(&self.driver), pasid))
+            let unit = (Arc::clone(&self.driver), pasid);
+            let new = Self::build(name.into(), properties, Arc::clone(&self.faults), None, unit);
+            new.state.lock().frozen = frozen;
+            new
         };
-        Arc::clone(self.pasids.lock().entry(pasid).or_insert_with(made))
+        let mut pasids = self.pasids.lock();
+        if let Some(present) = pasids.get(&pasid).and_then(Weak::upgrade) {
+            return present;
+        }
+        // Those that have gone are swept away when there are twice as many as were left.
+        if pasids.len().is_power_of_two() {
+            pasids.retain(|_, device| device.strong_count() > 0);
+        }
+        let new = made();
+        pasids.insert(pasid, Arc::downgrade(&new));
+        new
+    }
+
+    /// What stands for its DMA with PASIDs, all that there are.
+    fn of_pasids(&self) -> Vec<Arc<Self>> {
+        self.pasids.lock().values().filter_map(Weak::upgrade).collect()
     }
 
     /// Lets DMA that finds no page ask for it, and wait for the answer; `None` ends that for DMA to come. Closing the
@@ -228,8 +247,7 @@ impl Device {
     /// The DMA that waits for a page is aborted: the device was reset. With `ends`, no DMA waits any more until it is
     /// attached anew.
     pub fn abort_page_requests(&self, ends: bool) {
-        let pasids: Vec<_> = self.pasids.lock().values().cloned().collect();
-        pasids.iter().for_each(|pasid| pasid.abort_page_requests(ends));
+        self.of_pasids().iter().for_each(|pasid| pasid.abort_page_requests(ends));
         match self.fault_route() {
             Some(route) if ends => route.close(),
             Some(route) => route.abort(),
@@ -274,8 +292,7 @@ impl Device {
 
     /// Freezes its DMA, or thaws it: while frozen, every DMA is aborted. When it returns, none is under way.
     pub fn set_frozen(&self, frozen: bool) {
-        let pasids: Vec<_> = self.pasids.lock().values().cloned().collect();
-        pasids.iter().for_each(|pasid| pasid.set_frozen(frozen));
+        self.of_pasids().iter().for_each(|pasid| pasid.set_frozen(frozen));
         let mut state = self.state.lock();
         if state.frozen != frozen {
             state.frozen = frozen;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::thread;
 
-use hwpt::{DmaCause, FaultQueue, FaultRoute, Permission, Read, RequestFlags, Response};
+use hwpt::{DmaCause, FaultQueue, FaultRoute, Group, Permission, Read, RequestFlags, Response};
 use ioas::{Access, Iova};
 
 use crate::world::{World, rw, server};
@@ -76,4 +76,39 @@ fn dma_that_waits_is_aborted_when_its_device_is_reset_or_its_route_ends() {
         });
     }
     assert_eq!(device.dma().read(Iova(0), &mut [0; 8]).expect_err("no route").cause, DmaCause::Refused);
+}
+
+#[test]
+fn dma_with_a_pasid_has_its_own_table_route_and_name_as_long_as_anybody_has_it() {
+    let world = World::new();
+    let (_group, device) = world.attached(&server());
+    world.map_shared(0, PAGE, rw());
+    let queue = Arc::new(FaultQueue::default());
+    let five = device.of_pasid(5);
+    assert!(Arc::ptr_eq(&five, &device.of_pasid(5)), "the same one");
+    assert_eq!(
+        device.dma().with_pasid(5).read(Iova(0), &mut [0]).expect_err("attached nowhere").cause,
+        DmaCause::NotAttached
+    );
+    let seat = Group::new(1);
+    seat.add_device(&five).expect("attached to nothing");
+    world.list.attach(&seat).expect("fits");
+    five.set_fault_route(Some(FaultRoute::new(&queue, 7)));
+    device.dma().with_pasid(5).read(Iova(0), &mut [0]).expect("mapped");
+    thread::scope(|scope| {
+        let dma = scope.spawn(|| device.dma().with_pasid(5).read(Iova(0x7000), &mut [0; 8]));
+        let (cookie, request) = loop {
+            if let Read::Group { cookie, requests, .. } = queue.read(1) {
+                break (cookie, requests[0]);
+            }
+            thread::yield_now();
+        };
+        assert_eq!((request.pasid, request.address), (5, 0x7000));
+        assert_eq!(request.flags, RequestFlags::LAST_PAGE | RequestFlags::PASID_VALID);
+        assert!(queue.respond(cookie, Response::Invalid));
+        assert_eq!(dma.join().expect("no panic").expect_err("refused").cause, DmaCause::Refused);
+    });
+    world.list.detach(&seat).expect("attached");
+    drop((seat, five));
+    assert!(device.of_pasid(5).fault_route().is_none(), "forgotten with its last holder");
 }

@@ -11,7 +11,11 @@
 //! Effects other than DMA (a write to the backing file, a status bit) go through [`Lease::enter`] in the same way,
 //! so that an abandoned thread that wakes up again changes nothing.
 //!
-//! Bus Master Enable is a property of the lease too: while it is off a transaction ends in an abort.
+//! Bus Master Enable is a property of the lease too: while it is off a transaction ends in an abort. So is the PASID that
+//! its transactions carry.
+//!
+//! DMA that waits for a page which the client has been asked for is aborted by [`Lease::revoke`]. A thread that was just
+//! about to ask may do so after that, so [`Lease::drain`] says it again while it waits.
 //!
 //! Lock order: `gate` is a leaf. No call to the bus is made under it.
 
@@ -21,13 +25,16 @@ use std::time::{Duration, Instant};
 
 use compat::device::{Bus, DmaAbort};
 use ioas::Iova;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// The largest DMA, in bytes, that is handed to the bus as one transaction. A revoked thread stops between two.
 pub const TRANSACTION_MAX: usize = 64 << 10;
 
 /// How long a reset waits for a transaction that is running, before it abandons the thread.
 pub const DRAIN_LIMIT: Duration = Duration::from_millis(500);
+
+/// How long [`Lease::drain`] waits before it aborts again what has begun to wait for a page.
+const ABORT_AGAIN: Duration = Duration::from_millis(10);
 
 /// Why a transaction through a lease did not happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -49,7 +56,9 @@ struct Gate {
 /// A revocable [`Bus`]. See the top of this file.
 pub struct Lease {
     /// Immutable.
-    bus: Arc<dyn Bus>,
+    device: Arc<dyn Bus>,
+    /// The way of its transactions. A leaf lock.
+    bus: Mutex<Arc<dyn Bus>>,
     /// The function's Bus Master Enable bit, written by config-space writes.
     bus_master: Arc<AtomicBool>,
     gate: Mutex<Gate>,
@@ -74,7 +83,19 @@ impl Lease {
     /// A lease on `bus`, gated by the function's Bus Master Enable bit.
     #[must_use]
     pub fn new(bus: Arc<dyn Bus>, bus_master: Arc<AtomicBool>) -> Arc<Self> {
-        Arc::new(Self { bus, bus_master, gate: Mutex::default(), left: Condvar::new() })
+        Arc::new(Self {
+            bus: Mutex::new(Arc::clone(&bus)),
+            device: bus,
+            bus_master,
+            gate: Mutex::default(),
+            left: Condvar::new(),
+        })
+    }
+
+    /// Transactions from now on carry `pasid`, 0 for none.
+    pub fn set_pasid(&self, pasid: u32) {
+        let bus = if pasid == 0 { Arc::clone(&self.device) } else { self.device.of_pasid(pasid) };
+        *self.bus.lock() = bus;
     }
 
     /// Passes the gate, for an effect that must not happen after a reset.
@@ -97,8 +118,8 @@ impl Lease {
     pub fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), LeaseError> {
         let mut at = iova;
         for piece in data.chunks_mut(TRANSACTION_MAX) {
-            let _passage = self.enter_as_master(at)?;
-            self.bus.read(at, piece)?;
+            let (_passage, bus) = self.enter_as_master(at)?;
+            bus.read(at, piece)?;
             at = at.checked_add(piece.len() as u64).unwrap_or(Iova(u64::MAX));
         }
         Ok(())
@@ -111,21 +132,25 @@ impl Lease {
     pub fn write(&self, iova: Iova, data: &[u8]) -> Result<(), LeaseError> {
         let mut at = iova;
         for piece in data.chunks(TRANSACTION_MAX) {
-            let _passage = self.enter_as_master(at)?;
-            self.bus.write(at, piece)?;
+            let (_passage, bus) = self.enter_as_master(at)?;
+            bus.write(at, piece)?;
             at = at.checked_add(piece.len() as u64).unwrap_or(Iova(u64::MAX));
         }
         Ok(())
     }
 
-    fn enter_as_master(&self, iova: Iova) -> Result<Passage<'_>, LeaseError> {
+    fn enter_as_master(&self, iova: Iova) -> Result<(Passage<'_>, Arc<dyn Bus>), LeaseError> {
         let passage = self.enter()?;
-        if self.bus_master.load(Ordering::SeqCst) { Ok(passage) } else { Err(DmaAbort { iova }.into()) }
+        if !self.bus_master.load(Ordering::SeqCst) {
+            return Err(DmaAbort { iova }.into());
+        }
+        Ok((passage, Arc::clone(&self.bus.lock())))
     }
 
-    /// Closes the gate. Does not wait; whoever is inside still finishes.
+    /// Closes the gate. Does not wait; whoever is inside still finishes, at once if it waits for a page.
     pub fn revoke(&self) {
         self.gate.lock().revoked = true;
+        self.device.abort_waiting();
     }
 
     /// Waits, `limit` at the most, until nobody is inside a revoked lease. True when nobody is.
@@ -133,8 +158,12 @@ impl Lease {
         let until = Instant::now() + limit;
         let mut gate = self.gate.lock();
         while gate.inside > 0 {
-            if self.left.wait_until(&mut gate, until).timed_out() {
-                return gate.inside == 0;
+            let step = until.min(Instant::now() + ABORT_AGAIN);
+            if self.left.wait_until(&mut gate, step).timed_out() && gate.inside > 0 {
+                if step == until {
+                    return false;
+                }
+                MutexGuard::unlocked(&mut gate, || self.device.abort_waiting());
             }
         }
         true
@@ -183,6 +212,22 @@ mod tests {
         assert!(!lease.drain(Duration::from_millis(10)));
         bus.unblock();
         stuck.join().expect("no panic").expect("it was already inside");
+        assert!(lease.drain(Duration::ZERO));
+    }
+
+    #[test]
+    fn transaction_that_waits_for_a_page_is_aborted_by_revoke() {
+        let bus = TestBus::new(0x10000);
+        bus.miss_at(0x2000);
+        let lease = lease(&bus);
+        let waiting = std::thread::spawn({
+            let lease = lease.clone();
+            move || lease.write(Iova(0x2000), &[7])
+        });
+        bus.wait_until_blocked();
+        lease.revoke();
+        let abort = LeaseError::Abort(DmaAbort { iova: Iova(0x2000) });
+        assert_eq!(waiting.join().expect("no panic"), Err(abort));
         assert!(lease.drain(Duration::ZERO));
     }
 }

@@ -1,7 +1,7 @@
 //! What unit tests put in the place of the client: memory in a vector, aborts and blockages where a test wants them,
 //! and a record of the interrupts raised.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +18,9 @@ struct State {
     memory: Vec<u8>,
     unmapped: Vec<Range<u64>>,
     blocking: Option<u64>,
+    missing: Option<u64>,
+    /// How often waiting was aborted.
+    aborts: u64,
     blocked: usize,
     interrupts: Vec<Irq>,
     intx: bool,
@@ -28,12 +31,19 @@ struct State {
 pub(crate) struct TestBus {
     state: Mutex<State>,
     changed: Condvar,
+    /// The memory of DMA with a PASID; other PASIDs have none.
+    pasids: Mutex<BTreeMap<u32, Arc<TestBus>>>,
 }
 
 impl TestBus {
     pub(crate) fn new(bytes: usize) -> Arc<Self> {
         let state = State { memory: vec![0; bytes], ..State::default() };
-        Arc::new(Self { state: Mutex::new(state), changed: Condvar::new() })
+        Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), pasids: Mutex::default() })
+    }
+
+    /// DMA with `pasid` goes to the memory of `bus` from now on.
+    pub(crate) fn add_pasid(&self, pasid: u32, bus: &Arc<Self>) {
+        self.pasids.lock().insert(pasid, Arc::clone(bus));
     }
 
     pub(crate) fn bytes(&self, at: u64, length: usize) -> Vec<u8> {
@@ -56,6 +66,11 @@ impl TestBus {
     /// DMA that covers `at` blocks until [`Self::unblock`].
     pub(crate) fn block_at(&self, at: u64) {
         self.state.lock().blocking = Some(at);
+    }
+
+    /// DMA that covers `at` waits for a page that never comes, from now on.
+    pub(crate) fn miss_at(&self, at: u64) {
+        self.state.lock().missing = Some(at);
     }
 
     pub(crate) fn unblock(&self) {
@@ -105,6 +120,15 @@ impl TestBus {
             self.changed.wait(&mut state);
             state.blocked -= 1;
         }
+        if let Some(at) = state.missing.filter(|at| range.contains(at)) {
+            let aborts = state.aborts;
+            state.blocked += 1;
+            self.changed.notify_all();
+            while state.aborts == aborts {
+                self.changed.wait(&mut state);
+            }
+            return Err(DmaAbort { iova: Iova(at) });
+        }
         let hole = state.unmapped.iter().find(|hole| hole.start < range.end && range.start < hole.end);
         if let Some(hole) = hole {
             return Err(DmaAbort { iova: Iova(hole.start.max(range.start)) });
@@ -128,6 +152,15 @@ impl Bus for TestBus {
         self.access(iova, data.len(), |memory| memory.copy_from_slice(data))?;
         self.state.lock().writes.insert(iova.0);
         Ok(())
+    }
+
+    fn of_pasid(&self, pasid: u32) -> Arc<dyn Bus> {
+        self.pasids.lock().get(&pasid).cloned().unwrap_or_else(|| Self::new(0))
+    }
+
+    fn abort_waiting(&self) {
+        self.state.lock().aborts += 1;
+        self.changed.notify_all();
     }
 
     fn interrupt(&self, irq: Irq) {

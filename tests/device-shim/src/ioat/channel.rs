@@ -19,6 +19,8 @@
 //! CHANCMP (both are 0 after a reset) or INTRCTRL. What no device without traps can serve is a driver that starts the channel right after it saw
 //! HALTED and reads CHANSTS at once.
 //!
+//! The PASID is read when a chain starts: descriptors, data and completions all go by it until the next start.
+//!
 //! A command is cleared from CHANCMD when it has been carried out, and not before: drivers wait for that.
 //!
 //! Lock order: `state`, then the gate of the lease and the function's state. No DMA and no call of the bus under it.
@@ -31,8 +33,8 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::descriptor::{DESCRIPTOR_SIZE, Descriptor, Operation};
 use super::error::ChannelErrors;
 use super::registers::{
-    CDAR, CHAINADDR, CHANCMD, CHANCMP, CHANCTRL, CHANERR, CHANSTS, DMACOUNT, INTRCTRL, Registers, Status,
-    channel_control, command, interrupt_control,
+    CDAR, CHAINADDR, CHANCMD, CHANCMP, CHANCTRL, CHANERR, CHANSTS, DMACOUNT, INTRCTRL, PASID, PASID_BITS, Registers,
+    Status, channel_control, command, interrupt_control,
 };
 use crate::lease::{Lease, LeaseError, TRANSACTION_MAX};
 use crate::pci::function::Function;
@@ -187,7 +189,7 @@ impl Channel {
     }
 
     fn reset(&self, state: &mut State) {
-        for register in [DMACOUNT, CHAINADDR, CHANCMP, CDAR, CHANERR] {
+        for register in [DMACOUNT, CHAINADDR, CHANCMP, CDAR, CHANERR, PASID] {
             self.registers.set(register, 0);
         }
         let interrupt_control = self.registers.get(INTRCTRL);
@@ -219,6 +221,7 @@ impl Channel {
         state.show_work(registers);
         if state.phase == Phase::Ready && count != 0 {
             registers.set(CHANERR, 0);
+            lease.set_pasid(registers.get(PASID) as u32 & ((1 << PASID_BITS) - 1));
             let chain = Chain { next: registers.get(CHAINADDR), done: 0, first: true };
             *state = State { phase: Phase::Running(chain), completed: 0 };
             state.show(registers, Status::Active);

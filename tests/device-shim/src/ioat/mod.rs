@@ -15,6 +15,8 @@
 //! thread lives from the first arming to the next reset, and holds a lease for that time. Trapped accesses go to the
 //! same memory and wake the thread; it alone takes commands and work.
 //!
+//! One register is our own: the PASID that DMA carries. The hardware has none, and drivers for it never look there.
+//!
 //! Configuration space has CHANERR_INT at 0x180, where drivers look for the error register once more: the same bits.
 //!
 //! Lock order: `session`, then the channel's, then the function's. No DMA and no call of the bus under any.
@@ -36,7 +38,7 @@ use parking_lot::Mutex;
 use self::channel::{Channel, Step};
 use self::error::IoatError;
 use self::pace::{Bell, Pace};
-use self::registers::{BAR_SIZE, CHANERR, MSIX_PENDING, MSIX_TABLE, Registers};
+use self::registers::{BAR_SIZE, CHANERR, MSIX_PENDING, MSIX_TABLE, PASID_BITS, Registers};
 use crate::lease::{DRAIN_LIMIT, Lease, TRANSACTION_MAX};
 use crate::pci::capability::{BarOffset, Capability, ExtendedCapability};
 use crate::pci::config::{ConfigBuilder, ConfigSize, Touched};
@@ -121,7 +123,7 @@ impl Ioat {
         }
         let Some(lease) = self.shared.function.lease() else { return };
         let (shared, own) = (Arc::clone(&self.shared), Arc::clone(&lease));
-        let spawned = std::thread::Builder::new().name("ioat".to_owned()).spawn(move || shared.serve(&own));
+        let spawned = ioas::thread::spawn("ioat", move || shared.serve(&own));
         match spawned {
             Ok(_) => *session = Some(lease),
             Err(error) => tracing::error!(%error, "ioat: no thread for the engine"),
@@ -200,6 +202,10 @@ impl DeviceModel for Ioat {
 
     fn irqs(&self) -> IrqCounts {
         IrqCounts { intx: 0, msi: 0, msix: u32::from(VECTORS) }
+    }
+
+    fn pasid_bits(&self) -> u8 {
+        PASID_BITS
     }
 
     fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), RegionError> {

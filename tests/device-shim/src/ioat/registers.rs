@@ -87,6 +87,9 @@ pub const CHANERR: Register = Register::new(0xa8, 4);
 pub const CHANERR_MASK: Register = Register::new(0xac, 4);
 /// Direct cache access; kept, without effect.
 pub const DCACTRL: Register = Register::new(0xb0, 4);
+/// Our own, far from the hardware's: the PASID that a chain's DMA carries, 0 for none. Read when a chain starts; 0 after a
+/// reset.
+pub const PASID: Register = Register::new(0x1000, 4);
 
 /// Bits of INTRCTRL. Interrupts leave while one of the two is set.
 pub mod interrupt_control {
@@ -147,8 +150,12 @@ const INITIAL: [(Register, u64); 6] = [
     (CHANSTS, Status::Halted as u64),
 ];
 
+/// log2 of the number of PASIDs.
+pub const PASID_BITS: u8 = 20;
+
 /// What a trapped write stores.
-const WRITABLE: [(Register, u64); 9] = [
+const WRITABLE: [(Register, u64); 10] = [
+    (PASID, (1 << PASID_BITS) - 1),
     (INTRCTRL, interrupt_control::MASTER | interrupt_control::VECTOR),
     (INTRDELAY, 0x3fff),
     (CHANCTRL, 0xffff),

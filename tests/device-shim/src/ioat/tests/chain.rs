@@ -5,8 +5,9 @@ use compat::device::{DeviceModel, Region};
 use super::driver::{CHAIN, COMPLETION, DESTINATION, Driver, SOURCE, WAYS, Way, descriptor, null};
 use crate::ioat::descriptor::control::{COMPLETION as WRITES, FILL, INTERRUPT, OPERATION_SHIFT};
 use crate::ioat::registers::{
-    BAR_SIZE, CHAINADDR, CHANCMD, CHANCMP, CHANSTS, DMACOUNT, INTRCTRL, Status, VER, command,
+    BAR_SIZE, CHAINADDR, CHANCMD, CHANCMP, CHANSTS, DMACOUNT, INTRCTRL, PASID, Status, VER, command,
 };
+use crate::testbus::TestBus;
 
 #[test]
 fn fill_repeats_its_pattern_over_any_length() {
@@ -184,4 +185,35 @@ fn bar_is_memory_at_the_place_of_the_device_file_and_config_space_is_not() {
     let config = driver.device.region(Region::Config);
     assert_eq!((config.size, config.memory.is_none()), (4096, true));
     assert!(driver.device.read(Region::Bar0, BAR_SIZE - 1, &mut [0; 2]).is_err());
+}
+
+#[test]
+fn chain_started_with_a_pasid_reaches_the_memory_of_the_pasid_alone() {
+    for way in WAYS {
+        let driver = Driver::armed(way);
+        let other = TestBus::new(0x60_0000);
+        driver.bus.add_pasid(5, &other);
+        for (bus, byte) in [(&driver.bus, 1), (&other, 2)] {
+            bus.put(SOURCE, &[byte; 8]);
+        }
+        driver.put(0, descriptor(8, WRITES, SOURCE, DESTINATION), 0);
+        other.put(CHAIN, &driver.bus.bytes(CHAIN, 64));
+        let round = |pasid: u64| {
+            driver.set(PASID, pasid);
+            driver.set(CHANCMP, COMPLETION);
+            driver.set(CHAINADDR, CHAIN);
+            driver.set(DMACOUNT, 1);
+            driver.wait_status(Status::Done);
+            driver.suspend();
+            (driver.bus.bytes(DESTINATION, 8)[0], other.bytes(DESTINATION, 8)[0])
+        };
+        assert_eq!(round(5), (0, 2));
+        assert!(other.was_written(COMPLETION) && !driver.bus.was_written(COMPLETION));
+        assert_eq!(round(0), (1, 2));
+        driver.set(PASID, 6);
+        driver.set(DMACOUNT, 1);
+        driver.wait_status(Status::Halted);
+        driver.reset();
+        assert_eq!(driver.get(PASID), 0);
+    }
 }
