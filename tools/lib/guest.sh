@@ -1,29 +1,86 @@
-# The guest that boots under QEMU: Debian's own kernel, not a byte changed, and an initramfs with busybox, the kernel's
-# nvme and ioatdma modules and guest/init. Sourced after common.sh. Nothing is installed into the machine.
+# The guests that boot under QEMU, one for each architecture: Debian's own kernel, not a byte changed, and an initramfs
+# with busybox, the kernel's drivers for our devices and guest/init. Sourced after common.sh.
+#
+# Everything comes from Debian packages of the guest's architecture, by an apt whose state is a directory of its own:
+# the machine's apt learns no architecture, and nothing is installed into the machine but QEMU.
 
-guest_packages=(qemu-system-x86 busybox-static cpio)
+guest_arches=(x86_64 ppc64le)
 
-# guest_kernel: downloads and extracts Debian's kernel package once; prints the directory it lies in.
-guest_kernel() {
-  local package directory
-  package=$(apt-cache depends linux-image-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -1)
-  if [[ -z $package ]]; then
-    ((EUID != 0)) || apt-get update -qq >"$cache/apt.log" 2>&1 || true
-    package=$(apt-cache depends linux-image-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -1)
-  fi
-  [[ -n $package ]] || die "apt knows no linux-image-amd64: is 'apt-get update' due, or is this not Debian amd64?"
-  directory=$cache/kernel/$package
-  if [[ ! -e $directory/complete ]]; then
-    note "downloading $package (70 MB, once)"
-    rm -rf "$directory"
-    mkdir -p "$directory"
-    (cd "$directory" && apt-get download "$package" >apt.log 2>&1) ||
-      die "apt-get could not download $package; see $directory/apt.log"
-    dpkg-deb -x "$directory"/*.deb "$directory"
-    rm "$directory"/*.deb
-    touch "$directory/complete"
-  fi
-  printf '%s\n' "$directory"
+# choose_guest ARCH: sets what is different from one architecture to the next.
+choose_guest() {
+  guest_arch=$1
+  guest_drivers=(nvme)
+  # Options of the server: what its containers are to the guest's QEMU.
+  guest_server=()
+  # What the guest has besides kernel and busybox: packages, and the program that they are for.
+  guest_extra_packages=()
+  guest_extra_program=
+  case $guest_arch in
+    x86_64)
+      guest_debian=amd64
+      guest_kernel_package=linux-image-amd64
+      guest_qemu=qemu-system-x86_64
+      guest_packages=(qemu-system-x86 cpio)
+      guest_machine=(-machine pc -cpu max)
+      guest_console=ttyS0
+      guest_drivers+=(ioatdma)
+      ;;
+    ppc64le)
+      guest_debian=ppc64el
+      guest_kernel_package=linux-image-powerpc64le
+      guest_qemu=qemu-system-ppc64
+      guest_packages=(qemu-system-ppc cpio)
+      # What QEMU would warn that TCG does not have.
+      guest_machine=(-machine 'pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off')
+      guest_console=hvc0
+      guest_server=(--container spapr-v2)
+      # On pseries a PCI function comes and goes by the firmware's calls, which this program makes.
+      guest_drivers+=(rpaphp)
+      guest_extra_packages=(powerpc-ibm-utils librtas2 libnuma1 libc6)
+      guest_extra_program=usr/sbin/drmgr
+      ;;
+    *) die "there is no guest of architecture '$guest_arch', only: ${guest_arches[*]}" ;;
+  esac
+  guest_directory=$cache/guest/$guest_arch
+}
+
+# guest_apt COMMAND ARGUMENTS...: runs apt-get or apt-cache for the guest's architecture, from the machine's own mirrors.
+guest_apt() {
+  local command=$1 state=$guest_directory/apt
+  shift
+  "$command" -o Dir::State="$state" -o Dir::State::status="$state/status" -o Dir::Cache="$state" \
+    -o Dir::Etc::SourceList="$state/sources.list" -o Dir::Etc::SourceParts=/dev/null \
+    -o APT::Architecture="$guest_debian" -o APT::Architectures="$guest_debian" -o APT::Sandbox::User=root "$@"
+}
+
+# guest_sources: the lines of a sources.list for the guest's architecture.
+guest_sources() {
+  local lines
+  lines=$(apt-get indextargets --format 'deb [arch=%] $(REPO_URI) $(RELEASE) main $(ORIGIN)' 'Created-By: Packages' |
+    sed -n "s/%/$guest_debian/; s/ main Debian\$/ main/p" | sort -u)
+  [[ -n $lines ]] || die "apt knows no Debian mirror: is 'apt-get update' due, or is this not Debian?"
+  printf '%s\n' "$lines"
+}
+
+# fetch_guest: downloads and extracts the packages, once.
+fetch_guest() {
+  local packages kernel root=$guest_directory/root log=$guest_directory/apt.log
+  [[ ! -e $guest_directory/complete ]] || return 0
+  note "downloading Debian's kernel for $guest_arch (70 MB, once)"
+  rm -rf "$guest_directory"
+  mkdir -p "$root" "$guest_directory"/{packages,apt/lists/partial,apt/archives/partial}
+  : >"$guest_directory/apt/status"
+  guest_sources >"$guest_directory/apt/sources.list" || exit
+  # Not every mirror has every architecture. Those that have it are enough, if they know the kernel.
+  guest_apt apt-get update >"$log" 2>&1 || true
+  kernel=$(guest_apt apt-cache depends "$guest_kernel_package" | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -1)
+  [[ -n $kernel ]] || die "apt knows no $guest_kernel_package of architecture $guest_debian; see $log"
+  packages=("$kernel" busybox-static "${guest_extra_packages[@]}")
+  (cd "$guest_directory/packages" && guest_apt apt-get download "${packages[@]}" >>"$log" 2>&1) ||
+    die "apt-get could not download ${packages[*]}; see $log"
+  for package in "$guest_directory"/packages/*.deb; do dpkg-deb -x "$package" "$root"; done
+  rm -r "$guest_directory"/{packages,apt}
+  touch "$guest_directory/complete"
 }
 
 # module_closure DIRECTORY MODULE: the module's file and those of what it depends on, in the order to load them.
@@ -39,33 +96,45 @@ module_closure() {
 
 # guest_image: prints the paths of the kernel and of the initramfs, made anew when something in it has changed.
 guest_image() {
-  local kernel initramfs busybox
-  kernel=$(guest_kernel) || exit
-  busybox=$(command -v busybox) || die "busybox is missing: apt-get install busybox-static"
-  initramfs=$kernel/initramfs.gz
+  local initramfs=$guest_directory/initramfs.gz
+  fetch_guest || exit
   if [[ ! $initramfs -nt $repo/tools/guest/init || ! $initramfs -nt $repo/tools/lib/guest.sh ]]; then
-    pack_initramfs "$kernel" "$busybox" "$initramfs"
+    pack_initramfs "$initramfs"
   fi
-  printf '%s\n%s\n' "$(find "$kernel/boot" -name 'vmlinuz-*' | head -1)" "$initramfs"
+  printf '%s\n%s\n' "$(find "$guest_directory/root/boot" -name 'vmlinu[xz]-*' | head -1)" "$initramfs"
 }
 
-# pack_initramfs KERNEL-DIRECTORY BUSYBOX OUTPUT
+# pack_initramfs OUTPUT
 pack_initramfs() {
-  local root driver modules module
+  local root driver modules module from=$guest_directory/root
   root=$(mktemp -d "$cache/initramfs.XXXXXX")
   mkdir -p "$root"/{bin,dev,proc,sys,tmp,modules}
-  cp "$2" "$root/bin/busybox"
+  cp "$from/bin/busybox" "$root/bin/busybox"
   cp "$repo/tools/guest/init" "$root/init"
   chmod 755 "$root/init" "$root/bin/busybox"
-  for driver in nvme ioatdma; do
-    mapfile -t modules < <(module_closure "$1" "$driver" | awk '!seen[$0]++')
-    ((${#modules[@]})) || die "the kernel package in $1 has no $driver module"
+  for driver in "${guest_drivers[@]}"; do
+    mapfile -t modules < <(module_closure "$from" "$driver" | awk '!seen[$0]++')
+    ((${#modules[@]})) || die "the kernel package in $from has no $driver module"
     for module in "${modules[@]}"; do
       cp "$module" "$root/modules/"
       basename "$module" >>"$root/modules/$driver.order"
     done
   done
-  (cd "$root" && find . | cpio --quiet -o -H newc | gzip -1) >"$3.new"
-  mv "$3.new" "$3"
+  [[ -z $guest_extra_program ]] || add_program "$from" "$guest_extra_program" "$root"
+  (cd "$root" && find . | cpio --quiet -o -H newc | gzip -1) >"$1.new"
+  mv "$1.new" "$1"
   rm -rf "$root"
+}
+
+# add_program FROM PROGRAM TO: copies a program, and the loader and the libraries that it has in FROM, to where it looks
+# for them.
+add_program() {
+  local file loader
+  mkdir -p "$3/lib64"
+  cp "$1/$2" "$3/bin/"
+  loader=$(find "$1/lib" -name 'ld64.so.*')
+  cp -L "$loader" "$3/lib64/"
+  for file in $(find "$1/lib" "$1/usr/lib" \( -name 'libc.so.*' -o -name 'librtas.so.*' -o -name 'libnuma.so.*' \)); do
+    (cd "$1" && cp -L --parents "${file#"$1"/}" "$3/")
+  done
 }

@@ -1,14 +1,16 @@
-//! The guest: Debian's unmodified kernel under `qemu-system-x86_64`, with TCG, and `tools/guest/init` in it.
+//! The guest: Debian's unmodified kernel of one architecture or another under QEMU, with TCG, and `tools/guest/init` in
+//! it.
 //!
-//! The guest's serial port is QEMU's standard output; the guest prints `guest: KEY VALUE`. What QEMU itself has to say
+//! The kind of machine decides the architecture ([`Arch::of`]); everything else about a [`Machine`] is the same for all
+//! of them. The guest's serial port is QEMU's standard output; the guest prints `guest: KEY VALUE`. What QEMU itself has to say
 //! goes to a file of its own ([`Machine::qemu_log`]), and with [`Machine::traced`] what QEMU's VFIO code did, to
 //! another ([`Machine::trace_log`]).
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::OnceLock;
+use std::process::{Command, Output};
+use std::sync::Mutex;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 
 use crate::image::Image;
 use crate::repository;
@@ -17,6 +19,57 @@ use crate::server::client;
 /// The address our device has in every test.
 pub const BDF: &str = "0000:c1:00.0";
 
+/// What the guest's processor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arch {
+    /// A PC.
+    X86_64,
+    /// A POWER machine, little-endian.
+    Ppc64le,
+}
+
+impl Arch {
+    /// The architecture of QEMU's machine `kind`.
+    #[must_use]
+    pub fn of(kind: &str) -> Self {
+        if kind == "pseries" { Self::Ppc64le } else { Self::X86_64 }
+    }
+
+    /// As `uname -m` says it, and `tools/guest-image`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64",
+            Self::Ppc64le => "ppc64le",
+        }
+    }
+
+    /// The program that emulates it.
+    #[must_use]
+    pub fn qemu(self) -> &'static str {
+        match self {
+            Self::X86_64 => "qemu-system-x86_64",
+            Self::Ppc64le => "qemu-system-ppc64",
+        }
+    }
+
+    /// What its serial port is called.
+    fn console(self) -> &'static str {
+        match self {
+            Self::X86_64 => "ttyS0",
+            Self::Ppc64le => "hvc0",
+        }
+    }
+
+    /// Words for QEMU without which it warns, or the guest has too little of something.
+    fn words(self) -> &'static str {
+        match self {
+            Self::X86_64 => "-cpu max",
+            Self::Ppc64le => "-machine cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+        }
+    }
+}
+
 /// What the guest's RAM is for the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ram {
@@ -24,11 +77,13 @@ pub enum Ram {
     Private,
     /// A memfd, mapped shared.
     Memfd,
+    /// A memfd of huge pages, mapped shared. See [`HugePages`](crate::hugepages::HugePages).
+    Huge,
 }
 
 /// A virtual machine to be started.
 pub struct Machine {
-    /// QEMU's `-machine`: `pc` or `q35`.
+    /// QEMU's `-machine`: `pc`, `q35` or `pseries`.
     pub kind: &'static str,
     /// What its RAM is.
     pub ram: Ram,
@@ -40,45 +95,60 @@ pub struct Machine {
     pub devices: Vec<String>,
     /// A program of this crate that the guest finds as `/bin/program`.
     pub program: Option<&'static str>,
+    /// Further words for QEMU.
+    pub words: &'static str,
+    /// QEMU has a monitor, and does not end when the guest reboots.
+    pub monitored: bool,
 }
 
 /// The guest's RAM, in MiB.
-const RAM_MEGABYTES: u32 = 256;
+pub const RAM_MEGABYTES: u32 = 256;
 
 impl Machine {
     /// A machine of `kind` with our NVMe controller.
     #[must_use]
     pub fn new(kind: &'static str, ram: Ram, jobs: &'static str) -> Self {
-        Self { kind, ram, jobs, traced: false, devices: vec![BDF.to_owned()], program: None }
+        let devices = vec![BDF.to_owned()];
+        Self { kind, ram, jobs, traced: false, devices, program: None, words: "", monitored: false }
     }
+
+    /// Its architecture.
+    #[must_use]
+    pub fn arch(&self) -> Arch {
+        Arch::of(self.kind)
+    }
+
+    /// What QEMU calls the first of its devices.
+    pub const DEVICE: &'static str = "device0";
 
     /// The words of the command that starts it. Logs go beside `image`.
     ///
     /// # Errors
     /// When the guest's kernel cannot be had.
     pub fn command(&self, image: &Image) -> Result<Vec<String>> {
-        let (kernel, mut initramfs) = kernel()?;
+        let arch = self.arch();
+        let (kernel, mut initramfs) = kernel(arch)?;
         if let Some(program) = self.program {
             initramfs = with_program(&initramfs, &client(program), image)?;
         }
-        let mut words: Vec<String> = Vec::new();
+        let mut words: Vec<String> = vec![arch.qemu().to_owned()];
         let mut add = |text: &str| words.extend(text.split_whitespace().map(str::to_owned));
-        add("qemu-system-x86_64 -accel tcg -cpu max -smp 1 -nodefaults -display none -no-reboot -serial stdio");
-        match self.ram {
-            Ram::Private => add(&format!("-machine {} -m {RAM_MEGABYTES}", self.kind)),
-            Ram::Memfd => {
-                add(&format!("-machine {},memory-backend=ram -m {RAM_MEGABYTES}", self.kind));
-                add(&format!("-object memory-backend-memfd,id=ram,size={RAM_MEGABYTES}M,share=on"));
-            }
-        }
-        for bdf in &self.devices {
-            add(&format!("-device vfio-pci,host={bdf}"));
+        add(&format!("-machine {} -accel tcg -smp 1 -nodefaults -display none -serial stdio", self.kind));
+        add(arch.words());
+        add(&self.ram.words());
+        for (index, bdf) in self.devices.iter().enumerate() {
+            add(&format!("-device vfio-pci,host={bdf},id=device{index}"));
         }
         if self.traced {
             add(&format!("-trace vfio_* -D {}", Self::trace_log(image).display()));
         }
+        match self.monitored {
+            true => add(&format!("-qmp unix:{},server=on,wait=off", Self::monitor(image).display())),
+            false => add("-no-reboot"),
+        }
+        add(self.words);
         add(&format!("-kernel {} -initrd {} -append", kernel.display(), initramfs.display()));
-        words.push(format!("console=ttyS0 quiet panic=-1 uiommufd.jobs={}", self.jobs));
+        words.push(format!("console={} quiet panic=-1 uiommufd.jobs={}", arch.console(), self.jobs));
         Ok(redirect_stderr(&Self::qemu_log(image), words))
     }
 
@@ -92,6 +162,24 @@ impl Machine {
     #[must_use]
     pub fn trace_log(image: &Image) -> PathBuf {
         image.beside("trace.log")
+    }
+
+    /// Where the monitor of a machine that is [`monitored`](Self::monitored) listens.
+    #[must_use]
+    pub fn monitor(image: &Image) -> PathBuf {
+        image.beside("monitor")
+    }
+}
+
+impl Ram {
+    /// The words for QEMU that make it.
+    fn words(self) -> String {
+        let memfd = format!("memory-backend-memfd,id=ram,size={RAM_MEGABYTES}M,share=on");
+        match self {
+            Self::Private => format!("-m {RAM_MEGABYTES}"),
+            Self::Memfd => format!("-m {RAM_MEGABYTES} -machine memory-backend=ram -object {memfd}"),
+            Self::Huge => format!("-m {RAM_MEGABYTES} -machine memory-backend=ram -object {memfd},hugetlb=on"),
+        }
     }
 }
 
@@ -109,22 +197,26 @@ pub fn kept_alive(words: Vec<String>) -> Vec<String> {
     ["sh", "-c", script, "kept-alive"].map(str::to_owned).into_iter().chain(words).collect()
 }
 
-/// The guest's kernel and initramfs, made by `tools/guest-image` if need be.
+/// The kernel and initramfs of a guest, made by `tools/guest-image` if need be.
 ///
 /// # Errors
 /// When they cannot be made.
-pub fn kernel() -> Result<(PathBuf, PathBuf)> {
-    static PATHS: OnceLock<(bool, String, String)> = OnceLock::new();
-    let (made, stdout, stderr) =
-        PATHS.get_or_init(|| match Command::new(repository().join("tools/guest-image")).output() {
-            Ok(output) => {
-                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-                (output.status.success(), text(&output.stdout), text(&output.stderr))
-            }
-            Err(error) => (false, String::new(), error.to_string()),
-        });
+pub fn kernel(arch: Arch) -> Result<(PathBuf, PathBuf)> {
+    static OUTPUTS: Mutex<Vec<(Arch, Output)>> = Mutex::new(Vec::new());
+    let mut outputs = OUTPUTS.lock().map_err(|_| anyhow!("tools/guest-image could not be started"))?;
+    let made = outputs.iter().position(|(of, _)| *of == arch);
+    let index = match made {
+        Some(index) => index,
+        None => {
+            let output = Command::new(repository().join("tools/guest-image")).arg(arch.name()).output()?;
+            outputs.push((arch, output));
+            outputs.len() - 1
+        }
+    };
+    let output = &outputs[index].1;
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     let paths: Vec<_> = stdout.lines().map(PathBuf::from).collect();
-    ensure!(*made && paths.len() == 2, "tools/guest-image: {stderr}");
+    ensure!(output.status.success() && paths.len() == 2, "tools/guest-image {}: {stderr}", arch.name());
     Ok((paths[0].clone(), paths[1].clone()))
 }
 
@@ -143,9 +235,9 @@ fn with_program(initramfs: &Path, program: &Path, image: &Image) -> Result<PathB
     Ok(result)
 }
 
-/// Why QEMU cannot run here, if so.
+/// Why the guests of an architecture cannot run here, if so.
 #[must_use]
-pub fn missing() -> Option<&'static str> {
-    let runs = Command::new("qemu-system-x86_64").arg("--version").output().is_ok_and(|output| output.status.success());
-    (!runs).then_some("qemu-system-x86_64 is not installed")
+pub fn missing(arch: Arch) -> Option<String> {
+    let runs = Command::new(arch.qemu()).arg("--version").output().is_ok_and(|output| output.status.success());
+    (!runs).then(|| format!("{} is not installed", arch.qemu()))
 }

@@ -9,10 +9,13 @@
 
 #![deny(unsafe_code)]
 
+pub mod boot;
 pub mod guest;
+pub mod hugepages;
 pub mod image;
 pub mod ioat;
 pub mod iommufd;
+pub mod monitor;
 pub mod nvme;
 pub mod server;
 #[allow(unsafe_code)]

@@ -1,65 +1,28 @@
 //! The main job: unmodified QEMU and Debian's unmodified kernel drive our NVMe controller through our nodes.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::guest::{BDF, Machine, Ram, kept_alive, missing};
-use e2e::image::{Image, PATTERN};
-use e2e::server::{Report, Run};
+use e2e::boot::{DISK_MEGABYTES, boot, no_complaints, no_warnings, nvme, same_from_both_sides};
+use e2e::guest::{Arch, BDF, Machine, Ram, kept_alive, missing};
+use e2e::image::Image;
+use e2e::server::Run;
 use e2e::skipped;
 
-/// The size of every disk here, in MiB.
-const DISK_MEGABYTES: u64 = 16;
 /// How soon after a kill everything must be back to 0.
 const AFTER_KILL: Duration = Duration::from_secs(5);
 
-fn nvme(bdf: &str, image: &Image, keys: &str) -> [String; 2] {
-    ["--device".to_owned(), format!("nvme@{bdf},file={}{keys}", image.path().display())]
-}
-
-/// Boots `machine` with one disk, to its end.
-fn boot(machine: &Machine, image: &Image) -> Result<Report> {
-    let report = Run::start(&nvme(BDF, image, ""), &machine.command(image)?)?.finish()?;
-    let log = std::fs::read_to_string(Machine::qemu_log(image)).unwrap_or_default();
-    ensure!(report.status.success(), "{}\n{}\n{}\n{log}", report.status, report.lines.join("\n"), report.stderr);
-    ensure!(report.value("guest: end")? == "0", "{}\n{}", report.lines.join("\n"), report.stderr);
-    ensure!(report.values("guest: failed").is_empty(), "{}", report.lines.join("\n"));
-    Ok(report)
-}
-
 /// The guest reads the disk as the host wrote it, writes a pattern, and the host finds it.
 fn disk_is_the_same_from_both_sides(kind: &'static str, ram: Ram) -> Result<()> {
-    if let Some(reason) = missing() {
-        skipped(reason);
+    if let Some(reason) = missing(Arch::X86_64) {
+        skipped(&reason);
         return Ok(());
     }
     let image = Image::random(DISK_MEGABYTES)?;
     let before = image.sha256()?;
-    let machine = Machine::new(kind, ram, "read,write,read,errors");
-    let report = boot(&machine, &image)?;
-    let shown = report.values("guest: sha256");
-    ensure!(shown == [before.as_str(), image.sha256()?.as_str()], "{shown:?}, but the host had {before}");
-    ensure!(shown[0] != shown[1], "the guest wrote nothing");
-    let pattern = report.value("guest: pattern")?;
-    ensure!(report.value("guest: back")? == pattern, "the guest did not read its own pattern back");
-    ensure!(image.sha256_of(PATTERN)? == pattern, "the pattern is not where the guest wrote it");
-    let complaints: Vec<_> = report.values("guest: log").into_iter().filter(|line| is_complaint(line)).collect();
-    ensure!(complaints.is_empty(), "the guest's kernel complained: {complaints:#?}");
-    no_vfio_warnings(&Machine::qemu_log(&image))
-}
-
-/// What a healthy controller never makes Linux's driver say.
-fn is_complaint(line: &str) -> bool {
-    let line = line.to_lowercase().replace("shutdown timeout set", "");
-    ["timeout", "error", "fail", "abort", "reset", "disabl", "invalid"].iter().any(|word| line.contains(word))
-}
-
-/// QEMU has said nothing. Linux's own VFIO causes no warning for a function without a ROM and without peers.
-fn no_vfio_warnings(log: &Path) -> Result<()> {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    ensure!(text.trim().is_empty(), "QEMU warned:\n{text}");
-    Ok(())
+    let report = boot(&Machine::new(kind, ram, "read,write,read,errors"), &image, &[], "")?;
+    same_from_both_sides(&report, &image, &before)?;
+    no_complaints(&report, &image)
 }
 
 #[test]
@@ -74,8 +37,8 @@ fn q35_with_memfd_ram_reads_and_writes_the_disk() -> Result<()> {
 
 #[test]
 fn ioatdma_probes_the_dma_engine_tests_it_and_has_no_complaint() -> Result<()> {
-    if let Some(reason) = missing() {
-        skipped(reason);
+    if let Some(reason) = missing(Arch::X86_64) {
+        skipped(&reason);
         return Ok(());
     }
     let image = Image::random(DISK_MEGABYTES)?;
@@ -97,7 +60,7 @@ fn ioatdma_probes_the_dma_engine_tests_it_and_has_no_complaint() -> Result<()> {
     let healthy = ["ioatdma: Intel(R) QuickData Technology Driver", "Removing dma and dca services"];
     let complaints: Vec<_> = log.into_iter().filter(|line| !healthy.iter().any(|words| line.contains(words))).collect();
     ensure!(complaints.is_empty(), "the guest's kernel complained: {complaints:#?}");
-    no_vfio_warnings(&Machine::qemu_log(&image))
+    no_warnings(&Machine::qemu_log(&image))
 }
 
 /// An inclusive range of addresses.
@@ -139,8 +102,8 @@ fn reported_areas(ioas: &serde_json::Value) -> Result<Vec<Span>> {
 
 #[test]
 fn region_map_in_the_server_is_what_qemu_mapped_and_covers_the_guests_ram() -> Result<()> {
-    if let Some(reason) = missing() {
-        skipped(reason);
+    if let Some(reason) = missing(Arch::X86_64) {
+        skipped(&reason);
         return Ok(());
     }
     let image = Image::random(DISK_MEGABYTES)?;
@@ -158,13 +121,13 @@ fn region_map_in_the_server_is_what_qemu_mapped_and_covers_the_guests_ram() -> R
         let covering = areas.iter().any(|area| area.0 <= first && last <= area.1);
         ensure!(covering, "the guest's RAM {first:#x}-{last:#x} is not mapped: {areas:x?}");
     }
-    no_vfio_warnings(&Machine::qemu_log(&image))
+    no_warnings(&Machine::qemu_log(&image))
 }
 
 #[test]
 fn dma_of_a_guest_to_what_is_not_its_ram_gets_the_nvme_error() -> Result<()> {
-    if let Some(reason) = missing() {
-        skipped(reason);
+    if let Some(reason) = missing(Arch::X86_64) {
+        skipped(&reason);
         return Ok(());
     }
     let image = Image::random(DISK_MEGABYTES)?;
@@ -189,8 +152,8 @@ fn dma_of_a_guest_to_what_is_not_its_ram_gets_the_nvme_error() -> Result<()> {
 
 #[test]
 fn second_device_behind_another_iommu_makes_a_second_domain_and_no_second_charge() -> Result<()> {
-    if let Some(reason) = missing() {
-        skipped(reason);
+    if let Some(reason) = missing(Arch::X86_64) {
+        skipped(&reason);
         return Ok(());
     }
     let (image, second) = (Image::random(DISK_MEGABYTES)?, Image::random(DISK_MEGABYTES)?);
@@ -231,8 +194,8 @@ fn kill_in_the_middle_of_io(ram: Ram) -> Result<()> {
 
 #[test]
 fn qemu_killed_in_the_middle_of_io_leaves_nothing_held() -> Result<()> {
-    if let Some(reason) = missing() {
-        skipped(reason);
+    if let Some(reason) = missing(Arch::X86_64) {
+        skipped(&reason);
         return Ok(());
     }
     let times = std::env::var("UIOMMUFD_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(5);
