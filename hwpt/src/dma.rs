@@ -22,7 +22,9 @@ use ioas::{Access, Frame, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, PageStore, Ran
 
 use crate::device::{Attachment, Device};
 use crate::fault::{DmaCause, DmaFault};
+use crate::guest_memory::BehindHwpt;
 use crate::iotlb::Iotlb;
+use crate::nested::NestedTable;
 use crate::radix::Translation;
 use crate::sys::{self, Lane};
 
@@ -195,7 +197,9 @@ impl Dma {
     /// A DMA has failed. If it can go on, because the page was asked for and has come, that is no fault.
     #[cold]
     fn wait_for_page(&self, inside: bool, (iova, cause): Failed, access: Access) -> Result<(), DmaFault> {
-        let missing = inside && matches!(cause, DmaCause::Miss | DmaCause::Permission);
+        let may_come =
+            matches!(cause, DmaCause::Miss | DmaCause::Permission | DmaCause::Guest { recoverable: true, .. });
+        let missing = inside && may_come;
         match missing.then(|| self.device.ask_for_page(iova, access)).flatten() {
             Some(true) => Ok(()),
             Some(false) => Err(self.fault(inside, (iova, DmaCause::Refused), access)),
@@ -222,6 +226,9 @@ fn stretch(
     length: u64,
     access: Access,
 ) -> Result<Translation, Failed> {
+    if let Some(nested) = attachment.hwpt.nested() {
+        return nested_stretch(attachment, nested, tlb, iova, length, access);
+    }
     let page_size = 1 << attachment.page_shift;
     let inside = iova & (page_size - 1);
     if inside + length > page_size {
@@ -249,6 +256,62 @@ fn stretch(
         length,
         access: entry.access(),
     })
+}
+
+/// As [`stretch`], through a guest's table: up to the end of the page.
+fn nested_stretch(
+    attachment: &Attachment,
+    nested: &NestedTable,
+    tlb: &mut Iotlb,
+    iova: u64,
+    length: u64,
+    access: Access,
+) -> Result<Translation, Failed> {
+    let (hwpt, shift) = (&*attachment.hwpt, attachment.page_shift);
+    let (page, inside) = (iova >> shift, iova & ((1 << shift) - 1));
+    let length = length.min((1 << shift) - inside);
+    tlb.obey(nested.invalidations(), shift);
+    let (generation, epoch) = (hwpt.generation(), hwpt.dirty().epoch());
+    let writes = access.contains(Access::WRITE);
+    let remembered =
+        tlb.get(page, generation).filter(|entry| entry.allows(access) && (!writes || entry.marked == epoch));
+    let (address, allowed) = match remembered {
+        Some(entry) => (entry.address() + inside, entry.access()),
+        None => {
+            let (mut found, leaf_shift) = nested_walk(attachment, nested, iova, access)?;
+            let marked = if writes { epoch } else { 0 };
+            let address = found.address();
+            found.offset -= inside;
+            tlb.put(page, generation, &found, leaf_shift, marked);
+            (address, found.access)
+        }
+    };
+    let (frame, offset) = (Frame(address >> PAGE_SHIFT), address & (PAGE_SIZE - 1));
+    Ok(Translation { frame, offset, length, access: allowed })
+}
+
+/// Both dimensions for one byte, whose page counts as written with [`Access::WRITE`]; and log2 of the bytes of the
+/// guest's leaf.
+fn nested_walk(
+    attachment: &Attachment,
+    nested: &NestedTable,
+    iova: u64,
+    access: Access,
+) -> Result<(Translation, u32), Failed> {
+    let (hwpt, pin) = (&*attachment.hwpt, sys::pin());
+    let memory = BehindHwpt::new(hwpt.table(), &attachment.store, &pin);
+    let failed = |reason, recoverable| (Iova(iova), DmaCause::Guest { reason, recoverable });
+    let leaf = nested.table().walk(&memory, iova, access).map_err(|fault| failed(fault.reason, fault.recoverable))?;
+    let found = hwpt.table().walk(Iova(leaf.address), &pin);
+    let mapped = found.is_some();
+    let mut found = found
+        .filter(|found| found.access.contains(access))
+        .ok_or_else(|| failed(nested.table().beyond_parent(access, mapped), false))?;
+    found.access &= leaf.access;
+    if access.contains(Access::WRITE) {
+        hwpt.dirty().mark(leaf.address, leaf.address);
+    }
+    Ok((found, leaf.page_shift))
 }
 
 /// As [`stretch`], by walking: as far as the frames are neighbours.

@@ -24,6 +24,7 @@ use crate::device::Device;
 use crate::events::EventSink;
 use crate::format::Format;
 use crate::hwpt::{Hwpt, HwptFlags};
+use crate::nested::NestedTable;
 
 /// Why a driver refuses. The text is for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -271,6 +272,11 @@ pub trait Nested: Any + Send + Sync {
     fn invalidate(&self, array: &mut UserArray<'_>) -> Result<(), DriverError> {
         let _ = array;
         Err(DriverError::Unsupported("invalidation"))
+    }
+
+    /// What DMA goes through. Without it no DMA of a device that is attached lands.
+    fn table(&self) -> Option<&Arc<NestedTable>> {
+        None
     }
 
     /// As the type it is, for the driver that made it.

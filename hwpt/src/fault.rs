@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use ioas::{Access, Iova, StoreError};
 
+use crate::vtd::FaultReason;
+
 /// Why a DMA was aborted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DmaCause {
@@ -22,6 +24,14 @@ pub enum DmaCause {
     /// The mapping does not allow this direction.
     #[error("the mapping does not allow it")]
     Permission,
+    /// A guest's table leads nowhere.
+    #[error("{reason}")]
+    Guest {
+        /// By the unit's numbers.
+        reason: FaultReason,
+        /// The guest can mend it by mapping the page.
+        recoverable: bool,
+    },
     /// The memory behind the mapping cannot be reached any more.
     #[error("{0}")]
     Memory(#[from] StoreError),

@@ -3,6 +3,9 @@
 //! It stands beside a table that it may share with other HWPTs of the same format over the same IOAS. Its own are its
 //! coherency and flags, the generation of its IOTLB entries, its flush counters, and its dirty set.
 //!
+//! A *nested* HWPT stands beside the same table as its parent, with a guest's table in front of it ([`NestedTable`]); what
+//! is written through it is dirty in its parent.
+//!
 //! **The IOTLB generation.** Devices keep IOTLB entries in their threads (`iotlb`); each carries the generation at
 //! which it was filled, and is dead once the HWPT's has moved on. Moving it on *is* the flush, and the only place
 //! that counts one: a counter that has moved means that no entry of before is used again.
@@ -24,6 +27,7 @@ use crate::driver::IommuDriver;
 use crate::error::AttachError;
 use crate::format::Format;
 use crate::list::HwptList;
+use crate::nested::NestedTable;
 use crate::radix::Translation;
 use crate::spapr::Windows;
 use crate::sys;
@@ -97,7 +101,10 @@ pub struct Hwpt {
     generation: AtomicU64,
     iotlb_flushes: AtomicU64,
     context_flushes: AtomicU64,
-    dirty: DirtySet,
+    /// Shared by an HWPT and those nested over it.
+    dirty: Arc<DirtySet>,
+    /// Immutable: what a guest has in front of the table.
+    nested: Option<Arc<NestedTable>>,
     /// An unmap leaves its range in the dirty set.
     keeps_dirty: AtomicBool,
     /// Names of the attached devices. Guarded by itself; a leaf lock.
@@ -124,11 +131,32 @@ pub(crate) struct Owner {
 impl Hwpt {
     /// A new HWPT, which hears of unmaps of its table at once.
     pub(crate) fn new(parts: HwptParts) -> Arc<Self> {
+        let dirty = Arc::new(DirtySet::new(parts.table.format()));
+        Self::build(parts, dirty, None)
+    }
+
+    /// An HWPT for DMA that goes through `nested` before it goes through `parent`.
+    pub(crate) fn over(parent: &Self, nested: Arc<NestedTable>) -> Arc<Self> {
+        let owner = parent.owner.as_ref();
+        let parts = HwptParts {
+            ioas: Arc::clone(&parent.ioas),
+            table: Arc::clone(&parent.table),
+            coherent: parent.coherent,
+            automatic: false,
+            flags: parent.flags,
+            owner: owner.map(|owner| Owner { driver: Arc::clone(&owner.driver), tag: owner.tag.clone() }),
+            list: Weak::clone(&parent.list),
+        };
+        Self::build(parts, Arc::clone(&parent.dirty), Some(nested))
+    }
+
+    fn build(parts: HwptParts, dirty: Arc<DirtySet>, nested: Option<Arc<NestedTable>>) -> Arc<Self> {
         static IDS: AtomicU64 = AtomicU64::new(1);
         let HwptParts { ioas, table, coherent, automatic, flags, owner, list } = parts;
         let hwpt = Arc::new(Self {
             id: HwptId(IDS.fetch_add(1, Ordering::Relaxed)),
-            dirty: DirtySet::new(table.format()),
+            dirty,
+            nested,
             ioas,
             table,
             coherent,
@@ -336,8 +364,22 @@ impl Hwpt {
         &self.table
     }
 
-    pub(crate) const fn dirty(&self) -> &DirtySet {
+    pub(crate) fn dirty(&self) -> &DirtySet {
         &self.dirty
+    }
+
+    /// What DMA goes through before the table.
+    #[inline]
+    pub(crate) const fn nested(&self) -> Option<&Arc<NestedTable>> {
+        self.nested.as_ref()
+    }
+
+    /// Waits for the DMA that is under way in its IOAS.
+    ///
+    /// # Errors
+    /// [`Interrupted`].
+    pub fn drain(&self, interrupt: &dyn Interrupt) -> Result<(), Interrupted> {
+        self.readers().wait_unless(interrupt)
     }
 
     /// IOTLB entries filled at another generation are dead.
@@ -349,7 +391,7 @@ impl Hwpt {
     /// Leaves of `range` have been cleared in the table.
     pub(crate) fn unmapped(&self, range: IovaRange) {
         self.flush_iotlb();
-        if !self.keeps_dirty.load(Ordering::Acquire) {
+        if self.nested.is_none() && !self.keeps_dirty.load(Ordering::Acquire) {
             self.dirty.forget(range);
         }
     }

@@ -32,6 +32,7 @@ use crate::error::{AttachError, step};
 use crate::format::Format;
 use crate::group::Group;
 use crate::hwpt::{Hwpt, HwptFlags, HwptParts, HwptSnapshot, Owner};
+use crate::nested::NestedTable;
 use crate::spapr::{WindowRules, Windows};
 use crate::table::Table;
 
@@ -321,6 +322,24 @@ impl HwptList {
         let table = Arc::new(Table::of_windows(windows));
         let (coherent, flags) = (properties.coherent, HwptFlags::empty());
         Ok(self.publish(table, (coherent, false, flags), None))
+    }
+
+    /// Makes an HWPT for DMA that goes through a guest's table and then through `parent`, which is on this list. It
+    /// stays until [`Self::destroy`].
+    ///
+    /// # Errors
+    /// [`AttachError::ForeignHwpt`] when the parent is not on this list; nothing has changed.
+    #[doc(alias = "iommufd_hwpt_nested_alloc")]
+    pub fn alloc_nested(&self, parent: &Arc<Hwpt>, nested: &Arc<NestedTable>) -> Result<Arc<Hwpt>, AttachError> {
+        let _changes = self.changes.lock();
+        step("hwpt: a new HWPT")?;
+        let mut members = self.members.lock();
+        members.index(parent).ok_or(AttachError::ForeignHwpt(parent.id()))?;
+        let used = members.tables.iter_mut().find(|used| Arc::ptr_eq(&used.table, parent.table()));
+        used.ok_or(AttachError::ForeignHwpt(parent.id()))?.hwpts += 1;
+        let hwpt = Hwpt::over(parent, Arc::clone(nested));
+        members.hwpts.push(Member { hwpt: Arc::clone(&hwpt), groups: 0 });
+        Ok(hwpt)
     }
 
     /// Destroys an HWPT that [`Self::alloc`] made.

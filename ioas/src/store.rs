@@ -51,6 +51,9 @@ pub enum StoreError {
     /// The memory was held for reading only.
     #[error("{0:?} cannot be written")]
     ReadOnly(Frame),
+    /// Private memory, which cannot be exchanged atomically.
+    #[error("{0:?} is private memory")]
+    NotShared(Frame),
 }
 
 /// One thing that memory is held of, as `uiommufd status` shows it.
@@ -170,21 +173,35 @@ impl PageStore {
         }
     }
 
-    /// Maps what the bytes need, copies again, and names the cause if that fails too.
+    /// Sets the 64-bit word at `offset` bytes into `at`, a multiple of 8, to `new` if it is `old`: atomically with
+    /// whatever the client's own processors store there. False when it is another.
+    ///
+    /// # Errors
+    /// [`StoreError::NotShared`] for private memory, which is reached by copies only; else as [`Self::write`]. The word
+    /// has not changed.
+    pub fn compare_exchange(&self, at: Frame, offset: u64, old: u64, new: u64) -> Result<bool, StoreError> {
+        match self.space.arena.and_then(|arena| arena.exchange(byte_of(at, offset), old, new)) {
+            Some(Ok(exchanged)) => Ok(exchanged),
+            Some(Err(_)) => self.with_extents_mapped(at, offset, 8, |byte, arena| arena.exchange(byte, old, new)),
+            None => Err(StoreError::NotShared(at)),
+        }
+    }
+
+    /// Maps what the bytes need, accesses them again, and names the cause if that fails too.
     #[cold]
-    fn with_extents_mapped(
+    fn with_extents_mapped<T>(
         &self,
         at: Frame,
         offset: u64,
         length: u64,
-        mut copy: impl FnMut(u64, &crate::sys::Arena) -> Option<Result<(), CopyFault>>,
-    ) -> Result<(), StoreError> {
+        mut copy: impl FnMut(u64, &crate::sys::Arena) -> Option<Result<T, CopyFault>>,
+    ) -> Result<T, StoreError> {
         let byte = byte_of(at, offset);
         let arena = self.space.arena.ok_or(StoreError::Gone(at))?;
         let (first, last) = (byte >> PAGE_SHIFT, (byte + length.max(1) - 1) >> PAGE_SHIFT);
         self.inner.lock().extents.map(arena, first, last).map_err(|_| StoreError::NoPage(at))?;
         match copy(byte, arena) {
-            Some(Ok(())) => Ok(()),
+            Some(Ok(done)) => Ok(done),
             Some(Err(fault)) => Err(self.cause(first, last, fault)),
             None => Err(StoreError::Gone(at)),
         }

@@ -114,6 +114,13 @@ impl Arena {
         Some(fault::copy(address as *mut u8, data.as_ptr(), data.len()))
     }
 
+    /// Sets the aligned word at `at` to `new` if it is `old`, atomically; false when it is another. `None` when it does
+    /// not lie in the arena, or the architecture has no such instruction that can be recovered.
+    pub(crate) fn exchange(&self, at: u64, old: u64, new: u64) -> Option<Result<bool, CopyFault>> {
+        let address = self.address(at, 8).filter(|address| address % 8 == 0)?;
+        fault::exchange(address as *mut u64, old, new)
+    }
+
     #[inline]
     fn address(&self, at: u64, length: u64) -> Option<usize> {
         (at.checked_add(length)? <= self.length).then_some(self.base + at as usize)
@@ -230,6 +237,15 @@ mod fault {
         "cmp rdx, 64",
         "jae 41b",
         "jmp 20b",
+        ".globl ioas_guarded_exchange",
+        ".hidden ioas_guarded_exchange",
+        ".type ioas_guarded_exchange,@function",
+        "ioas_guarded_exchange:",
+        "mov rax, rsi",
+        "lock cmpxchg [rdi], rdx",
+        "setne al",
+        "movzx eax, al",
+        "ret",
         ".globl ioas_guarded_copy_end",
         ".hidden ioas_guarded_copy_end",
         "ioas_guarded_copy_end:",
@@ -239,10 +255,12 @@ mod fault {
         ".popsection",
     );
 
-    // SAFETY: declares what the assembly above defines. The routine obeys the C calling convention, copies `length`
-    // bytes and returns 0, or returns a signal's number when the handler has sent it to its end.
+    // SAFETY: declares what the assembly above defines. The routines obey the C calling convention; one copies `length`
+    // bytes and returns 0, and either returns a signal's number when the handler has sent it to the end.
     unsafe extern "C" {
         fn ioas_guarded_copy(to: *mut u8, from: *const u8, length: usize) -> u32;
+        // Returns 0 when it has exchanged, 1 when the word was another, or a signal's number.
+        fn ioas_guarded_exchange(word: *mut u64, old: u64, new: u64) -> u32;
         // A label behind the routine, never called.
         fn ioas_guarded_copy_end();
     }
@@ -263,6 +281,18 @@ mod fault {
             libc::SIGBUS => Err(CopyFault::Bus),
             _ => Err(CopyFault::NotMapped),
         }
+    }
+
+    /// Exchanges an aligned word of the arena.
+    pub(super) fn exchange(word: *mut u64, old: u64, new: u64) -> Option<Result<bool, CopyFault>> {
+        // SAFETY: the word lies in the arena, whose faults at this instruction are recovered as those of a copy; the
+        // arena is never behind a reference, and the instruction is atomic with whatever others store there.
+        Some(match unsafe { ioas_guarded_exchange(word, old, new) } as i32 {
+            0 => Ok(true),
+            1 => Ok(false),
+            libc::SIGBUS => Err(CopyFault::Bus),
+            _ => Err(CopyFault::NotMapped),
+        })
     }
 
     /// Installs the handlers for faults in the arena, once.
@@ -361,6 +391,11 @@ mod fault {
         if copied == length as isize { Ok(()) } else { Err(CopyFault::NotMapped) }
     }
 
+    /// The kernel has no call that exchanges a word and reports a fault.
+    pub(super) fn exchange(_word: *mut u64, _old: u64, _new: u64) -> Option<Result<bool, CopyFault>> {
+        None
+    }
+
     pub(super) fn install(_start: usize, _end: usize) -> io::Result<()> {
         Ok(())
     }
@@ -399,6 +434,25 @@ mod tests {
             assert_eq!(arena.copy_out(at, &mut vec![0; length]), Some(Err(CopyFault::NotMapped)));
         }
         assert_eq!(arena.copy_out(arena.length() - 1, &mut [0; 2]), None);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn exchange_sets_only_what_is_expected_and_survives_a_hole() {
+        let arena = Arena::get().expect("an arena");
+        let file = memfd_create("exchange", MFdFlags::empty()).expect("a memfd");
+        nix::unistd::ftruncate(&file, 0x1000).expect("a size");
+        let at = arena.length() - 0x80_0000;
+        arena.map_file(at, 0x2000, file.as_fd(), 0, true).expect("mapped");
+        assert_eq!(arena.exchange(at + 8, 0, 5), Some(Ok(true)));
+        assert_eq!(arena.exchange(at + 8, 0, 6), Some(Ok(false)));
+        let mut word = [0; 8];
+        arena.copy_out(at + 8, &mut word).expect("inside").expect("readable");
+        assert_eq!(u64::from_le_bytes(word), 5);
+        assert_eq!(arena.exchange(at + 0x1000, 0, 5), Some(Err(CopyFault::Bus)));
+        assert_eq!(arena.exchange(at + 4, 0, 5), None, "not aligned");
+        arena.clear(at, 0x2000).expect("cleared");
+        assert_eq!(arena.exchange(at, 0, 5), Some(Err(CopyFault::NotMapped)));
     }
 
     #[cfg(target_arch = "x86_64")]

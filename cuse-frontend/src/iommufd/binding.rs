@@ -22,7 +22,7 @@ use ioas::ObjectUser;
 use parking_lot::Mutex;
 
 use super::context::Context;
-use super::object::{IoasObject, Object, PagingHwpt};
+use super::object::{IoasObject, NestedHwpt, Object, PagingHwpt};
 use crate::error::OpError;
 
 /// A device that is bound.
@@ -165,6 +165,11 @@ fn connect(seat: &Group, object: &Object) -> Result<(), OpError> {
     match object {
         Object::Paging(paging) if seat.hwpt().is_some() => paging.list.replace_with(seat, &paging.hwpt)?,
         Object::Paging(paging) => paging.list.attach_to(seat, &paging.hwpt)?,
+        Object::Nested(NestedHwpt { hwpt: Some(hwpt), .. }) => match hwpt.list() {
+            Some(list) if seat.hwpt().is_some() => list.replace_with(seat, hwpt)?,
+            Some(list) => list.attach_to(seat, hwpt)?,
+            None => disconnect(seat),
+        },
         _ => disconnect(seat),
     }
     Ok(())

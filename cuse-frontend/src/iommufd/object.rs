@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use hwpt::driver::Nested;
-use hwpt::{FaultQueue, Hwpt, HwptList};
+use hwpt::{AttachError, FaultQueue, Hwpt, HwptList};
 use ioas::{Ioas, ObjectUser};
 use parking_lot::Mutex;
 
@@ -130,6 +130,8 @@ impl Drop for PagingHwpt {
 pub struct NestedHwpt {
     /// What its driver made.
     pub nested: Arc<dyn Nested>,
+    /// What devices attach to, where the driver's table is one that DMA can go through.
+    pub hwpt: Option<Arc<Hwpt>>,
     /// The page table that translates the guest's addresses.
     pub parent: Arc<Hwpt>,
     /// PASIDs can attach to it.
@@ -140,7 +142,27 @@ pub struct NestedHwpt {
     pub(super) fault: Option<ObjectUser<Object>>,
 }
 
+impl Drop for NestedHwpt {
+    fn drop(&mut self) {
+        let Some((hwpt, list)) = self.hwpt.take().and_then(|hwpt| Some((Arc::clone(&hwpt), hwpt.list()?))) else {
+            return;
+        };
+        if let Err(error) = list.destroy(&hwpt) {
+            tracing::error!(%error, "a nested page table that nobody uses could not be destroyed");
+        }
+    }
+}
+
 impl NestedHwpt {
+    /// What devices attach to for a driver's `nested` table over `parent`.
+    ///
+    /// # Errors
+    /// As [`HwptList::alloc_nested`](hwpt::HwptList::alloc_nested).
+    pub(super) fn hwpt(nested: &dyn Nested, parent: &Arc<Hwpt>) -> Result<Option<Arc<Hwpt>>, AttachError> {
+        let Some((table, list)) = nested.table().zip(parent.list()) else { return Ok(None) };
+        list.alloc_nested(parent, table).map(Some)
+    }
+
     /// The queue where misses are reported, and wait.
     #[must_use]
     pub fn fault_queue(&self) -> Option<&Arc<FaultQueue>> {

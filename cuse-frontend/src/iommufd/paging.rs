@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use hwpt::driver::{UserArray, UserData};
 use hwpt::{Device, HwptFlags};
-use ioas::{ObjectRef, ObjectUser};
+use ioas::{Interrupt, ObjectRef, ObjectUser};
 
 use super::context::{Context, NewObject};
 use super::object::{IoasObject, NestedHwpt, Object, PagingHwpt};
@@ -120,7 +120,8 @@ impl Context {
         let nested = driver.nested(device, &parent.hwpt, flags, data)?;
         let fault = self.fault_queue_of(request)?;
         let (parent, pasid) = (Arc::clone(&parent.hwpt), flags.contains(HwptFlags::PASID));
-        let nested = NestedHwpt { nested, parent, pasid, _over: over, fault };
+        let hwpt = NestedHwpt::hwpt(&*nested, &parent)?;
+        let nested = NestedHwpt { nested, hwpt, parent, pasid, _over: over, fault };
         Ok(NewObject::new(reservation, Object::Nested(nested)))
     }
 
@@ -142,7 +143,8 @@ impl Context {
         let nested = viommu.viommu.nested(flags, data)?;
         let fault = self.fault_queue_of(request)?;
         let (parent, pasid) = (Arc::clone(&viommu.parent), flags.contains(HwptFlags::PASID));
-        let nested = NestedHwpt { nested, parent, pasid, _over: over, fault };
+        let hwpt = NestedHwpt::hwpt(&*nested, &parent)?;
+        let nested = NestedHwpt { nested, hwpt, parent, pasid, _over: over, fault };
         Ok(NewObject::new(reservation, Object::Nested(nested)))
     }
 
@@ -155,13 +157,22 @@ impl Context {
         Ok(Some(object.ok_or(OpError::NoObject { kind: "fault queue", id })?.user()))
     }
 
-    /// Hands invalidations to a nested page table or a virtual IOMMU. `array.done` says how many were handled.
+    /// Hands invalidations to a nested page table or a virtual IOMMU. `array.done` says how many were handled. When it
+    /// returns, no DMA is under way that began before, unless it was interrupted.
     #[doc(alias = "iommufd_hwpt_invalidate")]
-    pub(crate) fn invalidate(&self, id: u32, array: &mut UserArray<'_>) -> Result<(), OpError> {
+    pub(crate) fn invalidate(
+        &self,
+        id: u32,
+        array: &mut UserArray<'_>,
+        interrupt: &dyn Interrupt,
+    ) -> Result<(), OpError> {
         let unsupported = || OpError::Unsupported { field: "hwpt_id", value: id.into() };
         let object = self.get(id).ok_or(OpError::NoObject { kind: "nested HWPT or virtual IOMMU", id })?;
         match &*object {
-            Object::Nested(nested) if nested.nested.has_invalidation() => Ok(nested.nested.invalidate(array)?),
+            Object::Nested(nested) if nested.nested.has_invalidation() => {
+                nested.nested.invalidate(array)?;
+                Ok(nested.parent.drain(interrupt)?)
+            }
             Object::Viommu(viommu) if viommu.viommu.has_invalidation() => Ok(viommu.viommu.invalidate(array)?),
             Object::Nested(_) | Object::Viommu(_) => Err(unsupported()),
             _ => Err(OpError::Invalid { field: "hwpt_id", value: id.into() }),

@@ -249,7 +249,7 @@ pub(super) fn invalidate(call: &ContextCall<'_>) -> OpResult {
         Ok(()) => {
             let address = UserAddr(cmd.data_uptr);
             let mut array = UserArray::new(call.caller, cmd.data_type, address, cmd.entry_len, cmd.entry_num);
-            let outcome = call.file.invalidate(cmd.hwpt_id, &mut array);
+            let outcome = call.file.invalidate(cmd.hwpt_id, &mut array, &call.interrupt());
             (outcome, array.done)
         }
     };

@@ -5,10 +5,10 @@
 use ioas::Access;
 
 use super::capability::Capability;
-use super::memory::TableAccess;
 use super::reason::FaultReason;
 use super::stage::{Entry, Rights, Stage, StageFault};
 use super::{bits, level_shift};
+use crate::guest_memory::TableAccess;
 
 const PRESENT: u64 = 1 << 0;
 const WRITE: u64 = 1 << 1;

@@ -21,7 +21,6 @@
 
 mod capability;
 mod first_stage;
-mod memory;
 mod reason;
 mod replay;
 mod second_stage;
@@ -29,16 +28,17 @@ mod stage;
 mod tables;
 #[cfg(test)]
 mod testing;
+mod unit;
 mod walk;
 
 pub use capability::{Capability, Levels};
 pub use first_stage::FirstStage;
-pub use memory::{GuestMemory, TableAccess};
 pub use reason::{FaultReason, Mode};
 pub use replay::{Budget, Leaves, Replay, Stopped};
 pub use second_stage::SecondStage;
 pub use stage::{Entry, Rights, Stage, StageFault};
 pub use tables::{Binding, ContextTables, Domain, Requester, Structures, TableFault};
+pub use unit::VtdUnit;
 pub use walk::{Leaf, Request, walk};
 
 /// log2 of the bytes of a page, and of every table.

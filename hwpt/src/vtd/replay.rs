@@ -12,9 +12,9 @@ use std::ops::ControlFlow;
 
 use ioas::Access;
 
-use super::memory::GuestMemory;
 use super::stage::{Entry, Rights, Stage, StageFault};
 use super::{ENTRIES, level_shift};
+use crate::guest_memory::GuestMemory;
 
 /// A run of leaves. Addresses are as the tables count them, from 0: a first stage's upper half is not sign-extended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

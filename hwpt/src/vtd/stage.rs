@@ -6,8 +6,8 @@
 
 use ioas::Access;
 
-use super::memory::TableAccess;
 use super::reason::FaultReason;
+use crate::guest_memory::TableAccess;
 
 /// What an entry, or all entries on the way to a leaf, allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -4,10 +4,10 @@
 
 use super::capability::Capability;
 use super::first_stage::FirstStage;
-use super::memory::{GuestMemory, TableAccess, word};
 use super::reason::{FaultReason, Mode};
 use super::second_stage::SecondStage;
 use super::{PAGE_SHIFT, bits};
+use crate::guest_memory::{GuestMemory, TableAccess, word};
 
 const PRESENT: u64 = 1 << 0;
 /// In context and PASID entries: faults that are found behind the entry are not reported.

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use super::memory::{GuestMemory, TableAccess};
+use crate::guest_memory::{GuestMemory, TableAccess};
 
 /// Pages that a test has written to exist; the rest is not there.
 #[derive(Default)]

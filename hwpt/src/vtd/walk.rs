@@ -2,9 +2,9 @@
 
 use ioas::Access;
 
-use super::memory::{GuestMemory, TableAccess, word};
 use super::stage::{Entry, Rights, Stage, StageFault};
 use super::{ENTRIES, level_shift};
+use crate::guest_memory::{GuestMemory, TableAccess, word};
 
 /// What a device asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,19 +47,29 @@ pub fn walk(stage: &dyn Stage, memory: &dyn GuestMemory, request: Request) -> Re
     for level in (1..=stage.levels()).rev() {
         let index = request.address >> level_shift(level) & (ENTRIES as u64 - 1);
         let step = Step { stage, memory, at: table + index * 8, level, is_root: level == stage.levels() };
-        let (entry, marked) = step.take(rights, request)?;
+        let Taken { entry, marked, dirty } = step.take(rights, request)?;
         unmarked |= !marked;
         match entry {
             Entry::Table { address, rights: own } => (table, rights) = (address, rights.and(own)),
             Entry::Page { address, rights: own } => {
                 let inside = request.address & ((1 << level_shift(level)) - 1);
                 let address = address | inside;
-                return Ok(Leaf { address, page_shift: level_shift(level), rights: rights.and(own), unmarked });
+                let rights = rights.and(Rights { write: own.write && dirty, ..own });
+                return Ok(Leaf { address, page_shift: level_shift(level), rights, unmarked });
             }
             Entry::Absent | Entry::Reserved => unreachable!("a step refuses them"),
         }
     }
     unreachable!("an entry of level 1 is a leaf or refused")
+}
+
+/// An entry that a walk has gone through.
+struct Taken {
+    entry: Entry,
+    /// Its accessed and dirty bits are set, as far as this request sets them.
+    marked: bool,
+    /// A later write has nothing more to set, or could not set it.
+    dirty: bool,
 }
 
 /// One entry of a walk.
@@ -72,8 +82,8 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// The entry, checked and marked as used, and whether it could be marked.
-    fn take(&self, above: Rights, request: Request) -> Result<(Entry, bool), StageFault> {
+    /// The entry, checked and marked as used.
+    fn take(&self, above: Rights, request: Request) -> Result<Taken, StageFault> {
         for _ in 0..ATTEMPTS {
             let raw = word(self.memory, self.at).map_err(|trouble| self.unreachable(trouble))?;
             let entry = self.stage.decode(raw, self.level);
@@ -87,13 +97,15 @@ impl Step<'_> {
                 }
             };
             let wanted = raw | self.stage.used(leaf, request.access.contains(Access::WRITE));
+            let all = self.stage.used(leaf, true);
+            let marked = Taken { entry, marked: true, dirty: wanted & all == all };
             if wanted == raw {
-                return Ok((entry, true));
+                return Ok(marked);
             }
             match self.memory.exchange(self.at, raw, wanted) {
-                Ok(true) => return Ok((entry, true)),
+                Ok(true) => return Ok(marked),
                 Ok(false) => {}
-                Err(TableAccess::Private(_)) => return Ok((entry, false)),
+                Err(TableAccess::Private(_)) => return Ok(Taken { entry, marked: false, dirty: true }),
                 Err(trouble) => return Err(StageFault::Update(trouble)),
             }
         }

@@ -5,5 +5,6 @@ mod changing;
 mod dirty;
 mod dma;
 mod failing;
+mod nested;
 mod pages;
 mod world;
