@@ -3,9 +3,10 @@
 //! It reaches the registers by pread and pwrite, or by a mapping of BAR 0, whose stores no server sees. Descriptors and
 //! the word where completions are written lie in memory of the driver's own. Registers, descriptors and the order of
 //! their use are as in Linux's `drivers/dma/ioat` (`registers.h`, `hw.h`, `dma.c`) and in the driver of the VFIO
-//! selftests.
+//! selftests; PASID is a register that only the engine of this project has.
 
 use std::io::{Error, ErrorKind, Result};
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::PATIENCE;
@@ -25,9 +26,11 @@ mod register {
     pub(super) const CHANCTRL: u64 = 0x80;
     pub(super) const CHANCMD: u64 = 0x84;
     pub(super) const DMACOUNT: u64 = 0x86;
+    pub(super) const CHANSTS: u64 = 0x88;
     pub(super) const CHAINADDR: u64 = 0x90;
     pub(super) const CHANCMP: u64 = 0x98;
     pub(super) const CHANERR: u64 = 0xa8;
+    pub(super) const PASID: u64 = 0x1000;
 }
 
 /// CHANCMD: stop after the present descriptor; stop and forget everything.
@@ -82,8 +85,10 @@ pub enum Outcome {
 pub struct Ioat {
     device: Device,
     bar: Bar,
-    memory: Memory,
+    memory: Arc<Memory>,
     iova: u64,
+    /// 0 for none.
+    pasid: u32,
 }
 
 impl Ioat {
@@ -91,13 +96,13 @@ impl Ioat {
     ///
     /// # Errors
     /// The errno of a call; `Unsupported` when BAR 0 cannot be mapped and `reach` says so; a timeout.
-    pub fn start(device: Device, memory: Memory, iova: u64, reach: Reach) -> Result<Self> {
+    pub fn start(device: Device, memory: Arc<Memory>, iova: u64, reach: Reach) -> Result<Self> {
         device.become_master()?;
         let bar = match reach {
             Reach::Trapped => Bar::Trapped,
             Reach::Mapped => Bar::Mapped(device.map_bar0()?.ok_or(ErrorKind::Unsupported)?),
         };
-        let engine = Self { device, bar, memory, iova };
+        let engine = Self { device, bar, memory, iova, pasid: 0 };
         engine.reset()?;
         Ok(engine)
     }
@@ -107,7 +112,21 @@ impl Ioat {
         self.wait("the end of a reset", || Ok(self.load32(register::CHANCMD)? & u32::from(RESET) == 0))?;
         self.store8(register::INTRCTRL, INTERRUPTS)?;
         self.store16(register::CHANCTRL, CONTROL)?;
-        self.store64(register::CHANCMP, self.iova)
+        self.store64(register::CHANCMP, self.iova)?;
+        if self.pasid != 0 {
+            self.store32(register::PASID, self.pasid)?;
+        }
+        Ok(())
+    }
+
+    /// Chains to come carry `pasid`, 0 for none: descriptors, data and completions are then found by the IOVAs of
+    /// what the PASID is attached to.
+    ///
+    /// # Errors
+    /// The errno of a register access.
+    pub fn set_pasid(&mut self, pasid: u32) -> Result<()> {
+        self.pasid = pasid;
+        self.store32(register::PASID, pasid)
     }
 
     /// Lets the engine carry out `copies`, one after the other.
@@ -165,6 +184,19 @@ impl Ioat {
         Ok(Outcome::Done)
     }
 
+    /// Waits until the channel has halted where no completion can tell, resets it, and returns what CHANERR said.
+    ///
+    /// # Errors
+    /// The errno of a register access, or a timeout.
+    pub fn wait_halted(&self) -> Result<u32> {
+        self.wait("an error", || Ok(self.load32(register::CHANERR)? != 0))?;
+        // A channel that is halting adds the error of its completion.
+        self.wait("a halt", || Ok(u64::from(self.load32(register::CHANSTS)?) & STATE == HALTED))?;
+        let errors = self.load32(register::CHANERR)?;
+        self.reset()?;
+        Ok(errors)
+    }
+
     /// The device.
     #[must_use]
     pub const fn device(&self) -> &Device {
@@ -208,6 +240,14 @@ impl Ioat {
     fn store16(&self, register: u64, value: u16) -> Result<()> {
         match &self.bar {
             Bar::Mapped(bar) => bar.write_u16(register as usize, value),
+            Bar::Trapped => self.device.write(register, &value.to_le_bytes())?,
+        }
+        Ok(())
+    }
+
+    fn store32(&self, register: u64, value: u32) -> Result<()> {
+        match &self.bar {
+            Bar::Mapped(bar) => bar.write_u32(register as usize, value),
             Bar::Trapped => self.device.write(register, &value.to_le_bytes())?,
         }
         Ok(())

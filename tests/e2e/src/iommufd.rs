@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{Read, Result, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 
 use iommufd_bindings::iommufd::{
@@ -86,13 +87,27 @@ impl Iommufd {
     /// # Errors
     /// The errno.
     pub fn map(&self, ioas_id: u32, iova: u64, memory: &Memory, allowed: Allowed) -> Result<()> {
+        self.map_part(ioas_id, iova, (memory, 0..memory.len() as u64), allowed)
+    }
+
+    /// Maps a range of `memory`, in bytes, at `iova`.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn map_part(
+        &self,
+        ioas_id: u32,
+        iova: u64,
+        (memory, part): (&Memory, Range<u64>),
+        allowed: Allowed,
+    ) -> Result<()> {
         let write = if allowed == Allowed::ReadWrite { WRITEABLE } else { 0 };
         let mut map = iommu_ioas_map {
             size: size::<iommu_ioas_map>(),
             flags: FIXED | READABLE | write,
             ioas_id,
-            user_va: memory.address(),
-            length: memory.len() as u64,
+            user_va: memory.address() + part.start,
+            length: part.end - part.start,
             iova,
             ..Default::default()
         };

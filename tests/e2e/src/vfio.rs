@@ -167,6 +167,14 @@ impl Device {
         Self(file)
     }
 
+    /// Another descriptor of the same open file.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn try_clone(&self) -> Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
     /// Where the region `index` begins in the device's file.
     ///
     /// # Errors

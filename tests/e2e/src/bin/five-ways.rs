@@ -6,6 +6,7 @@
 
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -58,7 +59,7 @@ impl Machine {
         space.map(SHARED, &shared, Allowed::ReadWrite).context("map")?;
         let (nvme_interrupt, ioat_interrupt) = (nvme.enable_msix()?, ioat.enable_msix()?);
         let nvme = start_nvme_in(queues, QUEUES, nvme, Some(0)).context("nvme")?;
-        let ioat = Ioat::start(ioat, chains, CHAINS, reach)?;
+        let ioat = Ioat::start(ioat, Arc::new(chains), CHAINS, reach)?;
         Ok(Self { space, nvme, nvme_interrupt, ioat, ioat_interrupt, private, shared })
     }
 
