@@ -22,6 +22,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::error::VfioError;
 use crate::group::Group;
+use crate::pe::PeOp;
 use crate::type1::{Type1, Version};
 use crate::vfio::Vfio;
 
@@ -328,6 +329,16 @@ impl Container {
     ) -> Result<(), VfioError> {
         self.ready(ContainerOp::DirtyPages)?;
         self.type1()?.dirty_pages(caller, interrupt, request)
+    }
+
+    /// VFIO_EEH_PE_OP: does `op` to the PE of each group, in the order in which they joined, up to the first that
+    /// answers not 0. Returns that answer (Linux `tce_iommu_ioctl`).
+    ///
+    /// # Errors
+    /// As an error is injected, and [`VfioError::Interrupted`] of a reset. The PEs before that have done it.
+    pub fn eeh(&self, interrupt: &dyn Interrupt, op: PeOp) -> Result<u32, VfioError> {
+        let groups = self.members.lock().groups.clone();
+        groups.iter().map(|group| group.eeh(interrupt, op)).find(|answer| !matches!(answer, Ok(0))).unwrap_or(Ok(0))
     }
 
     /// The address space, once there is one.

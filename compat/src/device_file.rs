@@ -5,7 +5,8 @@
 //!
 //! Some things are not the model's. Accesses to the MSI-X table never reach it: reads give ones, writes are dropped;
 //! so are writes to the MSI-X capability, because the vectors are what VFIO_DEVICE_SET_IRQS makes of them. Memory BARs
-//! answer EIO while memory decoding is off. Everything else of configuration space is the model's own; only the
+//! answer EIO while memory decoding is off. While the device's PE is stopped nothing reaches the model: reads give ones,
+//! writes are dropped. Everything else of configuration space is the model's own; only the
 //! interrupt disable bit is looked at, because it masks INTx.
 //!
 //! No lock of this room is held while the model is called.
@@ -23,6 +24,7 @@ use crate::group::{Group, GroupFile};
 use crate::iommufd::{Bound, Iommufd};
 use crate::irqs::{IrqData, IrqDataKind, IrqIndex, IrqInfo, IrqSetHeader};
 use crate::pci::{self, COMMAND, Command};
+use crate::pe::{self, Access};
 use crate::vfio_device::VfioDevice;
 
 /// File offsets of a region: its index shifted left by so much.
@@ -396,6 +398,10 @@ impl DeviceFile {
     pub fn read(&self, position: u64, data: &mut [u8]) -> Result<usize, VfioError> {
         let (region, offset) = place(position)?;
         let length = self.reachable(region, offset, data.len(), false)?;
+        if !self.pe_admits(region, offset, length, false) {
+            data[..length].fill(0xff);
+            return Ok(length);
+        }
         for part in self.parts(region, offset, length, false) {
             let data = &mut data[part.from..part.to];
             if part.hidden {
@@ -415,6 +421,9 @@ impl DeviceFile {
     pub fn write(&self, position: u64, data: &[u8]) -> Result<usize, VfioError> {
         let (region, offset) = place(position)?;
         let length = self.reachable(region, offset, data.len(), true)?;
+        if !self.pe_admits(region, offset, length, true) {
+            return Ok(length);
+        }
         for part in self.parts(region, offset, length, true).into_iter().filter(|part| !part.hidden) {
             self.check_decoding(region)?;
             self.device.model().write(region, offset + part.from as u64, &data[part.from..part.to])?;
@@ -424,6 +433,21 @@ impl DeviceFile {
             self.device.irqs().set_intx_disabled(disabled);
         }
         Ok(length)
+    }
+
+    /// Whether an access gets through the PE.
+    fn pe_admits(&self, region: Region, offset: u64, length: usize, write: bool) -> bool {
+        let (pe, model) = (self.device.pe(), &**self.device.model());
+        if pe.is_quiet() {
+            return true;
+        }
+        let address = match region {
+            Region::Config => pe::config_address(self.device.bdf(), offset),
+            // Legacy addresses are their own.
+            Region::Vga => offset,
+            _ => pci::bar_address(model, region).saturating_add(offset),
+        };
+        pe.admits(Access::of_region(region, pci::is_io(model, region), write), address, length)
     }
 
     /// How many of `length` bytes at `offset` can be reached.

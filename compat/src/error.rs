@@ -142,6 +142,13 @@ pub enum VfioError {
     #[error("the caller was killed while the call waited")]
     Interrupted,
 
+    /// An error to be injected that has no such type.
+    #[error("error type {0} is neither 0 (32 bits of address) nor 1 (64 bits)")]
+    BadErrorType(u32),
+    /// An error to be injected into no known kind of access.
+    #[error("error function {0} is not among 0 to 19")]
+    BadErrorFunction(u32),
+
     /// The group's file is open already.
     #[error("group {0} is open already")]
     GroupOpen(u32),
@@ -379,6 +386,7 @@ impl VfioError {
             | Self::AlreadyBound
             | Self::NotBound
             | Self::UnwantedToken(_)
+            | Self::BadErrorFunction(_)
             | Self::MixedGroup(_) => EINVAL,
             Self::NoCompatIoas
             | Self::NoSuchIommu(_)
@@ -401,7 +409,7 @@ impl VfioError {
             Self::Interrupted => EINTR,
             Self::OutsideConfig(_) => EFAULT,
             Self::MemoryDisabled | Self::DeviceFailed => EIO,
-            Self::NoVectors(_) => ERANGE,
+            Self::NoVectors(_) | Self::BadErrorType(_) => ERANGE,
             Self::BadFd(_) => EBADF,
             Self::NotAContainer => EBADFD,
             Self::TooManyRanges(_) => E2BIG,

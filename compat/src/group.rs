@@ -15,6 +15,7 @@
 
 use std::sync::Arc;
 
+use ioas::Interrupt;
 use ioas::caller::{Caller, Capability};
 use parking_lot::{Mutex, RwLock};
 
@@ -23,6 +24,7 @@ use crate::device::Bdf;
 use crate::device_file::DeviceFile;
 use crate::error::VfioError;
 use crate::iommufd::{Bound, Iommufd, Ruler};
+use crate::pe::{Pe, PeKinds, PeOp};
 use crate::vfio_device::VfioDevice;
 
 /// A group of devices.
@@ -32,6 +34,7 @@ pub struct Group {
     /// Immutable.
     noiommu: bool,
     hwpt: Arc<hwpt::Group>,
+    pe: Arc<Pe>,
     devices: RwLock<Vec<Arc<VfioDevice>>>,
     state: Mutex<State>,
 }
@@ -68,7 +71,8 @@ pub struct GroupFile {
 impl Group {
     pub(crate) fn new(id: u32, noiommu: bool) -> Arc<Self> {
         let hwpt = hwpt::Group::new(id);
-        Arc::new(Self { id, noiommu, hwpt, devices: RwLock::default(), state: Mutex::default() })
+        let pe = Arc::new(Pe::new(Arc::clone(&hwpt)));
+        Arc::new(Self { id, noiommu, hwpt, pe, devices: RwLock::default(), state: Mutex::default() })
     }
 
     /// Its number.
@@ -93,11 +97,39 @@ impl Group {
         &self.hwpt
     }
 
+    pub(crate) fn pe(&self) -> &Arc<Pe> {
+        &self.pe
+    }
+
+    /// VFIO_EEH_PE_OP. Returns what the ioctl does: for GET_STATE a [`PeState`](crate::PeState), else 0.
+    ///
+    /// # Errors
+    /// [`VfioError::BadErrorFunction`], [`VfioError::BadErrorType`]; [`VfioError::Interrupted`] of a reset, which is
+    /// asserted then and has reset no device yet.
+    #[doc(alias = "vfio_spapr_ioctl_eeh_pe_op")]
+    pub(crate) fn eeh(&self, interrupt: &dyn Interrupt, op: PeOp) -> Result<u32, VfioError> {
+        match op {
+            PeOp::Disable | PeOp::Configure => {}
+            PeOp::Enable => self.pe.thaw(PeKinds::Both),
+            PeOp::UnfreezeIo => self.pe.thaw(PeKinds::Io),
+            PeOp::UnfreezeDma => self.pe.thaw(PeKinds::Dma),
+            PeOp::GetState => return Ok(self.pe.state() as u32),
+            PeOp::Deactivate => self.pe.release_reset(),
+            PeOp::Reset => {
+                self.pe.assert_reset(interrupt)?;
+                self.devices().iter().filter(|device| device.is_open()).for_each(|device| device.reset());
+            }
+            PeOp::Inject(error) => self.pe.inject(&error)?,
+        }
+        Ok(0)
+    }
+
     /// A device joins: the address space that the group has is its own from now on.
     pub(crate) fn add(&self, device: &Arc<VfioDevice>) -> Result<(), VfioError> {
         let _state = self.state.lock();
         if !self.noiommu {
             self.hwpt.add_device(device.hwpt())?;
+            self.pe.joined();
         }
         self.devices.write().push(Arc::clone(device));
         Ok(())

@@ -5,7 +5,7 @@
 //! ([`VfioError`]) and which errno that is.
 //!
 //! Lock order: [`Vfio`]'s list of changes, a device's opens, a group's state, a container's members, a type1's state,
-//! or what of a device an iommufd has attached and the locks of that iommufd; then the locks of `hwpt` and `ioas`. Interrupts and logs have leaf locks of their own.
+//! or what of a device an iommufd has attached and the locks of that iommufd; then the locks of `hwpt` and `ioas`. Interrupts, logs and PEs have leaf locks of their own.
 #![deny(unsafe_code)]
 
 mod bus;
@@ -24,6 +24,7 @@ mod group;
 mod iommufd;
 pub mod irqs;
 mod pci;
+mod pe;
 #[cfg(test)]
 mod testing;
 mod type1;
@@ -46,5 +47,6 @@ pub use eventfd::{EventFd, EventFdArg};
 pub use flavour::Flavour;
 pub use group::{Group, GroupFile, GroupStatus};
 pub use iommufd::{Binding, Iommufd};
+pub use pe::{PeError, PeOp, PeState};
 pub use vfio::{DMA_ENTRY_LIMIT, DeviceSpec, DirtyMode, Removal, Vfio, VfioOptions};
 pub use vfio_device::{DeviceSnapshot, VfioDevice};

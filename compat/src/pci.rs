@@ -9,6 +9,8 @@ use crate::device::{DeviceModel, Region};
 pub(crate) const COMMAND: u64 = 0x04;
 /// Offset of BAR 0.
 const BAR0: u64 = 0x10;
+/// Offset of the register of the expansion ROM.
+const ROM: u64 = 0x30;
 const STATUS: u64 = 0x06;
 const CAPABILITIES: u64 = 0x34;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
@@ -84,6 +86,21 @@ pub(crate) fn enable(model: &dyn DeviceModel) {
 pub(crate) fn is_io(model: &dyn DeviceModel, region: Region) -> bool {
     let bar = region as u32;
     bar < Region::Rom as u32 && read::<1>(model, BAR0 + 4 * u64::from(bar))[0] & 1 != 0
+}
+
+/// Where a BAR or the ROM lies on the bus, by its register.
+pub(crate) fn bar_address(model: &dyn DeviceModel, region: Region) -> u64 {
+    const MEMORY_64: u32 = 2 << 1;
+    if region == Region::Rom {
+        return u64::from(u32::from_le_bytes(read(model, ROM)) & !0x7ff);
+    }
+    let register = BAR0 + 4 * u64::from(region as u32);
+    let low = u32::from_le_bytes(read(model, register));
+    if low & 1 != 0 {
+        return u64::from(low & !3);
+    }
+    let high = if low & 6 == MEMORY_64 { u32::from_le_bytes(read(model, register + 4)) } else { 0 };
+    u64::from(high) << 32 | u64::from(low & !0xf)
 }
 
 /// The MSI-X table, by the capability list.

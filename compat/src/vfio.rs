@@ -146,7 +146,7 @@ impl Vfio {
         if group.is_noiommu() != spec.noiommu {
             return Err(VfioError::MixedGroup(spec.group));
         }
-        let device = VfioDevice::new(self, spec);
+        let device = VfioDevice::new(self, spec, Arc::clone(group.pe()));
         group.add(&device)?;
         self.groups.write().insert(group.id(), group);
         Ok(device)

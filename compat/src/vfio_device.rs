@@ -24,6 +24,7 @@ use crate::group::{Group, GroupFile};
 use crate::iommufd::{Bound, Iommufd, Ruler};
 use crate::irqs::Irqs;
 use crate::pci::{self, MsixTable};
+use crate::pe::Pe;
 use crate::vfio::{DeviceSpec, Vfio};
 
 /// A PASID has as many bits on PCI Express (Base 4.0, section 6.20).
@@ -40,6 +41,8 @@ pub struct VfioDevice {
     hwpt: Arc<hwpt::Device>,
     irqs: Arc<Irqs>,
     log: Arc<DmaLog>,
+    /// That of its group.
+    pe: Arc<Pe>,
     /// Set once, before the device is published.
     msix: Option<MsixTable>,
     opens: Mutex<Opens>,
@@ -85,7 +88,8 @@ impl VfioDevice {
         self.vfio.upgrade().is_some_and(|vfio| vfio.regions_mappable())
     }
 
-    pub(crate) fn new(vfio: &Arc<Vfio>, spec: DeviceSpec) -> Arc<Self> {
+    /// A device of the group whose PE is `pe`.
+    pub(crate) fn new(vfio: &Arc<Vfio>, spec: DeviceSpec, pe: Arc<Pe>) -> Arc<Self> {
         let DeviceSpec { bdf, group, noiommu: _, properties, model } = spec;
         Arc::new(Self {
             vfio: Arc::downgrade(vfio),
@@ -99,6 +103,7 @@ impl VfioDevice {
             ),
             irqs: Irqs::new(model.irqs(), Arc::clone(vfio.watcher())),
             log: Arc::default(),
+            pe,
             msix: pci::msix_table(&*model),
             model,
             opens: Mutex::default(),
@@ -177,6 +182,10 @@ impl VfioDevice {
         &self.log
     }
 
+    pub(crate) fn pe(&self) -> &Pe {
+        &self.pe
+    }
+
     pub(crate) fn msix(&self) -> Option<MsixTable> {
         self.msix
     }
@@ -234,7 +243,8 @@ impl VfioDevice {
 
     /// Gives the model its bus. `opens` is held.
     fn start(&self) {
-        self.model.open(Arc::new(DeviceBus::new(&self.hwpt, &self.irqs, &self.log)));
+        self.pe.change_owner();
+        self.model.open(Arc::new(DeviceBus::new(&self.hwpt, &self.irqs, &self.log, &self.pe)));
         pci::enable(&*self.model);
         self.open.store(true, Ordering::Release);
     }
@@ -257,6 +267,7 @@ impl VfioDevice {
         }
         self.hwpt.abort_page_requests(true);
         self.model.close();
+        self.pe.change_owner();
         self.irqs.close();
         self.log.stop();
         self.open.store(false, Ordering::Release);

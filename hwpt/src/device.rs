@@ -11,7 +11,9 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Weak};
 
-use ioas::{Access, Ioas, IoasError, Iova, IovaRange, PAGE_SIZE, PageStore, ReaderSet, ReservationOwner};
+use ioas::{
+    Access, Interrupt, Interrupted, Ioas, IoasError, Iova, IovaRange, PAGE_SIZE, PageStore, ReaderSet, ReservationOwner,
+};
 use parking_lot::Mutex;
 use serde::Serialize;
 
@@ -22,7 +24,7 @@ use crate::format::Format;
 use crate::hwpt::Hwpt;
 use crate::page_requests::{FaultRoute, PageRequest, Permission, RequestFlags, Response};
 use crate::spapr::WindowRules;
-use crate::sys::{Current, Guarded};
+use crate::sys::{Current, Former, Guarded};
 
 /// What a device's IOMMU can do, and what the device keeps for itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -292,13 +294,19 @@ impl Device {
 
     /// Freezes its DMA, or thaws it: while frozen, every DMA is aborted. When it returns, none is under way.
     pub fn set_frozen(&self, frozen: bool) {
-        self.of_pasids().iter().for_each(|pasid| pasid.set_frozen(frozen));
+        drop(self.start_freezing(frozen));
+    }
+
+    /// As [`Self::set_frozen`], with DMA that was under way when it was frozen left to what it returns.
+    pub fn start_freezing(&self, frozen: bool) -> Freezing {
+        let mut former: Vec<_> = self.of_pasids().iter().flat_map(|pasid| pasid.start_freezing(frozen).0).collect();
         let mut state = self.state.lock();
         if state.frozen != frozen {
             state.frozen = frozen;
             let seen = state.attachment.clone().filter(|_| !frozen);
-            self.current.replace(seen);
+            former.push(self.current.exchange(seen));
         }
+        Freezing(former)
     }
 
     pub(crate) const fn id(&self) -> u64 {
@@ -330,6 +338,10 @@ impl Device {
         }
         self.current.replace(attachment.clone().filter(|_| !state.frozen));
         if let Some(old) = std::mem::replace(&mut state.attachment, attachment) {
+            if state.frozen {
+                // DMA that was under way when the device was frozen.
+                old.readers().wait();
+            }
             old.hwpt.left(&self.name);
         }
         let old = std::mem::replace(&mut state.reserved, reserved);
@@ -350,6 +362,30 @@ impl Device {
     pub(crate) fn set_reserved(&self, new: Reserved) {
         let old = self.state.lock().reserved.replace(new);
         drop(old);
+    }
+}
+
+/// DMA that was under way when a device was frozen. Dropping it waits until that has ended.
+#[must_use]
+pub struct Freezing(Vec<Former<Attachment>>);
+
+impl Freezing {
+    /// Waits until the DMA has ended, unless interrupted: then a thread waits behind the caller.
+    ///
+    /// # Errors
+    /// [`Interrupted`]; DMA may be under way still.
+    pub fn finish_unless(mut self, interrupt: &dyn Interrupt) -> Result<(), Interrupted> {
+        let waited = self.0.iter_mut().try_for_each(|former| former.wait_unless(interrupt));
+        if waited.is_err() {
+            self.finish_behind();
+        }
+        waited
+    }
+
+    /// Lets a thread wait.
+    pub fn finish_behind(self) {
+        // Where no thread can be had the wait is here after all, when `self` is dropped.
+        let _ = ioas::thread::spawn("hwpt-freezing", move || drop(self));
     }
 }
 

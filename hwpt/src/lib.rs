@@ -31,7 +31,7 @@ mod table;
 pub mod vtd;
 mod watchers;
 
-pub use device::{AttachHook, Device, DeviceProperties};
+pub use device::{AttachHook, Device, DeviceProperties, Freezing};
 pub use dma::Dma;
 pub use driver::{DriverError, IommuDriver};
 pub use error::AttachError;

@@ -9,8 +9,8 @@
 //! **Attachment.** A device's DMA needs the thing it is attached to on every access, and counting a reference there
 //! would cost more than the access. [`Current`] owns the thing; a [`Lane`], which belongs to one thread, remembers
 //! where it is. The lane may look only while it is inside the reader count of the IOAS and has seen, since it came
-//! in, that the generation is still the one it remembers; [`Current::replace`] changes the generation, waits for the
-//! readers, and only then lets the old thing go.
+//! in, that the generation is still the one it remembers; [`Current::exchange`] changes the generation, and the
+//! [`Former`] that it returns waits for the readers, and only then lets the old thing go.
 
 use std::alloc::Layout;
 use std::ptr::{self, NonNull};
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use crossbeam_epoch::Guard;
-use ioas::{ReadGuard, Reader, ReaderSet};
+use ioas::{Interrupt, Interrupted, ReadGuard, Reader, ReaderSet, Uninterruptible};
 use parking_lot::Mutex;
 
 /// Slots of one node.
@@ -204,17 +204,40 @@ impl<T: Guarded> Current<T> {
     }
 
     /// Puts `new` in place. When it returns, nobody looks at the old value through a lane any more.
-    pub(crate) fn replace(&self, new: Option<Arc<T>>) -> Option<Arc<T>> {
-        let old = {
-            let mut value = self.value.lock();
-            self.generation.store(GENERATIONS.fetch_add(1, Ordering::Relaxed), Ordering::SeqCst);
-            std::mem::replace(&mut *value, new)
-        };
+    pub(crate) fn replace(&self, new: Option<Arc<T>>) {
+        drop(self.exchange(new));
+    }
+
+    /// Puts `new` in place, and leaves the wait for who looks at the old value to what it returns.
+    pub(crate) fn exchange(&self, new: Option<Arc<T>>) -> Former<T> {
+        let mut value = self.value.lock();
+        self.generation.store(GENERATIONS.fetch_add(1, Ordering::Relaxed), Ordering::SeqCst);
+        Former(std::mem::replace(&mut *value, new))
+    }
+}
+
+/// What a [`Current`] was. Lanes that came in before may look at it still: dropping it waits for them.
+#[must_use]
+pub(crate) struct Former<T: Guarded>(Option<Arc<T>>);
+
+impl<T: Guarded> Former<T> {
+    /// Waits until nobody looks at it any more, unless interrupted.
+    ///
+    /// # Errors
+    /// [`Interrupted`]; somebody may look at it still.
+    pub(crate) fn wait_unless(&mut self, interrupt: &dyn Interrupt) -> Result<(), Interrupted> {
         // A lane came in before the store of the generation and is waited for, or comes in later and sees it.
-        if let Some(old) = &old {
-            old.readers().wait();
+        if let Some(old) = &self.0 {
+            old.readers().wait_unless(interrupt)?;
         }
-        old
+        self.0 = None;
+        Ok(())
+    }
+}
+
+impl<T: Guarded> Drop for Former<T> {
+    fn drop(&mut self) {
+        let _ = self.wait_unless(&Uninterruptible);
     }
 }
 
@@ -269,8 +292,8 @@ impl<T: Guarded> Lane<T> {
         }
         // SAFETY: a reference demands that the value lives. The generation is that of `current` and of the value
         // that was remembered with it under its lock, so `current` held an Arc of it after this reader had entered;
-        // `replace` drops that Arc only after a later store of the generation and after the wait for readers, which
-        // sees this one; and `current` itself is borrowed for as long.
+        // `exchange` gives that Arc to a `Former` after a later store of the generation, which drops it only after the
+        // wait for readers, which sees this one; and `current` itself is borrowed for as long.
         let value = unsafe { value.as_ref() };
         Some(Entered { value, _guard: guard })
     }

@@ -76,6 +76,10 @@ fn access_by_a_detached_or_frozen_device_is_aborted() {
     assert_eq!(cause(dma.write(Iova(0), &[1])), (Iova(0), DmaCause::Frozen));
     devices[0].set_frozen(false);
     dma.write(Iova(0), &[1]).expect("thawed");
+    devices[0].start_freezing(true).finish_unless(&ioas::Uninterruptible).expect("no DMA is under way");
+    assert_eq!(cause(dma.write(Iova(0), &[1])), (Iova(0), DmaCause::Frozen));
+    devices[0].start_freezing(false).finish_behind();
+    dma.write(Iova(0), &[1]).expect("thawed");
     world.list.detach(&group).expect("attached");
     assert_eq!(cause(dma.write(Iova(0), &[1])), (Iova(0), DmaCause::NotAttached));
 }
