@@ -21,7 +21,7 @@ use ioas::caller::{Caller, FdError};
 
 use crate::error::OpError;
 use crate::iommufd::{Context, Mapper};
-use crate::ops;
+use crate::ops::{self, Request};
 use crate::server::Server;
 use crate::uapi::vfio::nr;
 use crate::uapi::{command, is_ours};
@@ -267,27 +267,60 @@ impl OpenFile {
     /// # Errors
     /// The errno that Linux gives; the reason is in the log and in the server's list of recent failures.
     pub fn ioctl(&self, caller: &dyn ClientCall, cmd: u32, arg: u64) -> Result<IoctlReply, Errno> {
-        let server = &self.server;
-        let (name, answer) = match &self.file {
-            File::Iommufd(context) => match server.added_row(cmd) {
-                Some(row) => row.answer(server, context, caller, arg),
-                None if ops::iommufd::has(cmd) => ops::iommufd::TABLE.answer(server, context, caller, cmd, arg),
-                None => ops::container::OF_IOMMUFD.answer(server, context, caller, cmd, arg),
+        self.ioctl_with(caller, cmd, arg, &mut [])
+    }
+
+    /// As [`Self::ioctl`], for a transport that has brought what lies at `arg`: as many bytes of it as it likes. What
+    /// the op writes there is in `brought` afterwards.
+    ///
+    /// # Errors
+    /// As [`Self::ioctl`].
+    pub fn ioctl_with(
+        &self,
+        caller: &dyn ClientCall,
+        cmd: u32,
+        arg: u64,
+        brought: &mut [u8],
+    ) -> Result<IoctlReply, Errno> {
+        let request = Request::new(&self.server, caller, cmd, arg, brought);
+        self.answer(&request).map_err(|error| {
+            // Programs ask every file whether it is a terminal; that is no failure of theirs.
+            if is_ours(cmd) { self.refused(caller, self.op_name(cmd), &error) } else { Errno(error.errno()) }
+        })
+    }
+
+    fn answer(&self, request: &Request<'_>) -> Result<IoctlReply, OpError> {
+        let cmd = request.cmd;
+        match &self.file {
+            File::Iommufd(context) => match self.server.added_row(cmd) {
+                Some(row) => row.answer(context, request),
+                None if ops::iommufd::has(cmd) => ops::iommufd::TABLE.answer(context, request),
+                None => ops::container::OF_IOMMUFD.answer(context, request),
             },
-            File::Container(container) => ops::container::TABLE.answer(server, container, caller, cmd, arg),
-            File::Group(group) => ops::group::TABLE.answer(server, group, caller, cmd, arg),
-            File::Device(device) => ops::device::TABLE.answer(server, device, caller, cmd, arg),
-            File::Cdev(cdev) if cmd == command(nr::DEVICE_BIND_IOMMUFD) => {
-                ops::cdev::TABLE.answer(server, cdev, caller, cmd, arg)
-            }
-            File::Cdev(cdev) => match cdev.bound() {
-                Ok(device) => ops::device::TABLE.answer(server, &device, caller, cmd, arg),
-                Err(error) => ("ioctl", Err(error.into())),
+            File::Container(container) => ops::container::TABLE.answer(container, request),
+            File::Group(group) => ops::group::TABLE.answer(group, request),
+            File::Device(device) => ops::device::TABLE.answer(device, request),
+            File::Cdev(cdev) if cmd == command(nr::DEVICE_BIND_IOMMUFD) => ops::cdev::TABLE.answer(cdev, request),
+            File::Cdev(cdev) => ops::device::TABLE.answer(&cdev.bound()?, request),
+            File::Returned(_) => Err(OpError::UnknownOp(cmd)),
+        }
+    }
+
+    /// Linux's name of the op that an ioctl of this file is, for the log.
+    #[cold]
+    fn op_name(&self, cmd: u32) -> &'static str {
+        match &self.file {
+            File::Iommufd(_) => match self.server.added_row(cmd) {
+                Some(row) => row.name(),
+                None if ops::iommufd::has(cmd) => ops::iommufd::TABLE.name(cmd),
+                None => ops::container::OF_IOMMUFD.name(cmd),
             },
-            File::Returned(_) => ("ioctl", Err(OpError::UnknownOp(cmd))),
-        };
-        // Programs ask every file whether it is a terminal; that is no failure of theirs.
-        answer.map_err(|error| if is_ours(cmd) { self.refused(caller, name, &error) } else { Errno(error.errno()) })
+            File::Container(_) => ops::container::TABLE.name(cmd),
+            File::Group(_) => ops::group::TABLE.name(cmd),
+            File::Cdev(_) if cmd == command(nr::DEVICE_BIND_IOMMUFD) => ops::cdev::TABLE.name(cmd),
+            File::Device(_) | File::Cdev(_) => ops::device::TABLE.name(cmd),
+            File::Returned(_) => ops::UNKNOWN,
+        }
     }
 
     /// Whether an ioctl of this file may return a descriptor: then only a transport that can give the client one may

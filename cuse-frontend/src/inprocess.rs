@@ -16,6 +16,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ioas::UserAddr;
 use ioas::caller::{Caller, Capability, ClientFile, FdError, FileBacking, MemoryError, MemoryMap, MmId, Uid, Vma};
@@ -26,23 +27,39 @@ use crate::files::{ClientCall, Errno, IoctlReply, NodeKind, OpenFile};
 use crate::server::Server;
 use crate::sys::client as sys;
 
-/// What a test says the caller is, where it says anything.
-#[derive(Debug, Clone, Default)]
+/// A number that a test puts in the place of what the process has. Looking at it is one load.
+#[derive(Debug, Default)]
 struct Pretended {
-    uid: Option<Uid>,
-    capabilities: Option<Vec<Capability>>,
+    said: AtomicBool,
+    value: AtomicU64,
+}
+
+impl Pretended {
+    fn say(&self, value: u64) {
+        self.value.store(value, Ordering::Relaxed);
+        self.said.store(true, Ordering::Release);
+    }
+
+    #[inline]
+    fn get(&self) -> Option<u64> {
+        self.said.load(Ordering::Acquire).then(|| self.value.load(Ordering::Relaxed))
+    }
+}
+
+/// The bit of a capability in a pretended set.
+const fn bit(capability: Capability) -> u64 {
+    1 << capability as u64
 }
 
 /// This process's memory map, with the limit that a test pretends it has.
 struct OwnMemory {
     memory: ProcessMemory,
-    pretended_limit: Mutex<Option<u64>>,
+    pretended_limit: Pretended,
 }
 
 impl OwnMemory {
     fn limit(&self) -> Option<u64> {
-        let pretended = *self.pretended_limit.lock();
-        pretended.or_else(|| sys::memlock_limit(0).ok())
+        self.pretended_limit.get().or_else(|| sys::memlock_limit(0).ok())
     }
 }
 
@@ -109,7 +126,9 @@ pub struct InProcess {
     pid: i32,
     uid: Uid,
     descriptors: Mutex<Descriptors>,
-    pretended: Mutex<Pretended>,
+    pretended_uid: Pretended,
+    /// A [`bit`] for each.
+    pretended_capabilities: Pretended,
 }
 
 /// There is no mount whose files could be mistaken for ours.
@@ -133,9 +152,10 @@ impl InProcess {
     pub fn new(server: Arc<Server>) -> io::Result<Self> {
         let pid = std::process::id().cast_signed();
         let memory = ProcessMemory::open(pid, Arc::new(NoMount))?;
-        let memory = Arc::new(OwnMemory { memory, pretended_limit: Mutex::default() });
+        let memory = Arc::new(OwnMemory { memory, pretended_limit: Pretended::default() });
         let uid = Uid(nix::unistd::geteuid().as_raw());
-        Ok(Self { server, memory, pid, uid, descriptors: Mutex::default(), pretended: Mutex::default() })
+        let (pretended_uid, pretended_capabilities) = (Pretended::default(), Pretended::default());
+        Ok(Self { server, memory, pid, uid, descriptors: Mutex::default(), pretended_uid, pretended_capabilities })
     }
 
     /// The server behind it.
@@ -146,17 +166,17 @@ impl InProcess {
 
     /// From now on callers have this RLIMIT_MEMLOCK in bytes, whatever the process has.
     pub fn pretend_memlock_limit(&self, bytes: u64) {
-        *self.memory.pretended_limit.lock() = Some(bytes);
+        self.memory.pretended_limit.say(bytes);
     }
 
     /// From now on callers have these capabilities and no others, whatever the process has.
     pub fn pretend_capabilities(&self, capabilities: &[Capability]) {
-        self.pretended.lock().capabilities = Some(capabilities.to_vec());
+        self.pretended_capabilities.say(capabilities.iter().fold(0, |set, capability| set | bit(*capability)));
     }
 
     /// From now on callers are this user.
     pub fn pretend_uid(&self, uid: Uid) {
-        self.pretended.lock().uid = Some(uid);
+        self.pretended_uid.say(uid.0.into());
     }
 
     /// Opens a node. Returns a descriptor number that this front end understands.
@@ -221,15 +241,13 @@ impl InProcess {
         self.answered(&caller, answer)
     }
 
-    /// ioctl(2) with its struct in `argument`, which no other thread touches meanwhile.
+    /// ioctl(2) with its struct in `argument`, which no other thread touches meanwhile, and no pointer in it leads to.
     ///
     /// # Errors
     /// What ioctl(2) gives.
     pub fn ioctl_on(&self, fd: i32, cmd: u32, argument: &mut [u8]) -> Result<i32, Errno> {
-        let arg = argument.as_ptr() as u64;
-        let file = self.file(fd)?;
-        let caller = InProcessCaller { front: self, argument: Some((arg, Mutex::new(argument))) };
-        let answer = file.ioctl(&caller, cmd, arg)?;
+        let caller = self.caller();
+        let answer = self.file(fd)?.ioctl_with(&caller, cmd, argument.as_ptr() as u64, argument)?;
         self.answered(&caller, answer)
     }
 
@@ -260,30 +278,16 @@ impl InProcess {
     }
 
     fn caller(&self) -> InProcessCaller<'_> {
-        InProcessCaller { front: self, argument: None }
+        InProcessCaller { front: self }
     }
 }
 
 /// This process as the caller of one call.
 struct InProcessCaller<'a> {
     front: &'a InProcess,
-    /// The call's struct and its address, where the call came with one.
-    argument: Option<(u64, Mutex<&'a mut [u8]>)>,
 }
 
 impl InProcessCaller<'_> {
-    /// Runs `act` on the bytes of the argument's struct, when `length` bytes from `address` lie in it.
-    fn in_argument(&self, address: UserAddr, length: usize, act: impl FnOnce(&mut [u8])) -> bool {
-        let Some((start, argument)) = &self.argument else { return false };
-        let Some(offset) = address.0.checked_sub(*start).and_then(|offset| usize::try_from(offset).ok()) else {
-            return false;
-        };
-        let mut argument = argument.lock();
-        let Some(bytes) = argument.get_mut(offset..).and_then(|rest| rest.get_mut(..length)) else { return false };
-        act(bytes);
-        true
-    }
-
     fn descriptor(&self, fd: i32) -> Result<OwnedFd, FdError> {
         sys::duplicate(fd).map_err(|_| FdError::Bad(fd))
     }
@@ -291,7 +295,7 @@ impl InProcessCaller<'_> {
 
 impl Caller for InProcessCaller<'_> {
     fn uid(&self) -> Uid {
-        self.front.pretended.lock().uid.unwrap_or(self.front.uid)
+        self.front.pretended_uid.get().map_or(self.front.uid, |uid| Uid(uid as u32))
     }
 
     fn memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError> {
@@ -303,10 +307,10 @@ impl Caller for InProcessCaller<'_> {
     }
 
     fn capable(&self, capability: Capability) -> bool {
-        if let Some(capabilities) = &self.front.pretended.lock().capabilities {
-            return capabilities.contains(&capability);
+        match self.front.pretended_capabilities.get() {
+            Some(pretended) => pretended & bit(capability) != 0,
+            None => sys::effective_capabilities(0).is_ok_and(|set| sys::holds(set, capability)),
         }
-        sys::effective_capabilities(0).is_ok_and(|set| sys::holds(set, capability))
     }
 
     fn file(&self, fd: i32) -> Result<Arc<FileBacking>, FdError> {
@@ -319,17 +323,11 @@ impl Caller for InProcessCaller<'_> {
     }
 
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
-        if self.in_argument(address, data.len(), |bytes| data.copy_from_slice(bytes)) {
-            return Ok(());
-        }
         let length = data.len();
         whole(sys::read_memory(self.front.pid, address.0, data), address, length)
     }
 
     fn write(&self, address: UserAddr, data: &[u8]) -> Result<(), MemoryError> {
-        if self.in_argument(address, data.len(), |bytes| bytes.copy_from_slice(data)) {
-            return Ok(());
-        }
         whole(sys::write_memory(self.front.pid, address.0, data), address, data.len())
     }
 }

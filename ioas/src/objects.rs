@@ -5,13 +5,18 @@
 //! one call; an [`ObjectUser`] is held by another object that depends on this one. Both make a removal EBUSY, as
 //! Linux's `users` does; they are two types because only the second may be kept.
 //!
+//! The table is an array by id, because the lowest free id is taken: finding an object is an index under the lock.
+//! Nothing keeps an object but the table and those two references, so the count of the `Arc` behind them is the count
+//! of users, and the table's own one. It rises only under the table's lock or from a reference, so an object that is
+//! found without users under the lock stays so until the lock is released.
+//!
 //! The table's lock is a leaf: nothing is called, and no object dropped, under it.
 //! Source: drivers/iommu/iommufd/main.c.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{Ordering, fence};
 
 use parking_lot::Mutex;
 
@@ -52,31 +57,96 @@ impl ObjectError {
 #[derive(Debug)]
 struct Object<T> {
     id: u32,
-    /// References beside the table's own. Raised only under the table's lock or by a holder of one.
-    users: AtomicU32,
     value: T,
+}
+
+/// References beside the table's own. Who finds none sees all that the last one did.
+fn users<T>(object: &Arc<Object<T>>) -> u32 {
+    let users = Arc::strong_count(object) - 1;
+    fence(Ordering::Acquire);
+    u32::try_from(users).unwrap_or(u32::MAX)
+}
+
+/// What an id stands for.
+#[derive(Debug)]
+enum Slot<T> {
+    Free,
+    /// Reserved, or buried: nobody finds anything.
+    Taken,
+    Published(Arc<Object<T>>),
+}
+
+impl<T> Slot<T> {
+    fn published(&self) -> Option<&Arc<Object<T>>> {
+        match self {
+            Self::Published(object) => Some(object),
+            Self::Free | Self::Taken => None,
+        }
+    }
+
+    /// Leaves `next` behind, and gives the object that was there.
+    fn leave(&mut self, next: Self) -> Option<Arc<Object<T>>> {
+        match std::mem::replace(self, next) {
+            Self::Published(object) => Some(object),
+            Self::Free | Self::Taken => None,
+        }
+    }
 }
 
 #[derive(Debug)]
 struct Ids<T> {
-    /// `None` while reserved.
-    entries: BTreeMap<u32, Option<Arc<Object<T>>>>,
-    /// Ids below `next` that are free.
+    /// Id 1 is at 0. The last is not free, and all ids behind it are.
+    slots: Vec<Slot<T>>,
+    /// The free ids among `slots`.
     free: BTreeSet<u32>,
-    /// All ids from here on are free.
-    next: u32,
 }
 
 impl<T> Ids<T> {
+    fn at(id: u32) -> Option<usize> {
+        Some(id.checked_sub(1)? as usize)
+    }
+
+    #[inline]
+    fn get(&self, id: u32) -> Option<&Arc<Object<T>>> {
+        self.slots.get(Self::at(id)?)?.published()
+    }
+
+    /// True while `object` has its id. Who keeps one that has not may be the last, and drops it without the lock.
+    fn has(&self, object: &Arc<Object<T>>) -> bool {
+        self.get(object.id).is_some_and(|here| Arc::ptr_eq(here, object))
+    }
+
+    fn leave(&mut self, id: u32, next: Slot<T>) -> Option<Arc<Object<T>>> {
+        self.slots.get_mut(Self::at(id)?)?.leave(next)
+    }
+
+    fn reserve(&mut self) -> Option<u32> {
+        if let Some(id) = self.free.pop_first() {
+            self.leave(id, Slot::Taken);
+            return Some(id);
+        }
+        let id = u32::try_from(self.slots.len() + 1).ok().filter(|id| *id <= LAST_ID)?;
+        self.slots.push(Slot::Taken);
+        Some(id)
+    }
+
     fn release(&mut self, id: u32) -> Option<Arc<Object<T>>> {
-        let object = self.entries.remove(&id).flatten();
+        let object = self.leave(id, Slot::Free);
         self.free.insert(id);
-        while self.next > 1 && self.free.remove(&(self.next - 1)) {
-            self.next -= 1;
+        while matches!(self.slots.last(), Some(Slot::Free)) {
+            self.free.remove(&(self.slots.len() as u32));
+            self.slots.pop();
         }
         object
     }
+
+    fn published(&self) -> impl Iterator<Item = &Arc<Object<T>>> {
+        self.slots.iter().filter_map(Slot::published)
+    }
 }
+
+/// The largest id: ids are positive 32-bit numbers.
+const LAST_ID: u32 = i32::MAX as u32;
 
 /// The objects of one open file, by id.
 #[derive(Debug)]
@@ -86,13 +156,10 @@ pub struct ObjectTable<T> {
 }
 
 impl<T> ObjectTable<T> {
-    /// The largest id: ids are positive 32-bit numbers.
-    const LAST_ID: u32 = i32::MAX as u32;
-
     /// An empty table.
     #[must_use]
     pub const fn new() -> Self {
-        Self { ids: Mutex::new(Ids { entries: BTreeMap::new(), free: BTreeSet::new(), next: 1 }) }
+        Self { ids: Mutex::new(Ids { slots: Vec::new(), free: BTreeSet::new() }) }
     }
 
     /// Takes the lowest free id. Nobody finds it before it is published.
@@ -103,26 +170,16 @@ impl<T> ObjectTable<T> {
         if failpoint::reached("objects.reserve") {
             return Err(ObjectError::Full);
         }
-        let mut ids = self.ids.lock();
-        let id = match ids.free.pop_first() {
-            Some(id) => id,
-            None if ids.next > Self::LAST_ID => return Err(ObjectError::Full),
-            None => {
-                ids.next += 1;
-                ids.next - 1
-            }
-        };
-        ids.entries.insert(id, None);
+        let id = self.ids.lock().reserve().ok_or(ObjectError::Full)?;
         Ok(Reservation { table: self, id, published: false })
     }
 
     /// A reference to a published object, for the length of one call.
     #[must_use]
+    #[inline]
     pub fn get(&self, id: u32) -> Option<ObjectRef<T>> {
-        let ids = self.ids.lock();
-        let object = ids.entries.get(&id)?.as_ref()?;
-        object.users.fetch_add(1, Ordering::Relaxed);
-        Some(ObjectRef { object: Arc::clone(object) })
+        let object = self.ids.lock().get(id).cloned()?;
+        Some(ObjectRef { object })
     }
 
     /// Takes a published object out of the table; its id is free at once. The object ends when the answer is dropped.
@@ -131,8 +188,7 @@ impl<T> ObjectTable<T> {
     /// [`ObjectError::NoEntry`], or [`ObjectError::Busy`] while anything refers to it; nothing has changed.
     pub fn remove(&self, id: u32) -> Result<RemovedObject<T>, ObjectError> {
         let mut ids = self.ids.lock();
-        let object = ids.entries.get(&id).and_then(Option::as_ref).ok_or(ObjectError::NoEntry(id))?;
-        let users = object.users.load(Ordering::Acquire);
+        let users = users(ids.get(id).ok_or(ObjectError::NoEntry(id))?);
         if users != 0 {
             return Err(ObjectError::Busy { id, users });
         }
@@ -143,11 +199,14 @@ impl<T> ObjectTable<T> {
     #[doc(alias = "iommufd_object_put_and_try_destroy")]
     pub fn release(&self, user: ObjectUser<T>) -> Option<RemovedObject<T>> {
         let id = user.id();
-        let object = Arc::clone(&user.object);
         let mut ids = self.ids.lock();
+        if !ids.has(&user.object) {
+            drop(ids);
+            return None;
+        }
+        // Under the lock, so that of two who give back at once one is the last.
         drop(user);
-        let here = ids.entries.get(&id).and_then(Option::as_ref).is_some_and(|here| Arc::ptr_eq(here, &object));
-        if !here || object.users.load(Ordering::Acquire) != 0 {
+        if ids.get(id).is_none_or(|object| users(object) != 0) {
             return None;
         }
         ids.release(id).map(|object| RemovedObject { object })
@@ -160,12 +219,12 @@ impl<T> ObjectTable<T> {
     pub fn take(&self, user: ObjectUser<T>, bury: bool) -> Option<RemovedObject<T>> {
         let id = user.id();
         let mut ids = self.ids.lock();
-        let here = ids.entries.get(&id).and_then(Option::as_ref).is_some_and(|here| Arc::ptr_eq(here, &user.object));
-        if !here {
+        if !ids.has(&user.object) {
+            drop(ids);
             return None;
         }
         drop(user);
-        let object = if bury { ids.entries.insert(id, None).flatten() } else { ids.release(id) };
+        let object = if bury { ids.leave(id, Slot::Taken) } else { ids.release(id) };
         object.map(|object| RemovedObject { object })
     }
 
@@ -180,9 +239,7 @@ impl<T> ObjectTable<T> {
         loop {
             let idle: Vec<u32> = {
                 let ids = self.ids.lock();
-                let unused = |object: &Arc<Object<T>>| object.users.load(Ordering::Acquire) == 0;
-                let published = ids.entries.iter().filter_map(|(id, object)| Some((*id, object.as_ref()?)));
-                published.filter(|(_, object)| unused(object)).map(|(id, _)| id).collect()
+                ids.published().filter(|object| users(object) == 0).map(|object| object.id).collect()
             };
             if idle.is_empty() {
                 return self.ids().len();
@@ -198,13 +255,14 @@ impl<T> ObjectTable<T> {
     /// The ids of all published objects, ascending.
     #[must_use]
     pub fn ids(&self) -> Vec<u32> {
-        self.ids.lock().entries.iter().filter(|(_, object)| object.is_some()).map(|(id, _)| *id).collect()
+        self.ids.lock().published().map(|object| object.id).collect()
     }
 
     /// How many ids are taken, reserved or published.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.ids.lock().entries.len()
+        let ids = self.ids.lock();
+        ids.slots.len() - ids.free.len()
     }
 
     /// True when no id is taken.
@@ -238,8 +296,8 @@ impl<T> Reservation<'_, T> {
 
     /// Makes `value` the object of this id. Cannot fail.
     pub fn publish(mut self, value: T) {
-        let object = Arc::new(Object { id: self.id, users: AtomicU32::new(0), value });
-        self.table.ids.lock().entries.insert(self.id, Some(object));
+        let object = Arc::new(Object { id: self.id, value });
+        self.table.ids.lock().leave(self.id, Slot::Published(object));
         self.published = true;
     }
 }
@@ -270,7 +328,6 @@ macro_rules! counted_reference {
             /// A reference that may be kept, and keeps the object from being removed.
             #[must_use]
             pub fn user(&self) -> ObjectUser<T> {
-                self.object.users.fetch_add(1, Ordering::Relaxed);
                 ObjectUser { object: Arc::clone(&self.object) }
             }
         }
@@ -280,12 +337,6 @@ macro_rules! counted_reference {
 
             fn deref(&self) -> &T {
                 &self.object.value
-            }
-        }
-
-        impl<T> Drop for $name<T> {
-            fn drop(&mut self) {
-                self.object.users.fetch_sub(1, Ordering::Release);
             }
         }
     };

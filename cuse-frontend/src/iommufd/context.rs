@@ -4,28 +4,21 @@
 //! more; whoever depends on it keeps it from being destroyed. When the file is closed, and the descriptors of its
 //! queues with it, the table is emptied from the leaves of that graph inwards.
 //!
-//! Lock order: `settings`, then the object table (a leaf). Neither is held while memory of a client is touched.
+//! Lock order: `compat`, then the object table (a leaf). Neither is held while memory of a client is touched.
 //! Source: drivers/iommu/iommufd/main.c, ioas.c, vfio_compat.c.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hwpt::driver::{Paging, UserData};
 use hwpt::{Device, Group, Hwpt, HwptFlags, HwptList};
 use ioas::{Ioas, ObjectError, ObjectRef, ObjectTable, PageStore, PayerMode, RemovedObject, Reservation};
-use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
 
 use super::binding::Together;
 use super::exposed::Window;
 use super::object::{IoasObject, Object};
 use crate::error::OpError;
-
-/// What holds for the whole descriptor.
-struct Settings {
-    /// Who pays for mappings.
-    payer: PayerMode,
-    /// What VFIO's container ops work on.
-    compat: Compat,
-}
 
 /// What VFIO's container ops work on.
 #[derive(Default)]
@@ -40,25 +33,28 @@ pub(super) struct Compat {
 pub struct Context {
     store: Arc<PageStore>,
     pub(super) objects: ObjectTable<Object>,
-    settings: Mutex<Settings>,
+    /// What VFIO's container ops work on.
+    compat: Mutex<Compat>,
+    /// The memory map pays for mappings, else the user. Changed under the lock of `compat`, read without it.
+    memory_map_pays: AtomicBool,
     /// The groups of bound devices. A leaf lock.
     groups: Mutex<Vec<Arc<Together>>>,
     /// What a client can map. Immutable.
     window: Arc<Window>,
 }
 
-/// An IOAS for the length of one call.
-pub struct IoasRef {
-    // Keeps the object from being destroyed while the call runs.
-    _object: ObjectRef<Object>,
-    ioas: Arc<Ioas>,
-}
+/// An IOAS for the length of one call, and what keeps it from being destroyed while the call runs.
+pub struct IoasRef(ObjectRef<Object>);
 
 impl std::ops::Deref for IoasRef {
-    type Target = Ioas;
+    type Target = Arc<Ioas>;
 
-    fn deref(&self) -> &Ioas {
-        &self.ioas
+    #[inline]
+    fn deref(&self) -> &Arc<Ioas> {
+        match &*self.0 {
+            Object::Ioas(object) => &object.ioas,
+            other => unreachable!("a {} was taken for an IOAS", other.kind()),
+        }
     }
 }
 
@@ -110,11 +106,11 @@ impl NewIoas<'_> {
 impl Context {
     /// A context without objects that charges the user.
     pub(crate) fn new(store: Arc<PageStore>) -> Self {
-        let settings = Settings { payer: PayerMode::User, compat: Compat::default() };
         Self {
             store,
             objects: ObjectTable::new(),
-            settings: Mutex::new(settings),
+            compat: Mutex::default(),
+            memory_map_pays: AtomicBool::new(false),
             groups: Mutex::default(),
             window: Arc::default(),
         }
@@ -188,11 +184,12 @@ impl Context {
     ///
     /// # Errors
     /// ENOENT.
+    #[inline]
     pub fn ioas(&self, id: u32) -> Result<IoasRef, OpError> {
-        let object = self.objects.get(id).ok_or(OpError::NoObject { kind: "IOAS", id })?;
-        let Object::Ioas(ioas) = &*object else { return Err(OpError::NoObject { kind: "IOAS", id }) };
-        let ioas = Arc::clone(&ioas.ioas);
-        Ok(IoasRef { _object: object, ioas })
+        match self.objects.get(id) {
+            Some(object) if matches!(*object, Object::Ioas(_)) => Ok(IoasRef(object)),
+            _ => Err(OpError::NoObject { kind: "IOAS", id }),
+        }
     }
 
     /// The domains of the IOAS with `id`.
@@ -210,10 +207,10 @@ impl Context {
     pub fn destroy(&self, id: u32) -> Result<(), ObjectError> {
         self.refuse_mapped(id)?;
         let removed = {
-            let mut settings = self.settings.lock();
+            let mut compat = self.compat.lock();
             let removed = self.objects.remove(id)?;
-            if settings.compat.ioas == Some(id) {
-                settings.compat.ioas = None;
+            if compat.ioas == Some(id) {
+                compat.ioas = None;
             }
             removed
         };
@@ -239,47 +236,48 @@ impl Context {
     /// Who pays for mappings made now.
     #[must_use]
     pub fn payer(&self) -> PayerMode {
-        self.settings.lock().payer
+        if self.memory_map_pays.load(Ordering::Relaxed) { PayerMode::MemoryMap } else { PayerMode::User }
     }
 
     /// Sets who pays: 0 the user, 1 the memory map. In Linux's order: EBUSY once there is an object, EINVAL. Whether
     /// the caller may has been asked before.
     pub(crate) fn set_payer(&self, mode: u64) -> Result<(), OpError> {
-        let mut settings = self.settings.lock();
+        let _one_setter = self.compat.lock();
         if !self.objects.is_empty() {
             return Err(OpError::HasObjects { objects: self.objects.len() });
         }
-        settings.payer = match mode {
-            0 => PayerMode::User,
-            1 => PayerMode::MemoryMap,
+        let memory_map = match mode {
+            0 => false,
+            1 => true,
             value => return Err(OpError::Invalid { field: "val64", value }),
         };
+        self.memory_map_pays.store(memory_map, Ordering::Relaxed);
         Ok(())
     }
 
     /// The id of the IOAS that the VFIO ioctls work on.
     pub(crate) fn compat_ioas(&self) -> Option<u32> {
-        self.settings.lock().compat.ioas
+        self.compat.lock().ioas
     }
 
     /// Groups without an IOMMU have come.
     pub(crate) fn is_noiommu(&self) -> bool {
-        self.settings.lock().compat.noiommu
+        self.compat.lock().noiommu
     }
 
     /// Guards what VFIO's container ops work on.
-    pub(super) fn compat_settings(&self) -> MappedMutexGuard<'_, Compat> {
-        MutexGuard::map(self.settings.lock(), |settings| &mut settings.compat)
+    pub(super) fn compat_settings(&self) -> MutexGuard<'_, Compat> {
+        self.compat.lock()
     }
 
     /// Makes the IOAS with `id` the one that the VFIO ioctls work on; `None` sets none.
     pub(crate) fn set_compat_ioas(&self, id: Option<u32>) -> Result<(), OpError> {
-        let mut settings = self.settings.lock();
+        let mut compat = self.compat.lock();
         if let Some(id) = id {
             // Looked up under the lock that a destroy takes, so that no id of a destroyed IOAS stays behind.
             drop(self.ioas(id)?);
         }
-        settings.compat.ioas = id;
+        compat.ioas = id;
         Ok(())
     }
 
@@ -291,13 +289,13 @@ impl Context {
     /// A context that is opened as VFIO's container: it charges the memory map.
     pub(crate) fn for_vfio(store: Arc<PageStore>) -> Self {
         let context = Self::new(store);
-        context.settings.lock().payer = PayerMode::MemoryMap;
+        context.memory_map_pays.store(true, Ordering::Relaxed);
         context
     }
 
     /// The IOASes and their ids, for the status.
     pub(crate) fn ioases(&self) -> Vec<(u32, Arc<Ioas>)> {
-        self.objects.ids().into_iter().filter_map(|id| Some((id, Arc::clone(&self.ioas(id).ok()?.ioas)))).collect()
+        self.objects.ids().into_iter().filter_map(|id| Some((id, Arc::clone(&*self.ioas(id).ok()?)))).collect()
     }
 }
 

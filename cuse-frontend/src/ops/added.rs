@@ -6,7 +6,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::{Argument, Call, LARGEST, Op, OpResult, always};
+use super::{Argument, Call, LARGEST, Op, OpResult, Request};
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
 use crate::iommufd::Context;
@@ -57,20 +57,18 @@ impl OpRow {
         self.returns_file
     }
 
+    /// Its name, for the log.
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
     /// Answers an ioctl, as [`super::Table::answer`] does.
-    pub(crate) fn answer(
-        &self,
-        server: &Arc<Server>,
-        context: &Arc<Context>,
-        caller: &dyn ClientCall,
-        arg: u64,
-    ) -> (&'static str, OpResult) {
+    pub(crate) fn answer(&self, context: &Arc<Context>, request: &Request<'_>) -> OpResult {
         let argument = Argument::Sized { size: self.size, min: self.min };
         let name = self.name;
-        let op =
-            Op { nr: self.nr, name, argument, ready: always, returns_file: self.returns_file, run: |_| super::DONE };
+        let op = Op { nr: self.nr, name, argument, ready: None, returns_file: self.returns_file, run: |_| super::DONE };
         let run = |call: &Call<'_, Arc<Context>>| (self.run)(&RowCall { call, size: self.size as usize });
-        (name, Call::dispatch_to(&op, server, context, caller, arg, run))
+        Call::dispatch(&op, context, request, run)
     }
 }
 

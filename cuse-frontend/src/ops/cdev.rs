@@ -8,7 +8,7 @@ use compat::{CdevFile, DeviceFile, Iommufd, VfioError};
 use ioas::UserAddr;
 use zerocopy::IntoBytes;
 
-use super::{Argument, Call, DONE, Op, OpResult, Table, always};
+use super::{Argument, Call, DONE, Op, OpResult, Table};
 use crate::error::OpError;
 use crate::files::{ClientCall, File};
 use crate::iommufd::VfioIommufd;
@@ -26,7 +26,7 @@ pub(crate) static TABLE: Table<Arc<CdevFile>, 1> = Table::new(
         nr: nr::DEVICE_BIND_IOMMUFD,
         name: "VFIO_DEVICE_BIND_IOMMUFD",
         argument: BIND,
-        ready: always,
+        ready: None,
         returns_file: false,
         run: bind,
     }],

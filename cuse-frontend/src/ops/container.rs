@@ -16,7 +16,7 @@ use ioas::caller::Caller;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::caps::{CapChain, info_chain};
-use super::{Argument, Call, DONE, Op, OpResult, Table, always};
+use super::{Argument, Call, DONE, Op, OpResult, Table};
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
 use crate::iommufd::Context;
@@ -150,7 +150,7 @@ impl ContainerFile for Arc<Context> {
 }
 
 const fn plain<F: ContainerFile>(nr: u8, name: &'static str, run: fn(&Call<'_, F>) -> OpResult) -> Op<F> {
-    Op { nr, name, argument: Argument::Plain, ready: always, returns_file: false, run }
+    Op { nr, name, argument: Argument::Plain, ready: None, returns_file: false, run }
 }
 
 const fn op<F: ContainerFile>(
@@ -160,7 +160,7 @@ const fn op<F: ContainerFile>(
     ready: fn(&F) -> Result<(), OpError>,
     run: fn(&Call<'_, F>) -> OpResult,
 ) -> Op<F> {
-    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready, returns_file: false, run }
+    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: Some(ready), returns_file: false, run }
 }
 
 /// Of `/dev/vfio/vfio`.

@@ -11,7 +11,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::caps::CapChain;
 use super::cdev;
-use super::{Argument, Call, DONE, Op, OpResult, Table, always};
+use super::{Argument, Call, DONE, Op, OpResult, Table};
 use crate::error::OpError;
 use crate::files::File;
 use crate::uapi::vfio::{
@@ -26,7 +26,7 @@ const SLOTS: usize = (nr::DEVICE_DETACH_IOMMUFD_PT - nr::DEVICE_GET_INFO) as usi
 const INFO_MIN: usize = std::mem::offset_of!(DeviceInfo, cap_offset);
 
 const fn op(nr: u8, name: &'static str, min: usize, run: fn(&Call<'_, Device>) -> OpResult) -> Op<Device> {
-    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: always, returns_file: false, run }
+    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: None, returns_file: false, run }
 }
 
 /// Number, name, minimum size, handler.
@@ -42,7 +42,7 @@ pub(crate) static TABLE: Table<Device, SLOTS> = Table::new(
             nr: nr::DEVICE_RESET,
             name: "VFIO_DEVICE_RESET",
             argument: Argument::Plain,
-            ready: always,
+            ready: None,
             returns_file: false,
             run: reset,
         },
@@ -59,7 +59,7 @@ pub(crate) static TABLE: Table<Device, SLOTS> = Table::new(
             ..op(nr::DEVICE_BIND_IOMMUFD, "VFIO_DEVICE_BIND_IOMMUFD", size_of::<Feature>(), cdev::bind_again)
         },
         Op {
-            ready: cdev::is_cdev,
+            ready: Some(cdev::is_cdev),
             ..op(
                 nr::DEVICE_ATTACH_IOMMUFD_PT,
                 "VFIO_DEVICE_ATTACH_IOMMUFD_PT",
@@ -68,7 +68,7 @@ pub(crate) static TABLE: Table<Device, SLOTS> = Table::new(
             )
         },
         Op {
-            ready: cdev::is_cdev,
+            ready: Some(cdev::is_cdev),
             ..op(
                 nr::DEVICE_DETACH_IOMMUFD_PT,
                 "VFIO_DEVICE_DETACH_IOMMUFD_PT",

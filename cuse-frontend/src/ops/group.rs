@@ -7,7 +7,7 @@ use compat::GroupFile;
 use ioas::UserAddr;
 use zerocopy::IntoBytes;
 
-use super::{Argument, Call, DONE, Op, OpResult, Table, always};
+use super::{Argument, Call, DONE, Op, OpResult, Table};
 use crate::error::OpError;
 use crate::files::{ClientCall, File, IoctlReply, NewFile};
 use crate::iommufd::VfioIommufd;
@@ -20,7 +20,7 @@ const NAME_MOST: usize = 4096;
 type Group = Arc<GroupFile>;
 
 const fn plain(nr: u8, name: &'static str, run: fn(&Call<'_, Group>) -> OpResult) -> Op<Group> {
-    Op { nr, name, argument: Argument::Plain, ready: always, returns_file: false, run }
+    Op { nr, name, argument: Argument::Plain, ready: None, returns_file: false, run }
 }
 
 /// Number, name, argument, handler.
@@ -32,7 +32,7 @@ pub(crate) static TABLE: Table<Group, SLOTS> = Table::new(
             nr: nr::GROUP_GET_STATUS,
             name: "VFIO_GROUP_GET_STATUS",
             argument: Argument::Argsz { min: size_of::<GroupStatus>() as u32 },
-            ready: always,
+            ready: None,
             returns_file: false,
             run: get_status,
         },

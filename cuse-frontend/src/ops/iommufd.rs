@@ -11,7 +11,7 @@ use ioas::caller::Capability;
 use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Argument, Call, DONE, Op, OpResult, Table, always, objects};
+use super::{Argument, Call, DONE, Op, OpResult, Table, objects};
 use crate::error::OpError;
 use crate::files::ClientCall;
 use crate::iommufd::Context;
@@ -36,7 +36,7 @@ const fn op(
         nr,
         name,
         argument: Argument::Sized { size: size as u32, min: min as u32 },
-        ready: always,
+        ready: None,
         returns_file: false,
         run,
     }
@@ -232,22 +232,9 @@ fn allow_one(sorted: &mut BTreeMap<u64, IovaRange>, wire: WireRange) -> Result<(
 }
 
 /// What iommufd's two map ops ask of an IOAS.
-fn request(
-    call: &Call<'_, Arc<Context>>,
-    source: Source,
-    length: u64,
-    flags: u32,
-    iova: u64,
-) -> Result<MapRequest, OpError> {
-    Ok(MapRequest {
-        source,
-        length,
-        iova: choice(flags, iova),
-        access: access(flags)?,
-        payer: call.file.payer(),
-        ipc_lock: IpcLock::DoNotCount,
-        device_regions: false,
-    })
+fn request(call: &Call<'_, Arc<Context>>, source: Source, length: u64, iova: IovaChoice, access: Access) -> MapRequest {
+    let payer = call.file.payer();
+    MapRequest { source, length, iova, access, payer, ipc_lock: IpcLock::DoNotCount, device_regions: false }
 }
 
 fn ioas_map(call: &Call<'_, Arc<Context>>) -> OpResult {
@@ -256,9 +243,10 @@ fn ioas_map(call: &Call<'_, Arc<Context>>) -> OpResult {
     none_of("reserved", cmd.reserved)?;
     below_the_last("iova", cmd.iova)?;
     below_the_last("length", cmd.length)?;
-    let source = Source::User(UserAddr(cmd.user_va));
-    let request = request(call, source, cmd.length, cmd.flags, cmd.iova)?;
+    let access = access(cmd.flags)?;
     let ioas = call.file.ioas(cmd.ioas_id)?;
+    let source = Source::User(UserAddr(cmd.user_va));
+    let request = request(call, source, cmd.length, choice(cmd.flags, cmd.iova), access);
     cmd.iova = ioas.map(call.caller, request)?.start().0;
     call.respond(&cmd)?;
     DONE
@@ -269,12 +257,12 @@ fn ioas_map_file(call: &Call<'_, Arc<Context>>) -> OpResult {
     none_of("flags", cmd.flags & !MAP_FLAGS)?;
     below_the_last("iova", cmd.iova)?;
     below_the_last("length", cmd.length)?;
-    access(cmd.flags)?;
+    let access = access(cmd.flags)?;
     let ioas = call.file.ioas(cmd.ioas_id)?;
     // EINVAL for no bytes, EOVERFLOW when they wrap.
     ioas::UserRange::new(UserAddr(cmd.start), cmd.length)?;
     let source = Source::File { file: call.caller.file(cmd.fd)?, offset: cmd.start };
-    let request = request(call, source, cmd.length, cmd.flags, cmd.iova)?;
+    let request = request(call, source, cmd.length, choice(cmd.flags, cmd.iova), access);
     cmd.iova = ioas.map(call.caller, request)?.start().0;
     call.respond(&cmd)?;
     DONE

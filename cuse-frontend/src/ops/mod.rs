@@ -9,6 +9,9 @@
 //! handler writes back it writes itself, because Linux's ops differ in what they write and when a failing write
 //! undoes the call.
 //!
+//! A call that succeeds pays for no more than that: nothing is logged or formatted, nothing allocated, and the op's name
+//! is looked up for a refusal alone.
+//!
 //! No lock is held while client memory is touched: handlers hold short references to objects, never guards.
 //!
 //! Sources: drivers/iommu/iommufd/main.c (`iommufd_fops_ioctl`), lib/usercopy.c (`copy_struct_from_user`),
@@ -22,10 +25,11 @@ pub(crate) mod device;
 pub(crate) mod group;
 pub(crate) mod iommufd;
 mod objects;
+mod request;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::ops::Deref;
 
 use ioas::caller::MemoryError;
 use ioas::{Interrupt, UserAddr};
@@ -33,10 +37,10 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
-use crate::server::Server;
 use crate::uapi::command;
 
 pub use added::{OpRow, RowCall};
+pub(crate) use request::Request;
 
 /// The bytes of the largest struct of any row.
 const LARGEST: usize = 80;
@@ -64,8 +68,8 @@ pub(crate) struct Op<F: ?Sized + 'static> {
     /// Linux's name, for the log.
     pub(crate) name: &'static str,
     pub(crate) argument: Argument,
-    /// What must hold before the argument is looked at.
-    pub(crate) ready: fn(&F) -> Result<(), OpError>,
+    /// What must hold before the argument is looked at, if anything.
+    pub(crate) ready: Option<fn(&F) -> Result<(), OpError>>,
     /// It may return a descriptor, so that only a transport that can give one answers it.
     pub(crate) returns_file: bool,
     pub(crate) run: fn(&Call<'_, F>) -> OpResult,
@@ -111,22 +115,20 @@ impl<F: ?Sized, const SLOTS: usize> Table<F, SLOTS> {
         Self { first, before_unknown, rows }
     }
 
-    /// Answers an ioctl: the name of the op for the log, and the answer.
-    pub(crate) fn answer(
-        &self,
-        server: &Arc<Server>,
-        file: &F,
-        caller: &dyn ClientCall,
-        cmd: u32,
-        arg: u64,
-    ) -> (&'static str, OpResult) {
-        match self.find(cmd) {
-            Some(op) => (op.name, Call::dispatch(op, server, file, caller, arg)),
+    /// Answers an ioctl.
+    pub(crate) fn answer(&self, file: &F, request: &Request<'_>) -> OpResult {
+        match self.find(request.cmd) {
+            Some(op) => Call::dispatch(op, file, request, op.run),
             None => {
-                let unknown = (self.before_unknown)(file, caller, cmd, arg).and(Err(OpError::UnknownOp(cmd)));
-                ("ioctl", unknown)
+                let Request { caller, cmd, arg, .. } = *request;
+                (self.before_unknown)(file, caller, cmd, arg).and(Err(OpError::UnknownOp(cmd)))
             }
         }
+    }
+
+    /// The name of the op, for the log.
+    pub(crate) fn name(&self, cmd: u32) -> &'static str {
+        self.find(cmd).map_or(UNKNOWN, |op| op.name)
     }
 
     /// The row for an ioctl command.
@@ -147,46 +149,44 @@ impl<F: ?Sized, const SLOTS: usize> Table<F, SLOTS> {
     }
 }
 
-/// A row without a condition on the file's state.
-pub(crate) const fn always<F: ?Sized>(_: &F) -> Result<(), OpError> {
-    Ok(())
-}
+/// What an ioctl is called that has no row.
+pub(crate) const UNKNOWN: &str = "ioctl";
 
 #[repr(C, align(8))]
 struct Buffer([u8; LARGEST]);
 
 /// One ioctl on its way: what a handler is given.
 pub(crate) struct Call<'a, F: ?Sized> {
-    /// The server, for what outlives the open file.
-    pub(crate) server: &'a Arc<Server>,
     /// The open file.
     pub(crate) file: &'a F,
-    /// Who calls.
-    pub(crate) caller: &'a dyn ClientCall,
-    /// The third argument of ioctl(2).
-    pub(crate) arg: u64,
+    request: &'a Request<'a>,
     /// The struct's size as the client gave it, in bytes.
     given: u32,
     buffer: Buffer,
 }
 
-impl<'a, F: ?Sized> Call<'a, F> {
-    /// Runs `op`: the state it needs, the copy in, the size rule, the handler.
-    fn dispatch(op: &Op<F>, server: &'a Arc<Server>, file: &'a F, caller: &'a dyn ClientCall, arg: u64) -> OpResult {
-        Self::dispatch_to(op, server, file, caller, arg, op.run)
-    }
+/// Who calls with what is the same for the handler as it was for the dispatcher.
+impl<'a, F: ?Sized> Deref for Call<'a, F> {
+    type Target = Request<'a>;
 
-    /// As [`Self::dispatch`], with another handler.
-    fn dispatch_to(
+    fn deref(&self) -> &Request<'a> {
+        self.request
+    }
+}
+
+impl<'a, F: ?Sized> Call<'a, F> {
+    /// Runs `op`: the state it needs, the copy in, the size rule, then `run`.
+    #[inline]
+    fn dispatch(
         op: &Op<F>,
-        server: &'a Arc<Server>,
         file: &'a F,
-        caller: &'a dyn ClientCall,
-        arg: u64,
+        request: &'a Request<'a>,
         run: impl FnOnce(&Call<'_, F>) -> OpResult,
     ) -> OpResult {
-        (op.ready)(file)?;
-        let mut call = Self { server, file, caller, arg, given: 0, buffer: Buffer([0; LARGEST]) };
+        if let Some(ready) = op.ready {
+            ready(file)?;
+        }
+        let mut call = Self { file, request, given: 0, buffer: Buffer([0; LARGEST]) };
         match op.argument {
             Argument::Plain => {}
             Argument::Sized { size, min } => call.copy_in_sized(size, min)?,
@@ -197,14 +197,23 @@ impl<'a, F: ?Sized> Call<'a, F> {
 
     /// One copy of the whole struct, which is what nearly every client has there; the size word alone when that
     /// meets the end of a mapping.
+    #[inline]
     fn copy_in_sized(&mut self, size: u32, min: u32) -> Result<(), OpError> {
         let whole = &mut self.buffer.0[..size as usize];
-        let copied_whole = self.caller.read(UserAddr(self.arg), whole).is_ok();
+        let copied_whole = self.request.read(self.request.arg, whole).is_ok();
         if !copied_whole {
-            self.caller.read(UserAddr(self.arg), &mut self.buffer.0[..4])?;
+            self.request.read(self.request.arg, &mut self.buffer.0[..4])?;
         }
-        let given = self.size_word();
-        self.given = given;
+        self.given = self.size_word();
+        if copied_whole && self.given == size {
+            return Ok(());
+        }
+        self.fit(size, min, copied_whole)
+    }
+
+    /// The size rule for a struct that is not exactly ours.
+    fn fit(&mut self, size: u32, min: u32, copied_whole: bool) -> Result<(), OpError> {
+        let given = self.given;
         if given < min {
             return Err(OpError::TooShort { given, min });
         }
@@ -213,7 +222,7 @@ impl<'a, F: ?Sized> Call<'a, F> {
         }
         let used = given.min(size) as usize;
         if !copied_whole {
-            self.caller.read(UserAddr(self.arg), &mut self.buffer.0[..used])?;
+            self.request.read(self.request.arg, &mut self.buffer.0[..used])?;
         }
         self.buffer.0[used..].fill(0);
         Ok(())
@@ -229,7 +238,7 @@ impl<'a, F: ?Sized> Call<'a, F> {
         while at < end {
             let next = (at / TAIL_CHUNK + 1).saturating_mul(TAIL_CHUNK).min(end);
             let bytes = &mut chunk[..(next - at) as usize];
-            self.caller.read(UserAddr(at), bytes)?;
+            self.request.read(at, bytes)?;
             if bytes.iter().any(|byte| *byte != 0) {
                 return Err(OpError::TooLong { given, known });
             }
@@ -242,7 +251,7 @@ impl<'a, F: ?Sized> Call<'a, F> {
     }
 
     fn copy_in_argsz(&mut self, min: u32) -> Result<(), OpError> {
-        self.caller.read(UserAddr(self.arg), &mut self.buffer.0[..min as usize])?;
+        self.request.read(self.request.arg, &mut self.buffer.0[..min as usize])?;
         let given = self.size_word();
         self.given = given;
         if given < min {
@@ -285,9 +294,11 @@ impl<'a, F: ?Sized> Call<'a, F> {
     ///
     /// # Errors
     /// [`OpError::Memory`]; the client may see a part of it.
+    #[inline]
     pub(crate) fn respond<T: IntoBytes + Immutable>(&self, value: &T) -> Result<(), OpError> {
         let bytes = value.as_bytes();
-        self.write(0, &bytes[..bytes.len().min(self.given as usize)])
+        let bytes = bytes.get(..self.given as usize).unwrap_or(bytes);
+        Ok(self.request.write(self.request.arg, bytes)?)
     }
 
     /// Reads more of the client's argument, from `offset` bytes behind its start on.
@@ -303,13 +314,13 @@ impl<'a, F: ?Sized> Call<'a, F> {
     /// Reads an array's part that a field of the struct points to; `None` is a pointer that wrapped.
     pub(crate) fn read_at(&self, address: Option<u64>, data: &mut [u8]) -> Result<(), OpError> {
         let address = address.ok_or(MemoryError::Fault(UserAddr(u64::MAX)))?;
-        Ok(self.caller.read(UserAddr(address), data)?)
+        Ok(self.request.read(address, data)?)
     }
 
     /// Writes an array's part that a field of the struct points to; `None` is a pointer that wrapped.
     pub(crate) fn write_at(&self, address: Option<u64>, data: &[u8]) -> Result<(), OpError> {
         let address = address.ok_or(MemoryError::Fault(UserAddr(u64::MAX)))?;
-        Ok(self.caller.write(UserAddr(address), data)?)
+        Ok(self.request.write(address, data)?)
     }
 
     /// For a wait that ends early when the caller has been killed.
