@@ -65,7 +65,7 @@ pub enum IoctlReply {
     Value(i32),
     /// The ioctl gives the client a new descriptor. A transport that cannot do that drops this, which undoes the call,
     /// and answers ENOTTY.
-    NewFile(NewFile),
+    NewFile(Box<NewFile>),
 }
 
 /// A descriptor that a client is about to get.

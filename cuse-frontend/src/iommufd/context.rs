@@ -186,10 +186,11 @@ impl Context {
     /// ENOENT.
     #[inline]
     pub fn ioas(&self, id: u32) -> Result<IoasRef, OpError> {
-        match self.objects.get(id) {
-            Some(object) if matches!(*object, Object::Ioas(_)) => Ok(IoasRef(object)),
-            _ => Err(OpError::NoObject { kind: "IOAS", id }),
-        }
+        self.find_ioas(id).ok_or(OpError::NoObject { kind: "IOAS", id })
+    }
+
+    fn find_ioas(&self, id: u32) -> Option<IoasRef> {
+        self.objects.get(id).filter(|object| matches!(**object, Object::Ioas(_))).map(IoasRef)
     }
 
     /// The domains of the IOAS with `id`.

@@ -139,14 +139,16 @@ fn complete(fuse: &Fuse, client: &dyn ClientCall, file: Arc<OpenFile>, (cmd, arg
     match file.ioctl(client, cmd, arg) {
         Ok(IoctlReply::Value(value)) => Completed::Said(Answer::Value(value.into())),
         Err(errno) => Completed::Said(Answer::Error(errno.0)),
-        Ok(IoctlReply::NewFile(NewFile { file, fd_flags, promise })) => match fuse.open_descriptor(&file, client.pid())
-        {
-            Ok(descriptor) => Completed::Given(descriptor, fd_flags, promise),
-            Err(error) => {
-                tracing::error!(%error, "a new file cannot be opened in our own tree");
-                Completed::Said(Answer::Error(libc::EIO))
+        Ok(IoctlReply::NewFile(new)) => {
+            let NewFile { file, fd_flags, promise } = *new;
+            match fuse.open_descriptor(&file, client.pid()) {
+                Ok(descriptor) => Completed::Given(descriptor, fd_flags, promise),
+                Err(error) => {
+                    tracing::error!(%error, "a new file cannot be opened in our own tree");
+                    Completed::Said(Answer::Error(libc::EIO))
+                }
             }
-        },
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::request::copy_out_of;
 use super::{Argument, Call, LARGEST, Op, OpResult, Request};
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
@@ -66,8 +67,13 @@ impl OpRow {
     pub(crate) fn answer(&self, context: &Arc<Context>, request: &Request<'_>) -> OpResult {
         let argument = Argument::Sized { size: self.size, min: self.min };
         let name = self.name;
-        let op = Op { nr: self.nr, name, argument, ready: None, returns_file: self.returns_file, run: |_| super::DONE };
-        let run = |call: &Call<'_, Arc<Context>>| (self.run)(&RowCall { call, size: self.size as usize });
+        let op =
+            Op { nr: self.nr, name, argument, ready: None, returns_file: self.returns_file, run: |_| super::done() };
+        let run = |call: &Call<'_, Arc<Context>>| {
+            let mut bytes = [0; LARGEST];
+            copy_out_of(call.bytes, &mut bytes);
+            (self.run)(&RowCall { call, bytes, size: self.size as usize })
+        };
         Call::dispatch(&op, context, request, run)
     }
 }
@@ -81,6 +87,7 @@ impl fmt::Debug for OpRow {
 /// One call of an added row.
 pub struct RowCall<'a> {
     call: &'a Call<'a, Arc<Context>>,
+    bytes: [u8; LARGEST],
     size: usize,
 }
 
@@ -112,7 +119,7 @@ impl<'a> RowCall<'a> {
     /// The struct, zero beyond what the client has.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        &self.call.buffer.0[..self.size]
+        &self.bytes[..self.size]
     }
 
     /// Writes the struct back, as much of it as the client has.

@@ -8,7 +8,7 @@ use compat::{CdevFile, DeviceFile, Iommufd, VfioError};
 use ioas::UserAddr;
 use zerocopy::IntoBytes;
 
-use super::{Argument, Call, DONE, Op, OpResult, Table};
+use super::{Argument, Call, Op, OpResult, Table, done};
 use crate::error::OpError;
 use crate::files::{ClientCall, File};
 use crate::iommufd::VfioIommufd;
@@ -40,7 +40,7 @@ fn bind(call: &Call<'_, Arc<CdevFile>>) -> OpResult {
     let id = bind.bind(&iommufd(call.caller, cmd.iommufd)?)?;
     call.write(offset_of!(BindIommufd, out_devid) as u64, id.as_bytes())?;
     bind.publish();
-    DONE
+    done()
 }
 
 fn check_bind(cmd: &BindIommufd) -> Result<(), OpError> {
@@ -94,7 +94,7 @@ pub(super) fn attach(call: &Call<'_, Arc<DeviceFile>>) -> OpResult {
         call.file.detach(0)?;
     }
     answered?;
-    DONE
+    done()
 }
 
 pub(super) fn detach(call: &Call<'_, Arc<DeviceFile>>) -> OpResult {
@@ -102,7 +102,7 @@ pub(super) fn detach(call: &Call<'_, Arc<DeviceFile>>) -> OpResult {
     known_flags(cmd.flags, cdev_flags::DETACH_PASID)?;
     let pasid = pasid(call, cmd.flags & cdev_flags::DETACH_PASID != 0, size_of::<DetachIommufdPt>())?;
     call.file.detach(pasid)?;
-    DONE
+    done()
 }
 
 /// The PASID behind the fixed part; 0 when there is none.

@@ -16,7 +16,7 @@ use ioas::caller::Caller;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::caps::{CapChain, info_chain};
-use super::{Argument, Call, DONE, Op, OpResult, Table};
+use super::{Argument, Call, Op, OpResult, Table, done};
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
 use crate::iommufd::Context;
@@ -217,7 +217,7 @@ fn check_extension<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
 
 fn set_iommu<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
     call.file.set_iommu(call.caller, call.arg)?;
-    DONE
+    done()
 }
 
 fn get_info<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
@@ -233,7 +233,7 @@ fn get_info<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
         Flavour::Iommufd => iommufd_caps(call, &mut info, &chain)?,
     }
     call.write(0, &info.as_bytes()[..head])?;
-    DONE
+    done()
 }
 
 /// All capabilities, or none and the size that they need.
@@ -274,7 +274,7 @@ fn iommufd_caps<F: ContainerFile>(call: &Call<'_, F>, info: &mut Type1Info, chai
 fn map_dma<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
     let DmaMap { flags, vaddr, iova, size, .. } = call.get();
     call.file.map_dma(call.caller, &call.interrupt(), &MapDma { flags, vaddr, iova, size })?;
-    DONE
+    done()
 }
 
 fn unmap_dma<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
@@ -291,10 +291,10 @@ fn unmap_dma<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
         Ok(bytes) => *bytes,
         // The client is told what went all the same.
         Err(OpError::Vfio(VfioError::PartlyUnmapped { bytes, .. })) => *bytes,
-        Err(_) => return outcome.and(DONE),
+        Err(_) => return outcome.and(done()),
     };
     call.write(0, unmap.as_bytes())?;
-    outcome.and(DONE)
+    outcome.and(done())
 }
 
 fn bitmap_request(Bitmap { pgsize, size, data }: Bitmap) -> BitmapRequest {
@@ -311,5 +311,5 @@ fn dirty_pages<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
         }
     };
     call.file.dirty_pages(call.caller, &call.interrupt(), &request)?;
-    DONE
+    done()
 }

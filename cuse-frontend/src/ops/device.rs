@@ -11,7 +11,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::caps::CapChain;
 use super::cdev;
-use super::{Argument, Call, DONE, Op, OpResult, Table};
+use super::{Argument, Call, Op, OpResult, Table, done};
 use crate::error::OpError;
 use crate::files::File;
 use crate::uapi::vfio::{
@@ -87,7 +87,7 @@ fn get_info(call: &Call<'_, Device>) -> OpResult {
     info.num_regions = device.regions;
     info.num_irqs = device.irqs;
     call.respond(&info)?;
-    DONE
+    done()
 }
 
 fn get_region_info(call: &Call<'_, Device>) -> OpResult {
@@ -116,7 +116,7 @@ fn get_region_info(call: &Call<'_, Device>) -> OpResult {
         }
     }
     call.write(0, info.as_bytes())?;
-    DONE
+    done()
 }
 
 fn get_irq_info(call: &Call<'_, Device>) -> OpResult {
@@ -125,7 +125,7 @@ fn get_irq_info(call: &Call<'_, Device>) -> OpResult {
     info.flags = irqs.flags.bits();
     info.count = irqs.count;
     call.write(0, info.as_bytes())?;
-    DONE
+    done()
 }
 
 fn set_irqs(call: &Call<'_, Device>) -> OpResult {
@@ -147,7 +147,7 @@ fn set_irqs(call: &Call<'_, Device>) -> OpResult {
         }
     };
     call.file.set_irqs(&header, data)?;
-    DONE
+    done()
 }
 
 fn eventfd(call: &Call<'_, Device>, fd: i32) -> Result<EventFdArg, OpError> {
@@ -165,7 +165,7 @@ fn eventfd(call: &Call<'_, Device>, fd: i32) -> Result<EventFdArg, OpError> {
 
 fn reset(call: &Call<'_, Device>) -> OpResult {
     call.file.reset()?;
-    DONE
+    done()
 }
 
 fn get_hot_reset_info(call: &Call<'_, Device>) -> OpResult {
@@ -180,7 +180,7 @@ fn get_hot_reset_info(call: &Call<'_, Device>) -> OpResult {
     info.flags = if call.file.is_cdev() && fits { hot_reset_flags(&devices) } else { 0 };
     info.count = u32::try_from(devices.len()).unwrap_or(u32::MAX);
     call.write(0, info.as_bytes())?;
-    if fits { DONE } else { Err(OpError::NoRoom { needed: devices.len(), room }) }
+    if fits { done() } else { Err(OpError::NoRoom { needed: devices.len(), room }) }
 }
 
 /// Whether all devices that a hot reset resets belong to the caller's iommufd.
@@ -208,7 +208,7 @@ fn hot_reset(call: &Call<'_, Device>) -> OpResult {
     call.read(size_of::<HotReset>() as u64, fds.as_mut_bytes())?;
     let groups = fds.iter().map(|fd| group_file(call, *fd)).collect::<Result<Vec<_>, _>>()?;
     call.file.hot_reset(&groups)?;
-    DONE
+    done()
 }
 
 fn group_file(call: &Call<'_, Device>, fd: i32) -> Result<Arc<GroupFile>, OpError> {
@@ -231,7 +231,7 @@ fn feature(call: &Call<'_, Device>) -> OpResult {
             call.file.report_logging(call.caller, &report)?;
         }
     }
-    DONE
+    done()
 }
 
 fn start_logging(call: &Call<'_, Device>) -> Result<(), OpError> {

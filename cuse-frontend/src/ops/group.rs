@@ -7,7 +7,7 @@ use compat::GroupFile;
 use ioas::UserAddr;
 use zerocopy::IntoBytes;
 
-use super::{Argument, Call, DONE, Op, OpResult, Table};
+use super::{Argument, Call, Op, OpResult, Table, done};
 use crate::error::OpError;
 use crate::files::{ClientCall, File, IoctlReply, NewFile};
 use crate::iommufd::VfioIommufd;
@@ -48,7 +48,7 @@ fn get_status(call: &Call<'_, Group>) -> OpResult {
     answer.flags = if status.viable { group_flags::VIABLE } else { 0 };
     answer.flags |= if status.container_set { group_flags::CONTAINER_SET } else { 0 };
     call.write(0, answer.as_bytes())?;
-    DONE
+    done()
 }
 
 fn set_container(call: &Call<'_, Group>) -> OpResult {
@@ -60,19 +60,19 @@ fn set_container(call: &Call<'_, Group>) -> OpResult {
         Some(File::Container(container)) => call.file.set_container(call.caller, Some(container))?,
         _ => call.file.set_container(call.caller, None)?,
     }
-    DONE
+    done()
 }
 
 fn unset_container(call: &Call<'_, Group>) -> OpResult {
     call.file.unset_container()?;
-    DONE
+    done()
 }
 
 fn get_device_fd(call: &Call<'_, Group>) -> OpResult {
     let name = read_name(call.caller, call.arg)?;
     let device = call.file.device(call.caller, &String::from_utf8_lossy(&name))?;
     let file = call.server.device_file(call.caller.pid(), device);
-    Ok(IoctlReply::NewFile(NewFile::returned(file, libc::O_CLOEXEC)))
+    Ok(IoctlReply::NewFile(NewFile::returned(file, libc::O_CLOEXEC).into()))
 }
 
 /// A zero-terminated string of the client, read no further than the page in which it ends.

@@ -11,7 +11,7 @@ use ioas::caller::Capability;
 use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Argument, Call, DONE, Op, OpResult, Table, objects};
+use super::{Argument, Call, Op, OpResult, Table, done, objects};
 use crate::error::OpError;
 use crate::files::ClientCall;
 use crate::iommufd::Context;
@@ -144,7 +144,7 @@ const MAP_FLAGS: u32 = map_flags::FIXED_IOVA | map_flags::WRITEABLE | map_flags:
 
 fn destroy(call: &Call<'_, Arc<Context>>) -> OpResult {
     call.file.destroy(call.get::<Destroy>().id)?;
-    DONE
+    done()
 }
 
 fn ioas_alloc(call: &Call<'_, Arc<Context>>) -> OpResult {
@@ -154,7 +154,7 @@ fn ioas_alloc(call: &Call<'_, Arc<Context>>) -> OpResult {
     cmd.out_ioas_id = ioas.id();
     call.respond(&cmd)?;
     ioas.publish();
-    DONE
+    done()
 }
 
 fn iova_ranges(call: &Call<'_, Arc<Context>>) -> OpResult {
@@ -177,7 +177,7 @@ fn iova_ranges(call: &Call<'_, Arc<Context>>) -> OpResult {
     if ranges.len() > room as usize {
         return Err(OpError::TooSmall { needed: ranges.len(), room });
     }
-    DONE
+    done()
 }
 
 fn allow_iovas(call: &Call<'_, Arc<Context>>) -> OpResult {
@@ -186,7 +186,7 @@ fn allow_iovas(call: &Call<'_, Arc<Context>>) -> OpResult {
     let ioas = call.file.ioas(cmd.ioas_id)?;
     let ranges = load_allowed(call, cmd.allowed_iovas, cmd.num_iovas)?;
     ioas.allow_iovas(&ranges)?;
-    DONE
+    done()
 }
 
 /// Reads the list as Linux does, one range after the other: the first bad range, or the first hole in the client's
@@ -249,7 +249,7 @@ fn ioas_map(call: &Call<'_, Arc<Context>>) -> OpResult {
     let request = request(call, source, cmd.length, choice(cmd.flags, cmd.iova), access);
     cmd.iova = ioas.map(call.caller, request)?.start().0;
     call.respond(&cmd)?;
-    DONE
+    done()
 }
 
 fn ioas_map_file(call: &Call<'_, Arc<Context>>) -> OpResult {
@@ -265,7 +265,7 @@ fn ioas_map_file(call: &Call<'_, Arc<Context>>) -> OpResult {
     let request = request(call, source, cmd.length, choice(cmd.flags, cmd.iova), access);
     cmd.iova = ioas.map(call.caller, request)?.start().0;
     call.respond(&cmd)?;
-    DONE
+    done()
 }
 
 fn ioas_copy(call: &Call<'_, Arc<Context>>) -> OpResult {
@@ -280,7 +280,7 @@ fn ioas_copy(call: &Call<'_, Arc<Context>>) -> OpResult {
     let target = call.file.ioas(cmd.dst_ioas_id)?;
     cmd.dst_iova = target.copy_from(&source, range, choice(cmd.flags, cmd.dst_iova), access)?.start().0;
     call.respond(&cmd)?;
-    DONE
+    done()
 }
 
 fn ioas_unmap(call: &Call<'_, Arc<Context>>) -> OpResult {
@@ -295,14 +295,14 @@ fn ioas_unmap(call: &Call<'_, Arc<Context>>) -> OpResult {
     };
     cmd.length = ioas.start_unmap(range).finish_unless(&call.interrupt())?;
     call.respond(&cmd)?;
-    DONE
+    done()
 }
 
 fn change_process(call: &Call<'_, Arc<Context>>) -> OpResult {
     none_of("reserved", call.get::<IoasChangeProcess>().reserved)?;
     let ioases: Vec<_> = call.file.ioases().into_iter().map(|(_, ioas)| ioas).collect();
     ioas::Ioas::change_process(call.caller, &ioases)?;
-    DONE
+    done()
 }
 
 fn option(call: &Call<'_, Arc<Context>>) -> OpResult {
@@ -314,7 +314,7 @@ fn option(call: &Call<'_, Arc<Context>>) -> OpResult {
         id => return Err(OpError::Unsupported { field: "option_id", value: id.into() }),
     };
     call.write(std::mem::offset_of!(Opt, val64) as u64, value.as_bytes())?;
-    DONE
+    done()
 }
 
 fn option_rlimit_mode(call: &Call<'_, Arc<Context>>, cmd: &Opt) -> Result<u64, OpError> {
@@ -352,5 +352,5 @@ fn vfio_ioas(call: &Call<'_, Arc<Context>>) -> OpResult {
         vfio_ioas_op::CLEAR => call.file.set_compat_ioas(None)?,
         op => return Err(OpError::Unsupported { field: "op", value: op.into() }),
     }
-    DONE
+    done()
 }

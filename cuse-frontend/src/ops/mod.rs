@@ -29,11 +29,12 @@ mod request;
 #[cfg(test)]
 mod tests;
 
+use std::cell::Cell;
 use std::ops::Deref;
 
 use ioas::caller::MemoryError;
 use ioas::{Interrupt, UserAddr};
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
@@ -41,11 +42,10 @@ use crate::uapi::command;
 
 pub use added::{OpRow, RowCall};
 pub(crate) use request::Request;
+use request::copy_out_of;
 
 /// The bytes of the largest struct of any row.
 const LARGEST: usize = 80;
-/// How much of a long tail is looked at in one copy; also the alignment of those copies.
-const TAIL_CHUNK: u64 = 4096;
 
 pub(crate) type OpResult = Result<IoctlReply, OpError>;
 
@@ -69,7 +69,7 @@ pub(crate) struct Op<F: ?Sized + 'static> {
     pub(crate) name: &'static str,
     pub(crate) argument: Argument,
     /// What must hold before the argument is looked at, if anything.
-    pub(crate) ready: Option<fn(&F) -> Result<(), OpError>>,
+    pub(crate) ready: Option<Ready<F>>,
     /// It may return a descriptor, so that only a transport that can give one answers it.
     pub(crate) returns_file: bool,
     pub(crate) run: fn(&Call<'_, F>) -> OpResult,
@@ -82,6 +82,9 @@ impl<F: ?Sized> Clone for Op<F> {
 }
 
 impl<F: ?Sized> Copy for Op<F> {}
+
+/// What must hold of the file's state.
+pub(crate) type Ready<F> = fn(&F) -> Result<(), OpError>;
 
 /// What Linux finds wrong with a command and its argument before it finds that there is no such op.
 pub(crate) type BeforeUnknown<F> = fn(&F, &dyn ClientCall, u32, u64) -> Result<(), OpError>;
@@ -152,9 +155,6 @@ impl<F: ?Sized, const SLOTS: usize> Table<F, SLOTS> {
 /// What an ioctl is called that has no row.
 pub(crate) const UNKNOWN: &str = "ioctl";
 
-#[repr(C, align(8))]
-struct Buffer([u8; LARGEST]);
-
 /// One ioctl on its way: what a handler is given.
 pub(crate) struct Call<'a, F: ?Sized> {
     /// The open file.
@@ -162,7 +162,8 @@ pub(crate) struct Call<'a, F: ?Sized> {
     request: &'a Request<'a>,
     /// The struct's size as the client gave it, in bytes.
     given: u32,
-    buffer: Buffer,
+    /// The struct: a copy, zero behind what the client has; or, where nobody else can reach it, as it was brought.
+    bytes: &'a [Cell<u8>],
 }
 
 /// Who calls with what is the same for the handler as it was for the dispatcher.
@@ -186,89 +187,47 @@ impl<'a, F: ?Sized> Call<'a, F> {
         if let Some(ready) = op.ready {
             ready(file)?;
         }
-        let mut call = Self { file, request, given: 0, buffer: Buffer([0; LARGEST]) };
         match op.argument {
-            Argument::Plain => {}
-            Argument::Sized { size, min } => call.copy_in_sized(size, min)?,
-            Argument::Argsz { min } => call.copy_in_argsz(min)?,
-        }
-        run(&call)
-    }
-
-    /// One copy of the whole struct, which is what nearly every client has there; the size word alone when that
-    /// meets the end of a mapping.
-    #[inline]
-    fn copy_in_sized(&mut self, size: u32, min: u32) -> Result<(), OpError> {
-        let whole = &mut self.buffer.0[..size as usize];
-        let copied_whole = self.request.read(self.request.arg, whole).is_ok();
-        if !copied_whole {
-            self.request.read(self.request.arg, &mut self.buffer.0[..4])?;
-        }
-        self.given = self.size_word();
-        if copied_whole && self.given == size {
-            return Ok(());
-        }
-        self.fit(size, min, copied_whole)
-    }
-
-    /// The size rule for a struct that is not exactly ours.
-    fn fit(&mut self, size: u32, min: u32, copied_whole: bool) -> Result<(), OpError> {
-        let given = self.given;
-        if given < min {
-            return Err(OpError::TooShort { given, min });
-        }
-        if given > size {
-            self.check_tail(size, given)?;
-        }
-        let used = given.min(size) as usize;
-        if !copied_whole {
-            self.request.read(self.request.arg, &mut self.buffer.0[..used])?;
-        }
-        self.buffer.0[used..].fill(0);
-        Ok(())
-    }
-
-    /// Everything from `known` to `given` must be zero. Looks at no more than [`TAIL_CHUNK`] bytes at a time, each
-    /// within a page: what is not zero before a hole is E2BIG, a hole before it is EFAULT.
-    fn check_tail(&self, known: u32, given: u32) -> Result<(), OpError> {
-        let overflow = OpError::Memory(MemoryError::Fault(UserAddr(self.arg)));
-        let end = self.arg.checked_add(u64::from(given)).ok_or(overflow)?;
-        let mut chunk = [0; TAIL_CHUNK as usize];
-        let mut at = self.arg + u64::from(known);
-        while at < end {
-            let next = (at / TAIL_CHUNK + 1).saturating_mul(TAIL_CHUNK).min(end);
-            let bytes = &mut chunk[..(next - at) as usize];
-            self.request.read(at, bytes)?;
-            if bytes.iter().any(|byte| *byte != 0) {
-                return Err(OpError::TooLong { given, known });
+            Argument::Sized { size, .. } if let Some(bytes) = request.whole(size) => {
+                run(&Call { file, request, given: size, bytes })
             }
-            if self.caller.interrupted() {
-                return Err(OpError::Ioas(ioas::IoasError::Interrupted));
-            }
-            at = next;
+            argument => Self::dispatch_copied(argument, file, request, run),
         }
-        Ok(())
     }
 
-    fn copy_in_argsz(&mut self, min: u32) -> Result<(), OpError> {
-        self.request.read(self.request.arg, &mut self.buffer.0[..min as usize])?;
-        let given = self.size_word();
-        self.given = given;
-        if given < min {
-            return Err(OpError::TooShort { given, min });
-        }
-        Ok(())
-    }
-
-    fn size_word(&self) -> u32 {
-        let [a, b, c, d, ..] = self.buffer.0;
-        u32::from_ne_bytes([a, b, c, d])
+    /// As [`Self::dispatch`], for a struct that lies in the caller's memory, or is not exactly ours.
+    fn dispatch_copied(
+        argument: Argument,
+        file: &'a F,
+        request: &'a Request<'a>,
+        run: impl FnOnce(&Call<'_, F>) -> OpResult,
+    ) -> OpResult {
+        let mut buffer = [0; LARGEST];
+        let given = match argument {
+            Argument::Plain => 0,
+            Argument::Sized { size, min } => request.copy_in_sized(size, min, &mut buffer)?,
+            Argument::Argsz { min } => request.copy_in_argsz(min, &mut buffer)?,
+        };
+        run(&Call { file, request, given, bytes: Cell::from_mut(buffer.as_mut_slice()).as_slice_of_cells() })
     }
 
     /// The struct, as far as it was copied; the rest is zero.
-    pub(crate) fn get<T: FromBytes + KnownLayout + Immutable>(&self) -> T {
+    #[inline]
+    pub(crate) fn get<T: FromBytes + IntoBytes>(&self) -> T {
         const { assert!(size_of::<T>() <= LARGEST) }
-        T::read_from_prefix(&self.buffer.0).map_or_else(|_| T::new_zeroed(), |(value, _)| value)
+        let mut value = T::new_zeroed();
+        // A length that the compiler knows makes a few moves of the copy.
+        match self.bytes.get(..size_of::<T>()) {
+            Some(whole) => copy_out_of(whole, value.as_mut_bytes()),
+            None => self.copy_beginning(value.as_mut_bytes()),
+        }
+        value
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn copy_beginning(&self, value: &mut [u8]) {
+        copy_out_of(self.bytes, value);
     }
 
     /// The struct's size as the client gave it, in bytes; 0 for an op without a struct.
@@ -297,8 +256,16 @@ impl<'a, F: ?Sized> Call<'a, F> {
     #[inline]
     pub(crate) fn respond<T: IntoBytes + Immutable>(&self, value: &T) -> Result<(), OpError> {
         let bytes = value.as_bytes();
-        let bytes = bytes.get(..self.given as usize).unwrap_or(bytes);
-        Ok(self.request.write(self.request.arg, bytes)?)
+        match bytes.get(..self.given as usize) {
+            Some(part) if part.len() < bytes.len() => self.respond_in_part(part),
+            _ => Ok(self.request.write(self.request.arg, bytes)?),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn respond_in_part(&self, part: &[u8]) -> Result<(), OpError> {
+        Ok(self.request.write(self.request.arg, part)?)
     }
 
     /// Reads more of the client's argument, from `offset` bytes behind its start on.
@@ -330,7 +297,9 @@ impl<'a, F: ?Sized> Call<'a, F> {
 }
 
 /// The answer 0.
-pub(crate) const DONE: OpResult = Ok(IoctlReply::Value(0));
+pub(crate) const fn done() -> OpResult {
+    Ok(IoctlReply::Value(0))
+}
 
 /// A caller as something that ends a wait.
 pub(crate) struct CallerInterrupt<'a>(&'a dyn ClientCall);

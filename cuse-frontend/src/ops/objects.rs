@@ -13,7 +13,7 @@ use ioas::caller::Capability;
 use ioas::{Iova, IovaRange, PAGE_SHIFT, UserAddr};
 
 use super::iommufd::{below_the_last, none_of};
-use super::{Call, DONE, OpResult};
+use super::{Call, OpResult, done};
 use crate::error::OpError;
 use crate::files::{IoctlReply, NewFile};
 use crate::iommufd::{Context, HwptRequest, NewObject, Object, QueueFile};
@@ -44,7 +44,7 @@ pub(super) fn hwpt_alloc(call: &ContextCall<'_>) -> OpResult {
     cmd.out_hwpt_id = new.id();
     call.respond(&cmd)?;
     new.publish();
-    DONE
+    done()
 }
 
 pub(super) fn get_hw_info(call: &ContextCall<'_>) -> OpResult {
@@ -70,7 +70,7 @@ pub(super) fn get_hw_info(call: &ContextCall<'_>) -> OpResult {
         | bit(pasid_exec, hw_caps::PASID_EXEC)
         | bit(pasid_privileged, hw_caps::PASID_PRIV);
     call.respond(&cmd)?;
-    DONE
+    done()
 }
 
 /// Writes as much of `bytes` as there is room for, and zeroes into the rest of the room.
@@ -125,7 +125,7 @@ pub(super) fn set_dirty_tracking(call: &ContextCall<'_>) -> OpResult {
             Ok(hwpt.set_dirty_tracking(on)?)
         },
     )?;
-    DONE
+    done()
 }
 
 pub(super) fn get_dirty_bitmap(call: &ContextCall<'_>) -> OpResult {
@@ -142,7 +142,7 @@ pub(super) fn get_dirty_bitmap(call: &ContextCall<'_>) -> OpResult {
             None => Ok(()),
         }
     })?;
-    DONE
+    done()
 }
 
 /// The range of a bitmap. In Linux's order: empty (EINVAL), past the end (EOVERFLOW), alignment to the IOAS, no page
@@ -244,7 +244,7 @@ impl Piece {
 
 pub(super) fn invalidate(call: &ContextCall<'_>) -> OpResult {
     let mut cmd: Invalidate = call.get();
-    let (outcome, done) = match check_invalidate(&cmd) {
+    let (outcome, handled) = match check_invalidate(&cmd) {
         Err(error) => (Err(error), 0),
         Ok(()) => {
             let address = UserAddr(cmd.data_uptr);
@@ -253,10 +253,10 @@ pub(super) fn invalidate(call: &ContextCall<'_>) -> OpResult {
             (outcome, array.done)
         }
     };
-    cmd.entry_num = done;
+    cmd.entry_num = handled;
     call.respond(&cmd)?;
     outcome?;
-    DONE
+    done()
 }
 
 fn check_invalidate(cmd: &Invalidate) -> Result<(), OpError> {
@@ -290,7 +290,7 @@ fn give(call: &ContextCall<'_>, new: NewObject<'_>, at: usize) -> OpResult {
     let undo = file.undo();
     let file = call.server.returned_file(call.caller.pid(), Arc::new(file));
     let at = UserAddr(call.arg.wrapping_add(at as u64));
-    Ok(IoctlReply::NewFile(NewFile::written(file, libc::O_CLOEXEC, at, undo)))
+    Ok(IoctlReply::NewFile(NewFile::written(file, libc::O_CLOEXEC, at, undo).into()))
 }
 
 pub(super) fn viommu_alloc(call: &ContextCall<'_>) -> OpResult {
@@ -302,7 +302,7 @@ pub(super) fn viommu_alloc(call: &ContextCall<'_>) -> OpResult {
     cmd.out_viommu_id = new.id();
     call.respond(&cmd)?;
     new.publish();
-    DONE
+    done()
 }
 
 /// Kind 0 of anything is kept free.
@@ -317,7 +317,7 @@ pub(super) fn vdevice_alloc(call: &ContextCall<'_>) -> OpResult {
     call.respond(&cmd)?;
     new.publish();
     call.file.settle_virtual_device(cmd.out_vdevice_id);
-    DONE
+    done()
 }
 
 pub(super) fn veventq_alloc(call: &ContextCall<'_>) -> OpResult {
@@ -344,7 +344,7 @@ pub(super) fn hw_queue_alloc(call: &ContextCall<'_>) -> OpResult {
     cmd.out_hw_queue_id = new.id();
     call.respond(&cmd)?;
     new.publish();
-    DONE
+    done()
 }
 
 /// Where an IOVA lies for a device that has no IOMMU: a number of ours that stays, and how far it goes on.
@@ -362,7 +362,7 @@ pub(super) fn noiommu_get_pa(call: &ContextCall<'_>) -> OpResult {
     let (address, length) = call.file.noiommu_address(cmd.ioas_id, Iova(cmd.iova), cmd.length)?;
     (cmd.out_phys, cmd.length) = (address, length);
     call.respond(&cmd)?;
-    DONE
+    done()
 }
 
 impl Context {

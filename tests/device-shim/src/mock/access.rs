@@ -165,7 +165,7 @@ pub(super) fn create(call: &TestCall<'_>) -> Answer {
     let offset = std::mem::offset_of!(wire::Command, body) + std::mem::offset_of!(wire::CreateAccess, out_access_fd);
     let at = UserAddr(call.row.address().wrapping_add(offset as u64));
     let file = call.row.server().returned_file(call.row.caller().pid(), access);
-    Ok(IoctlReply::NewFile(NewFile::written(file, nix::fcntl::OFlag::O_CLOEXEC.bits(), at, || ())))
+    Ok(IoctlReply::NewFile(NewFile::written(file, nix::fcntl::OFlag::O_CLOEXEC.bits(), at, || ()).into()))
 }
 
 /// ACCESS_REPLACE_IOAS.

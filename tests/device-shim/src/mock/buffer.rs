@@ -93,7 +93,7 @@ pub(super) fn get(call: &TestCall<'_>) -> Answer {
     }
     let file = call.row.server().returned_file(call.row.caller().pid(), Arc::new(Buffer::new(length)?));
     let flags = body.open_flags.cast_signed() & nix::fcntl::OFlag::O_CLOEXEC.bits();
-    Ok(IoctlReply::NewFile(NewFile::returned(file, flags)))
+    Ok(IoctlReply::NewFile(NewFile::returned(file, flags).into()))
 }
 
 /// DMABUF_REVOKE: takes a buffer's memory away, or gives it back.
