@@ -168,13 +168,19 @@ pub enum OpError {
     },
     /// From a container, a group or a device.
     #[error(transparent)]
-    Vfio(#[from] VfioError),
+    Vfio(Box<VfioError>),
     /// From the IOAS.
     #[error(transparent)]
     Ioas(#[from] IoasError),
     /// From the table of objects.
     #[error(transparent)]
     Object(#[from] ObjectError),
+}
+
+impl From<VfioError> for OpError {
+    fn from(error: VfioError) -> Self {
+        Self::Vfio(Box::new(error))
+    }
 }
 
 impl OpError {

@@ -39,9 +39,9 @@ pub enum AttachError {
         /// The device.
         device: Arc<str>,
         /// The device's format.
-        has: Format,
+        has: Box<Format>,
         /// The format of the first device of the group.
-        wanted: Format,
+        wanted: Box<Format>,
     },
     /// The HWPT does not fit the group: its format, its coherency or its dirty tracking.
     #[error("HWPT {hwpt} does not fit group {group}: {reason}")]

@@ -106,7 +106,7 @@ impl Needs {
             let other = Self::of_device(device);
             if (&other.format, &other.windows) != (&needs.format, &needs.windows) {
                 let (device, has, wanted) = (Arc::clone(device.name()), other.format, needs.format);
-                return Err(AttachError::MixedGroup { group, device, has, wanted });
+                return Err(AttachError::MixedGroup { group, device, has: has.into(), wanted: wanted.into() });
             }
             needs.coherent &= other.coherent;
             needs.dirty_tracking &= other.dirty_tracking;

@@ -287,10 +287,10 @@ fn unmap_dma<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
     };
     let request = UnmapDma { flags, iova: unmap.iova, size: unmap.size, bitmap };
     let outcome = call.file.unmap_dma(call.caller, &call.interrupt(), &request);
+    // The client is told what went, also when not all did.
     unmap.size = match &outcome {
         Ok(bytes) => *bytes,
-        // The client is told what went all the same.
-        Err(OpError::Vfio(VfioError::PartlyUnmapped { bytes, .. })) => *bytes,
+        Err(OpError::Vfio(error)) if let VfioError::PartlyUnmapped { bytes, .. } = **error => bytes,
         Err(_) => return outcome.and(done()),
     };
     call.write(0, unmap.as_bytes())?;
