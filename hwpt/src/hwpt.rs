@@ -225,7 +225,7 @@ impl Hwpt {
     /// Its windows, if they are filled one TCE at a time.
     #[must_use]
     pub fn windows(&self) -> Option<&Windows> {
-        self.table.windows()
+        self.table.tces()
     }
 
     /// How often its caches were emptied.

@@ -373,7 +373,7 @@ impl HwptList {
             let members = self.members.lock();
             let filled = members.tables.iter().map(|used| &used.table);
             let windowed =
-                members.hwpts.iter().map(|member| member.hwpt.table()).filter(|table| table.windows().is_some());
+                members.hwpts.iter().map(|member| member.hwpt.table()).filter(|table| table.tces().is_some());
             let tables: Vec<_> = filled.chain(windowed).cloned().collect();
             (tables, members.hwpts.iter().map(|member| Arc::clone(&member.hwpt)).collect::<Vec<_>>())
         };
@@ -535,7 +535,8 @@ impl HwptList {
             used.hwpts += 1;
             return Ok(Arc::clone(&used.table));
         }
-        let table = Arc::new(Table::new(format.clone())?);
+        let others: Vec<_> = self.members.lock().tables.iter().map(|used| Arc::clone(&used.table)).collect();
+        let table = Arc::new(Table::new(format.clone(), &others)?);
         self.ioas.add_table(Arc::clone(&table) as Arc<dyn PageTable>)?;
         self.members.lock().tables.push(Used { table: Arc::clone(&table), hwpts: 1 });
         Ok(table)

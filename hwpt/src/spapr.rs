@@ -18,11 +18,13 @@
 //!
 //! What this folder refuses to know: regions, containers, charges, and any client's words for windows.
 
+mod areas;
 mod rules;
 mod sparse;
 mod tce;
 mod windows;
 
+pub(crate) use areas::AreaWindows;
 pub use rules::{WindowError, WindowRules, WindowShape};
 pub use tce::{Tce, TceTable, View};
 pub use windows::Windows;

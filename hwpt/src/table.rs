@@ -5,23 +5,25 @@
 //! An unmap reaches the HWPTs here: each flushes its IOTLB and forgets its dirty pages.
 //!
 //! [`Tree`] is where other kinds of table come in (windows, tables that a guest owns): a kind is a variant with the
-//! same five operations, and nothing outside this file matches on it.
+//! same few operations, and nothing outside this file matches on it.
 
 use std::sync::{Arc, Weak};
 
-use ioas::table::{PageTable, TableFull};
-use ioas::{Access, FrameRun, Iova, IovaRange};
+use ioas::table::{PageTable, TableFull, Window};
+use ioas::{Access, FrameRun, Iova, IovaRange, PAGE_SIZE};
 use parking_lot::RwLock;
 
 use crate::format::Format;
 use crate::hwpt::Hwpt;
 use crate::radix::{RadixTable, Translation};
-use crate::spapr::Windows;
+use crate::spapr::{AreaWindows, Windows};
 use crate::sys::Pin;
 
 /// What the leaves lie in.
 enum Tree {
     Radix(RadixTable),
+    /// Windows that the IOAS fills.
+    Areas(AreaWindows),
     /// Windows that are filled one TCE at a time. The IOAS has no area, and does not fill this table.
     Tces(Windows, Format),
 }
@@ -34,9 +36,24 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// An empty radix table.
-    pub(crate) fn new(format: Format) -> Result<Self, TableFull> {
-        Ok(Self { tree: Tree::Radix(RadixTable::new(format)?), beside: RwLock::default() })
+    /// A table of `format` for the IOAS that fills `others`. It is empty, but for windows that it shares with them.
+    pub(crate) fn new(format: Format, others: &[Arc<Self>]) -> Result<Self, TableFull> {
+        let tree = match format.window_pages() {
+            None => Tree::Radix(RadixTable::new(format)?),
+            Some(windows) => {
+                let windows: Vec<_> = windows.into_iter().map(|(range, page)| Window { range, page }).collect();
+                let others: Vec<_> = others.iter().filter_map(|other| other.areas()).collect();
+                Tree::Areas(AreaWindows::new(format, &windows, &others)?)
+            }
+        };
+        Ok(Self { tree, beside: RwLock::default() })
+    }
+
+    const fn areas(&self) -> Option<&AreaWindows> {
+        match &self.tree {
+            Tree::Areas(areas) => Some(areas),
+            Tree::Radix(_) | Tree::Tces(..) => None,
+        }
     }
 
     /// A table of windows, which are filled from elsewhere.
@@ -48,14 +65,15 @@ impl Table {
     pub(crate) const fn format(&self) -> &Format {
         match &self.tree {
             Tree::Radix(radix) => radix.format(),
+            Tree::Areas(areas) => areas.format(),
             Tree::Tces(_, format) => format,
         }
     }
 
     /// The windows, if they are filled one TCE at a time.
-    pub(crate) const fn windows(&self) -> Option<&Windows> {
+    pub(crate) const fn tces(&self) -> Option<&Windows> {
         match &self.tree {
-            Tree::Radix(_) => None,
+            Tree::Radix(_) | Tree::Areas(_) => None,
             Tree::Tces(windows, _) => Some(windows),
         }
     }
@@ -65,6 +83,7 @@ impl Table {
     pub(crate) fn walk(&self, iova: Iova, pin: &Pin) -> Option<Translation> {
         match &self.tree {
             Tree::Radix(radix) => radix.walk(iova, pin),
+            Tree::Areas(areas) => areas.walk(iova, pin),
             Tree::Tces(windows, _) => windows.walk(iova, pin),
         }
     }
@@ -72,6 +91,7 @@ impl Table {
     pub(crate) fn leaves(&self) -> u64 {
         match &self.tree {
             Tree::Radix(radix) => radix.leaves(),
+            Tree::Areas(areas) => areas.leaves(),
             Tree::Tces(windows, _) => windows.tables().map(|table| table.used()).sum(),
         }
     }
@@ -79,7 +99,7 @@ impl Table {
     /// From now on `hwpt` hears of every unmap.
     pub(crate) fn join(&self, hwpt: &Arc<Hwpt>) {
         self.beside.write().push(Arc::downgrade(hwpt));
-        self.windows().into_iter().flat_map(Windows::tables).for_each(|table| table.join(hwpt));
+        self.tces().into_iter().flat_map(Windows::tables).for_each(|table| table.join(hwpt));
     }
 
     /// Clears leaves and tells nobody: what a missing flush would leave behind.
@@ -90,16 +110,44 @@ impl Table {
         }
     }
 
+    /// The HWPTs beside it hear that leaves of `range` are gone.
+    fn tell(&self, range: IovaRange) {
+        for hwpt in self.beside.read().iter().filter_map(Weak::upgrade) {
+            hwpt.unmapped(range);
+        }
+    }
+
     /// `hwpt` hears of nothing more.
     pub(crate) fn leave(&self, hwpt: &Arc<Hwpt>) {
         self.beside.write().retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(hwpt)));
-        self.windows().into_iter().flat_map(Windows::tables).for_each(|table| table.leave(hwpt));
+        self.tces().into_iter().flat_map(Windows::tables).for_each(|table| table.leave(hwpt));
     }
 }
 
 impl PageTable for Table {
     fn min_page_size(&self) -> u64 {
-        self.format().min_page_size()
+        // What holds in every window; more is said by `windows`.
+        let all = if self.format().window_pages().is_some() { PAGE_SIZE } else { u64::MAX };
+        self.format().min_page_size().min(all)
+    }
+
+    fn windows(&self) -> Vec<Window> {
+        self.areas().map(AreaWindows::windows).unwrap_or_default()
+    }
+
+    fn begin_filling(&self) -> Vec<IovaRange> {
+        self.areas().map(AreaWindows::begin_filling).unwrap_or_default()
+    }
+
+    fn end_filling(&self) {
+        let everything = IovaRange::everything();
+        match &self.tree {
+            Tree::Areas(areas) => {
+                areas.end_filling();
+                self.tell(everything);
+            }
+            Tree::Radix(_) | Tree::Tces(..) => self.unmap(everything),
+        }
     }
 
     fn apertures(&self) -> Vec<IovaRange> {
@@ -109,6 +157,7 @@ impl PageTable for Table {
     fn map(&self, range: IovaRange, frames: &[FrameRun], offset: u64, access: Access) -> Result<(), TableFull> {
         match &self.tree {
             Tree::Radix(radix) => radix.map(range, frames, offset, access),
+            Tree::Areas(areas) => areas.map(range, frames, offset, access),
             Tree::Tces(..) => Err(TableFull(range.start())),
         }
     }
@@ -116,6 +165,7 @@ impl PageTable for Table {
     fn split(&self, at: Iova) -> Result<(), TableFull> {
         match &self.tree {
             Tree::Radix(radix) => radix.split(at),
+            Tree::Areas(areas) => areas.split(at),
             Tree::Tces(..) => Ok(()),
         }
     }
@@ -123,10 +173,9 @@ impl PageTable for Table {
     fn unmap(&self, range: IovaRange) {
         match &self.tree {
             Tree::Radix(radix) => radix.unmap(range),
+            Tree::Areas(areas) => areas.unmap(range),
             Tree::Tces(..) => {}
         }
-        for hwpt in self.beside.read().iter().filter_map(Weak::upgrade) {
-            hwpt.unmapped(range);
-        }
+        self.tell(range);
     }
 }

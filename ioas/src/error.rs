@@ -80,6 +80,17 @@ pub enum IoasError {
         /// The IOAS's alignment in bytes.
         alignment: u64,
     },
+    /// IOVAs that no window has.
+    #[error("IOVA {0} is in no window")]
+    OutsideWindows(IovaRange),
+    /// IOVAs that begin in a window and go on beyond its end.
+    #[error("IOVA {range} passes the end of window {window}")]
+    CrossesWindow {
+        /// The IOVAs.
+        range: IovaRange,
+        /// The window.
+        window: IovaRange,
+    },
     /// An IOVA or user address that is no multiple of the alignment.
     #[error("address {address:#x} is no multiple of {alignment:#x}")]
     Misaligned {
@@ -180,7 +191,7 @@ pub enum IoasError {
     #[error("area {0} is no mapping of a file")]
     NotOfFile(IovaRange),
     /// An area or an allowed range lies where something is to be reserved, or has an alignment that a table cannot
-    /// take.
+    /// take, or lies across two of its windows.
     #[error("IOVA {range} is in use by {user}")]
     InUse {
         /// To be reserved.
@@ -265,6 +276,8 @@ impl IoasError {
         match self {
             Self::BadLength { .. }
             | Self::Misaligned { .. }
+            | Self::OutsideWindows(_)
+            | Self::CrossesWindow { .. }
             | Self::BadAllowed(_)
             | Self::Reserved { .. }
             | Self::PageTooLarge(_)

@@ -33,6 +33,7 @@ use crate::request::{
 use crate::resolve::{self, Rights};
 use crate::store::PageStore;
 use crate::table::PageTable;
+use crate::windows::Windows;
 
 mod accesses;
 mod process;
@@ -316,7 +317,7 @@ impl Ioas {
     #[doc(alias = "iopt_area_split")]
     pub fn split(&self, at: Iova) -> Result<(), IoasError> {
         let tables = self.tables.lock();
-        let alignment = self.alignment();
+        let alignment = self.map.lock().alignment_at(at);
         let Some(area) = self.area_at(at).filter(|area| area.range.start() != at) else { return Ok(()) };
         let (shut, pinned) = self
             .map
@@ -352,10 +353,10 @@ impl Ioas {
         self.map.lock().unreserved()
     }
 
-    /// The alignment in bytes of IOVAs, lengths and user addresses.
+    /// The alignment in bytes of IOVAs, lengths and, up to a page, user addresses; in some windows it is more.
     #[must_use]
     pub fn alignment(&self) -> u64 {
-        self.map.lock().alignment()
+        self.map.lock().smallest_alignment()
     }
 
     /// Replaces the list of IOVAs from which automatic ones come; an empty list allows all.
@@ -417,12 +418,12 @@ impl Ioas {
     /// Fills a new table with all areas; all later ones reach it too.
     ///
     /// # Errors
-    /// EINVAL for pages that are too large, EADDRINUSE when an area lies outside the apertures or is misaligned,
-    /// EFAULT and ENOMEM from holding and charging; nothing has changed.
+    /// EINVAL for pages that are too large, EADDRINUSE when an area lies outside the apertures, is misaligned or lies
+    /// across two windows, EFAULT and ENOMEM from holding and charging; nothing has changed.
     #[doc(alias = "iopt_table_add_domain")]
     pub fn add_table(&self, table: Arc<dyn PageTable>) -> Result<(), IoasError> {
         let mut tables = self.tables.lock();
-        let before = self.alignment();
+        let before = self.map.lock().alignment();
         let page = table.min_page_size();
         if page > PAGE_SIZE {
             return Err(IoasError::PageTooLarge(page));
@@ -431,16 +432,19 @@ impl Ioas {
         let outside = ReservationOwner::unique();
         let mut filled = Vec::new();
         let first = tables.list.is_empty();
-        let entry = [TableEntry { table, outside }];
+        let entry = TableEntry { table, outside };
+        let windows = windows_of(tables.list.iter().chain([&entry]));
         let result = self
-            .reserve_locked(outside, &complement(&entry[0].table.apertures()))
-            .and_then(|()| self.replay(&entry[0].table, first.then_some(&mut filled)));
+            .reserve_locked(outside, &complement(&entry.table.apertures()))
+            .and_then(|()| self.map.lock().set_windows(windows))
+            .and_then(|()| self.replay(&entry.table, first.then_some(&mut filled)));
         match result {
-            Ok(()) => tables.list.extend(entry),
+            Ok(()) => tables.list.push(entry),
             Err(_) => {
-                entry[0].table.unmap(IovaRange::everything());
                 self.unreserve(outside);
-                let _ = self.map.lock().set_alignment(before);
+                let mut map = self.map.lock();
+                let _ = map.set_windows(windows_of(tables.list.iter()));
+                let _ = map.set_alignment(before);
             }
         }
         drop(tables);
@@ -450,10 +454,11 @@ impl Ioas {
         result
     }
 
-    /// Writes all areas into `table`; with `filled`, it is the first and they must be filled for it.
+    /// Writes all areas into `table`, but those that are there already; with `filled`, it is the first and they must be
+    /// filled for it.
     fn replay(&self, table: &Arc<dyn PageTable>, mut filled: Option<&mut Vec<Release>>) -> Result<(), IoasError> {
         let mut runs = Vec::new();
-        self.for_each_area(|start, area| {
+        let mut write = |start: u64, area: &Area| {
             let slice = area.slice(start);
             runs.clear();
             match filled.as_deref_mut() {
@@ -467,19 +472,26 @@ impl Ioas {
                 return Err(IoasError::NoDirection(area.range(start)));
             }
             Ok(table.map(area.range(start), &runs, area.page_offset(), area.access)?)
-        })
+        };
+        let missing = complement(&table.begin_filling());
+        let written = missing.into_iter().try_for_each(|range| self.for_each_area(range, &mut write));
+        written.inspect_err(|_| table.end_filling())
     }
 
-    /// Calls `each` for every area, ascending, without the map's lock. The areas cannot change: the caller holds
-    /// `tables`.
-    fn for_each_area(&self, mut each: impl FnMut(u64, &Area) -> Result<(), IoasError>) -> Result<(), IoasError> {
+    /// Calls `each` for every area in `range`, across whose ends none lies, ascending, without the map's lock. The
+    /// areas cannot change: the caller holds `tables`.
+    fn for_each_area(
+        &self,
+        range: IovaRange,
+        each: &mut impl FnMut(u64, &Area) -> Result<(), IoasError>,
+    ) -> Result<(), IoasError> {
         const BATCH: usize = 256;
-        let mut rest = Some(IovaRange::everything());
+        let (mut rest, end) = (Some(range), range.last());
         while let Some(range) = rest {
             let batch: Vec<(u64, Area)> =
                 self.map.lock().overlapping(range).take(BATCH).map(|(start, area)| (start, area.clone())).collect();
             let next = batch.last().and_then(|(_, area)| area.last.checked_add(1));
-            rest = next.and_then(|next| IovaRange::from_bounds(Iova(next), Iova(u64::MAX)).ok());
+            rest = next.and_then(|next| IovaRange::from_bounds(Iova(next), end).ok());
             for (start, area) in &batch {
                 each(*start, area)?;
             }
@@ -499,7 +511,7 @@ impl Ioas {
         let mut releases = Vec::new();
         if let Some(at) = tables.list.iter().position(|entry| Arc::ptr_eq(&entry.table, table)) {
             let entry = tables.list.remove(at);
-            entry.table.unmap(IovaRange::everything());
+            entry.table.end_filling();
             self.unreserve(entry.outside);
             self.relax_alignment(&tables);
             if tables.list.is_empty() {
@@ -670,6 +682,10 @@ fn alignment_of(tables: &Tables, huge_pages: bool) -> u64 {
     let base = if huge_pages { 1 } else { PAGE_SIZE };
     let of_tables = tables.list.iter().map(|entry| entry.table.min_page_size());
     of_tables.chain(tables.accesses.iter().map(|entry| entry.alignment)).fold(base, u64::max)
+}
+
+fn windows_of<'a>(tables: impl Iterator<Item = &'a TableEntry>) -> Windows {
+    Windows::of_tables(tables.map(|entry| entry.table.windows()))
 }
 
 /// The ranges of areas, those that touch joined.

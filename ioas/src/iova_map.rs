@@ -13,6 +13,7 @@ use crate::addr::{Access, Iova, IovaRange, PAGE_SIZE};
 use crate::error::IoasError;
 use crate::pages::{Pages, Slice};
 use crate::request::{AreaView, IovaChoice, ReservationOwner};
+use crate::windows::Windows;
 
 /// Linux's HPAGE_SIZE: automatic IOVAs keep alignment up to it.
 const HUGE_PAGE: u64 = 2 << 20;
@@ -129,13 +130,15 @@ pub(crate) struct IovaMap {
     leaving: BTreeMap<u64, u64>,
     /// In bytes, a power of two.
     alignment: u64,
+    /// Where more than that is demanded.
+    windows: Windows,
     huge_pages: bool,
     /// No IOVA from [`PAGE_SIZE`] to here (exclusive) is free: where a search for one starts.
     full_below: u64,
 }
 
 impl IovaMap {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             areas: BTreeMap::new(),
             mapped_bytes: 0,
@@ -145,6 +148,7 @@ impl IovaMap {
             allowed: Vec::new(),
             leaving: BTreeMap::new(),
             alignment: 1,
+            windows: Windows::default(),
             huge_pages: true,
             full_below: PAGE_SIZE,
         }
@@ -152,6 +156,16 @@ impl IovaMap {
 
     pub(crate) const fn alignment(&self) -> u64 {
         self.alignment
+    }
+
+    /// The alignment of areas at `iova`, in bytes.
+    pub(crate) fn alignment_at(&self, iova: Iova) -> u64 {
+        self.alignment.max(self.windows.page_at(iova))
+    }
+
+    /// The smallest alignment of areas anywhere, in bytes.
+    pub(crate) fn smallest_alignment(&self) -> u64 {
+        self.alignment.max(self.windows.smallest_page())
     }
 
     pub(crate) const fn huge_pages(&self) -> bool {
@@ -169,8 +183,9 @@ impl IovaMap {
     /// Where `pieces` would be mapped, after all of Linux's checks. Nothing changes.
     pub(crate) fn place(&self, pieces: &[Piece], choice: IovaChoice, access: Access) -> Result<IovaRange, IoasError> {
         let length: u64 = pieces.iter().map(|piece| piece.length).sum();
-        if length == 0 || length & (self.alignment - 1) != 0 {
-            return Err(IoasError::BadLength { length, alignment: self.alignment });
+        let alignment = self.smallest_alignment();
+        if length == 0 || length & (alignment - 1) != 0 {
+            return Err(IoasError::BadLength { length, alignment });
         }
         let start = match choice {
             IovaChoice::Fixed(iova) => self.check_fixed(iova, length)?,
@@ -199,6 +214,7 @@ impl IovaMap {
         if let Some(reserved) = self.first_reserved(wanted) {
             return Err(IoasError::Reserved { range: wanted, reserved });
         }
+        self.windows.check(wanted)?;
         if let Some(area) = self.first_used(wanted) {
             return Err(IoasError::Overlap { range: wanted, area });
         }
@@ -217,13 +233,15 @@ impl IovaMap {
         if alignment < self.alignment {
             return Err(IoasError::Misaligned { address, alignment: self.alignment });
         }
-        let fit = Fit { length, alignment, page_offset: address & (PAGE_SIZE - 1) };
         let limits = range(PAGE_SIZE, u64::MAX - PAGE_SIZE);
         for allowed in self.allowed_spans().filter_map(|span| span.intersection(limits)) {
-            if let Some(start) = fit.start_in(allowed)
-                && let Some(found) = self.first_fit(range(start, allowed.last().0), fit)
-            {
-                return Ok(found);
+            for (part, page) in self.windows.parts(allowed, length) {
+                let fit = Fit { length, alignment: alignment.max(page), page_offset: address & (PAGE_SIZE - 1) };
+                if let Some(start) = fit.start_in(part)
+                    && let Some(found) = self.first_fit(range(start, part.last().0), fit)
+                {
+                    return Ok(found);
+                }
             }
         }
         Err(IoasError::NoSpace { length })
@@ -537,6 +555,25 @@ impl IovaMap {
             }
         }
         self.alignment = alignment;
+        Ok(())
+    }
+
+    /// Sets the windows; all areas must obey them where they are stricter than those of before.
+    pub(crate) fn set_windows(&mut self, windows: Windows) -> Result<(), IoasError> {
+        let refuse = |user| Err(IoasError::InUse { range: user, user });
+        for end in windows.ends() {
+            let across = self.overlapping(range(end.0, end.0)).map(|(start, area)| area.range(start));
+            if let Some(area) = across.into_iter().find(|area| area.last() > end) {
+                return refuse(area);
+            }
+        }
+        for part in windows.stricter_than(&self.windows, self.alignment) {
+            let mut areas = self.overlapping(part).map(|(start, area)| area.range(start));
+            if let Some(area) = areas.find(|area| windows.check(*area).is_err()) {
+                return refuse(area);
+            }
+        }
+        self.windows = windows;
         Ok(())
     }
 

@@ -34,6 +34,7 @@ mod store;
 mod sys;
 pub mod table;
 pub mod thread;
+mod windows;
 
 pub use access::{AccessKind, AccessMode, AccessUser, IoasAccess};
 pub use addr::{

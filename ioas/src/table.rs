@@ -14,6 +14,15 @@ use crate::addr::{Access, FrameRun, Iova, IovaRange};
 #[error("no memory for a node of the I/O page table at {0}")]
 pub struct TableFull(pub Iova);
 
+/// An aperture with a page of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// Its IOVAs, made of whole pages.
+    pub range: IovaRange,
+    /// The page in bytes, a power of two: an area in the window begins and ends at multiples of it.
+    pub page: u64,
+}
+
 /// An I/O page table that an IOAS fills.
 pub trait PageTable: Send + Sync {
     /// The smallest page in bytes: IOVA, user address and length of every area are multiples of it.
@@ -22,6 +31,24 @@ pub trait PageTable: Send + Sync {
 
     /// The IOVAs it can translate, sorted, not overlapping. One range for most formats, one per window for SPAPR.
     fn apertures(&self) -> Vec<IovaRange>;
+
+    /// The apertures, sorted, if they are windows: then an area lies in one of them and is aligned to its page, which
+    /// may be larger than [`crate::PAGE_SIZE`]. Empty for a table that is alike everywhere.
+    fn windows(&self) -> Vec<Window> {
+        Vec::new()
+    }
+
+    /// The IOAS fills it from now on. Returns the ranges, sorted, not overlapping, that are filled already because the
+    /// table shares them with another that this IOAS fills.
+    fn begin_filling(&self) -> Vec<IovaRange> {
+        Vec::new()
+    }
+
+    /// The IOAS fills it no more, or could not begin to: clears every leaf that is not shared with a table that it
+    /// still fills, and tells the HWPTs beside the table, as [`Self::unmap`] does. Neither fails nor allocates.
+    fn end_filling(&self) {
+        self.unmap(IovaRange::everything());
+    }
 
     /// Writes leaves so that `range` translates to `frames`, one after the other, from `offset` bytes into the
     /// first frame on (0 but where the table's pages are smaller than a frame). The frames cover the range.

@@ -7,4 +7,5 @@ mod dma;
 mod failing;
 mod nested;
 mod pages;
+mod windows;
 mod world;

@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
-use super::{Ioas, Tables, alignment_of};
+use super::{Ioas, Tables, alignment_of, windows_of};
 use crate::access::{AccessMode, IoasAccess};
 use crate::addr::{Access, FrameRun, IovaRange, PAGE_SIZE, UserAddr};
 use crate::error::{FaultReason, IoasError};
@@ -58,11 +58,12 @@ impl Ioas {
         self.relax_alignment(&tables);
     }
 
-    /// Has no more alignment than the tables and accesses demand; a smaller one suits every area.
+    /// Has no more alignment and no more windows than the tables and accesses demand; less suits every area.
     pub(super) fn relax_alignment(&self, tables: &Tables) {
         let mut map = self.map.lock();
         let alignment = alignment_of(tables, map.huge_pages());
         let _ = map.set_alignment(alignment);
+        let _ = map.set_windows(windows_of(tables.list.iter()));
     }
 
     /// Holds the pages of `range` and counts them as pinned in their areas; with `lock` the areas cannot be unmapped.
