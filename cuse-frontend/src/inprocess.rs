@@ -196,12 +196,13 @@ impl InProcess {
     }
 
     /// Takes over a file of memory. Returns its descriptor number, which nobody can give to another file any more, and
-    /// its size is sealed, so calls that name it need not look at it again.
+    /// its size and its rights are sealed, so calls that name it need not look at it again.
     ///
     /// # Errors
-    /// EINVAL for a file that is not sealed against growing and shrinking; the file cannot be looked at.
+    /// EINVAL for a file that is not sealed against growing, shrinking and further seals; the file cannot be looked at.
     pub fn adopt(&self, file: File) -> io::Result<i32> {
-        const FIXED: i32 = libc::F_SEAL_GROW | libc::F_SEAL_SHRINK;
+        // A further seal could take the right to write away.
+        const FIXED: i32 = libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
         let file = OwnedFd::from(file);
         if sys::seals(&file) & FIXED != FIXED {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));

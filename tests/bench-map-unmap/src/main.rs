@@ -3,9 +3,21 @@
 //!
 //! Static, so that it runs in the reference VM, where the kernel has iommufd and its mock domain (IOMMU_TEST_CMD).
 //! Both sides get the same struct, the same memfd and the same fixed IOVA, and check limits and rights as they always
-//! do: RLIMIT_MEMLOCK holds for both, because the program gives up CAP_IPC_LOCK first. The kernel has the caller's limit
-//! and capabilities at hand; our front end is told them once, because to ask for them is a call of the very kernel that
-//! it is compared with. Where the kernel has no mock domain the peer is missing and the line says so.
+//! do: RLIMIT_MEMLOCK holds for both, because the program gives up CAP_IPC_LOCK first. Where the kernel has no mock
+//! domain the peer is missing and the line says so.
+//!
+//! What is the same on both sides, in each call: the file is found by its number, the op by its command, the struct's
+//! size and unknown flags are checked, the IOAS is found by its id and kept from being destroyed, the memfd is found by
+//! its number, its kind and size are checked against what is asked (on our side the descriptor's rights too, which Linux
+//! does not look at), the user, the capability and the limit are looked at, the page is held and charged, and the answer
+//! is written.
+//!
+//! What is not: the kernel's side enters the kernel, which is the price of an ioctl there, and copies its struct from
+//! and to user memory, where ours is handed the struct's bytes. The kernel finds the caller's limit and capabilities in
+//! its own memory; ours is told them once and finds them in its own too, because to ask for them is a call of the very
+//! kernel that it is compared with. And our front end adopts the memfd once, sealed so that neither its size nor its
+//! rights can change, and finds what it saw then, where the kernel reads the inode. A client over FUSE pays for all of
+//! these with system calls; what such a call costs is the bench `fuse`.
 
 #![deny(unsafe_code)]
 
@@ -61,7 +73,8 @@ fn main() -> Result<()> {
     let memory = File::from(memfd_create("memory", MFdFlags::MFD_ALLOW_SEALING)?);
     memory.set_len(PAGE)?;
     // As QEMU's memory-backend-memfd does; our front end need not ask for the size again.
-    fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK))?;
+    let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
     let ours = ours::Ours::new(memory.try_clone()?)?;
     let our_time = measure(&ours, ours.ioas(), ours.memory()).context("ours")?;
     match kernel::Kernel::open() {
