@@ -78,7 +78,7 @@ pub(super) fn bind_again(call: &Call<'_, Arc<DeviceFile>>) -> OpResult {
 }
 
 /// A device that was opened through its group does not know the ops that attach.
-pub(super) fn is_cdev(device: &Arc<DeviceFile>) -> Result<(), OpError> {
+pub(super) fn is_cdev(device: &Arc<DeviceFile>, _: &dyn ClientCall) -> Result<(), OpError> {
     let unknown = VfioError::NotSupported("attaching a device that was opened through its group");
     if device.is_cdev() { Ok(()) } else { Err(unknown.into()) }
 }

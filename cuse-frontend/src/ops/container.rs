@@ -16,7 +16,7 @@ use ioas::caller::Caller;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::caps::{CapChain, info_chain};
-use super::{Argument, Call, Op, OpResult, Table, done};
+use super::{Argument, Call, Op, OpResult, Ready, Table, done};
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
 use crate::iommufd::Context;
@@ -157,7 +157,7 @@ const fn op<F: ContainerFile>(
     nr: u8,
     name: &'static str,
     min: usize,
-    ready: fn(&F) -> Result<(), OpError>,
+    ready: Ready<F>,
     run: fn(&Call<'_, F>) -> OpResult,
 ) -> Op<F> {
     Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: Some(ready), returns_file: false, run }
@@ -177,26 +177,32 @@ const fn table<F: ContainerFile>() -> Table<F, SLOTS> {
             plain(nr::GET_API_VERSION, "VFIO_GET_API_VERSION", api_version),
             plain(nr::CHECK_EXTENSION, "VFIO_CHECK_EXTENSION", check_extension),
             plain(nr::SET_IOMMU, "VFIO_SET_IOMMU", set_iommu),
-            op(nr::IOMMU_GET_INFO, "VFIO_IOMMU_GET_INFO", INFO_MIN, |c| Ok(c.ready(ContainerOp::GetInfo)?), get_info),
+            op(
+                nr::IOMMU_GET_INFO,
+                "VFIO_IOMMU_GET_INFO",
+                INFO_MIN,
+                |c, _| Ok(c.ready(ContainerOp::GetInfo)?),
+                get_info,
+            ),
             op(
                 nr::IOMMU_MAP_DMA,
                 "VFIO_IOMMU_MAP_DMA",
                 size_of::<DmaMap>(),
-                |c| Ok(c.ready(ContainerOp::MapDma)?),
+                |c, _| Ok(c.ready(ContainerOp::MapDma)?),
                 map_dma,
             ),
             op(
                 nr::IOMMU_UNMAP_DMA,
                 "VFIO_IOMMU_UNMAP_DMA",
                 size_of::<DmaUnmap>(),
-                |c| Ok(c.ready(ContainerOp::UnmapDma)?),
+                |c, _| Ok(c.ready(ContainerOp::UnmapDma)?),
                 unmap_dma,
             ),
             op(
                 nr::IOMMU_DIRTY_PAGES,
                 "VFIO_IOMMU_DIRTY_PAGES",
                 size_of::<DirtyBitmap>(),
-                |c| Ok(c.ready(ContainerOp::DirtyPages)?),
+                |c, _| Ok(c.ready(ContainerOp::DirtyPages)?),
                 dirty_pages,
             ),
         ],

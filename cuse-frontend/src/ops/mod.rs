@@ -83,8 +83,8 @@ impl<F: ?Sized> Clone for Op<F> {
 
 impl<F: ?Sized> Copy for Op<F> {}
 
-/// What must hold of the file's state.
-pub(crate) type Ready<F> = fn(&F) -> Result<(), OpError>;
+/// What must hold of the file's state, and of who calls.
+pub(crate) type Ready<F> = fn(&F, &dyn ClientCall) -> Result<(), OpError>;
 
 /// What Linux finds wrong with a command and its argument before it finds that there is no such op.
 pub(crate) type BeforeUnknown<F> = fn(&F, &dyn ClientCall, u32, u64) -> Result<(), OpError>;
@@ -185,7 +185,7 @@ impl<'a, F: ?Sized> Call<'a, F> {
         run: impl FnOnce(&Call<'_, F>) -> OpResult,
     ) -> OpResult {
         if let Some(ready) = op.ready {
-            ready(file)?;
+            ready(file, request.caller)?;
         }
         match op.argument {
             Argument::Sized { size, .. } if let Some(bytes) = request.whole(size) => {
