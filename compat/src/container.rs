@@ -17,14 +17,15 @@ use std::sync::Arc;
 
 use hwpt::HwptList;
 use ioas::caller::{Caller, Capability};
-use ioas::{Interrupt, Ioas, IovaRange};
+use ioas::{Interrupt, Ioas, Iova, IovaRange};
 use parking_lot::{Mutex, RwLock};
 
 use crate::error::VfioError;
 use crate::group::Group;
 use crate::pe::PeOp;
+use crate::spapr::{CreateWindow, Spapr, SpaprInfo, SpaprOp, SpaprSnapshot, SpaprVersion, TceAnswer};
 use crate::type1::{Type1, Version};
-use crate::vfio::Vfio;
+use crate::vfio::{Personality, Vfio};
 
 /// What VFIO_GET_API_VERSION answers.
 pub const API_VERSION: i32 = 0;
@@ -33,10 +34,14 @@ pub const API_VERSION: i32 = 0;
 pub mod extension {
     /// VFIO_TYPE1_IOMMU.
     pub const TYPE1: u32 = 1;
+    /// VFIO_SPAPR_TCE_IOMMU.
+    pub const SPAPR_TCE: u32 = 2;
     /// VFIO_TYPE1v2_IOMMU.
     pub const TYPE1V2: u32 = 3;
     /// VFIO_DMA_CC_IOMMU: all domains are cache coherent.
     pub const DMA_CC: u32 = 4;
+    /// VFIO_SPAPR_TCE_v2_IOMMU.
+    pub const SPAPR_TCE_V2: u32 = 7;
     /// VFIO_NOIOMMU_IOMMU.
     pub const NOIOMMU: u32 = 8;
     /// VFIO_UNMAP_ALL.
@@ -170,6 +175,7 @@ enum Driver {
     Unset,
     NoIommu,
     Type1(Arc<Type1>),
+    Spapr(Arc<Spapr>),
 }
 
 /// An open of `/dev/vfio/vfio`.
@@ -201,6 +207,7 @@ impl Container {
         let iommu = self.iommu.read().clone();
         let supported = match &iommu {
             Driver::Type1(type1) => type1.supports(number),
+            Driver::Spapr(_) => self.spapr_type() == Some(number),
             Driver::NoIommu => number == extension::NOIOMMU && self.vfio.has_noiommu(),
             Driver::Unset => self.could_support(number),
         };
@@ -212,7 +219,10 @@ impl Container {
         let members = self.members.lock();
         let undecided = members.groups.is_empty();
         match number {
-            extension::TYPE1 | extension::TYPE1V2 | extension::UNMAP_ALL => undecided || !members.noiommu,
+            extension::TYPE1 | extension::TYPE1V2 | extension::UNMAP_ALL => {
+                self.spapr_type().is_none() && (undecided || !members.noiommu)
+            }
+            number if self.spapr_type() == Some(number) => undecided || !members.noiommu,
             extension::NOIOMMU => (undecided || members.noiommu) && self.vfio.has_noiommu(),
             _ => false,
         }
@@ -235,6 +245,7 @@ impl Container {
             return Err(VfioError::IommuAlreadySet);
         }
         let iommu = match (number, members.noiommu) {
+            (number, false) if self.is_spapr() => self.new_spapr(&members, number)?,
             (extension::NOIOMMU, true) if caller.capable(Capability::SysRawio) => Driver::NoIommu,
             (extension::NOIOMMU, true) => return Err(VfioError::NeedsRawio),
             (extension::TYPE1, false) => self.new_type1(&members, Version::V1)?,
@@ -255,6 +266,37 @@ impl Container {
             }
         }
         Ok(Driver::Type1(Arc::new(type1)))
+    }
+
+    fn new_spapr(&self, members: &Members, number: u32) -> Result<Driver, VfioError> {
+        let options = self.vfio.options();
+        let version = match options.personality {
+            Personality::Spapr(version) if self.spapr_type() == Some(number) => version,
+            _ => return Err(VfioError::NoSuchIommu(number)),
+        };
+        let spapr = Spapr::new(options, version);
+        for (attached, group) in members.groups.iter().enumerate() {
+            if let Err(error) = spapr.attach(group) {
+                members.groups[..attached].iter().rev().for_each(|group| spapr.detach(group));
+                return Err(error);
+            }
+        }
+        Ok(Driver::Spapr(Arc::new(spapr)))
+    }
+
+    /// The IOMMU type that it can get on POWER.
+    fn spapr_type(&self) -> Option<u32> {
+        match self.vfio.options().personality {
+            Personality::Type1 => None,
+            Personality::Spapr(SpaprVersion::V1) => Some(extension::SPAPR_TCE),
+            Personality::Spapr(SpaprVersion::V2) => Some(extension::SPAPR_TCE_V2),
+        }
+    }
+
+    /// Whether it has the ioctls of POWER's containers.
+    #[must_use]
+    pub fn is_spapr(&self) -> bool {
+        self.spapr_type().is_some()
     }
 
     /// The checks of an ioctl that come before any argument is read.
@@ -341,21 +383,152 @@ impl Container {
         groups.iter().map(|group| group.eeh(interrupt, op)).find(|answer| !matches!(answer, Ok(0))).unwrap_or(Ok(0))
     }
 
+    /// The checks of an ioctl of a SPAPR container that come before any argument is read.
+    ///
+    /// # Errors
+    /// [`VfioError::NoIommu`], [`VfioError::OtherMemoryMap`], [`VfioError::NotEnabled`],
+    /// [`VfioError::NothingRegistered`], [`VfioError::NotSupported`].
+    pub fn ready_spapr(&self, caller: &dyn Caller, op: SpaprOp) -> Result<(), VfioError> {
+        self.spapr()?.ready(caller, op)
+    }
+
+    /// VFIO_IOMMU_SPAPR_TCE_GET_INFO.
+    ///
+    /// # Errors
+    /// As [`Self::ready_spapr`].
+    pub fn spapr_info(&self) -> Result<SpaprInfo, VfioError> {
+        self.spapr()?.info()
+    }
+
+    /// VFIO_IOMMU_MAP_DMA of a SPAPR container: fills TCEs. Linux `tce_iommu_build`, `tce_iommu_build_v2`.
+    ///
+    /// # Errors
+    /// In this order: flags, the default window's, outside the windows, alignment, direction, past the window's end:
+    /// nothing has changed. For a TCE not registered, EFAULT, ENOMEM: the TCEs before it are empty.
+    pub fn map_tces(
+        &self,
+        caller: &dyn Caller,
+        interrupt: &dyn Interrupt,
+        request: &MapDma,
+    ) -> Result<TceAnswer, VfioError> {
+        self.spapr()?.map(caller, interrupt, request)
+    }
+
+    /// VFIO_IOMMU_UNMAP_DMA of a SPAPR container: clears TCEs, and waits until no DMA by them lands any more, unless
+    /// `interrupt` ends the wait. Linux `tce_iommu_clear`.
+    ///
+    /// # Errors
+    /// In this order: flags, the default window's, outside the windows, alignment: nothing has changed.
+    pub fn unmap_tces(
+        &self,
+        caller: &dyn Caller,
+        interrupt: &dyn Interrupt,
+        request: &UnmapDma,
+    ) -> Result<TceAnswer, VfioError> {
+        self.spapr()?.unmap(caller, interrupt, request)
+    }
+
+    /// VFIO_IOMMU_ENABLE.
+    ///
+    /// # Errors
+    /// [`VfioError::AlreadyEnabled`], [`VfioError::NoDefaultWindow`], ENOMEM. Nothing has changed.
+    pub fn enable(&self, caller: &dyn Caller, interrupt: &dyn Interrupt) -> Result<(), VfioError> {
+        self.spapr()?.enable(caller, interrupt)
+    }
+
+    /// VFIO_IOMMU_DISABLE.
+    ///
+    /// # Errors
+    /// As [`Self::ready_spapr`], [`VfioError::Interrupted`].
+    pub fn disable(&self, interrupt: &dyn Interrupt) -> Result<(), VfioError> {
+        self.spapr()?.disable(interrupt)
+    }
+
+    /// VFIO_IOMMU_SPAPR_REGISTER_MEMORY: `size` bytes at user address `vaddr`. Linux `tce_iommu_register_pages`.
+    ///
+    /// # Errors
+    /// [`VfioError::BadUserRange`], [`VfioError::EmptyRegion`], [`VfioError::AlreadyRegistered`], EFAULT, ENOMEM,
+    /// EINVAL of a region that it overlaps. Nothing has changed.
+    pub fn register_memory(
+        &self,
+        caller: &dyn Caller,
+        interrupt: &dyn Interrupt,
+        vaddr: u64,
+        size: u64,
+    ) -> Result<(), VfioError> {
+        self.spapr()?.register(caller, interrupt, vaddr, size)
+    }
+
+    /// VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY of exactly what this container has registered. Linux
+    /// `tce_iommu_unregister_pages`.
+    ///
+    /// # Errors
+    /// [`VfioError::BadUserRange`], [`VfioError::NotRegisteredHere`], EBUSY for the last holder while a TCE points into
+    /// it. Nothing has changed.
+    pub fn unregister_memory(&self, interrupt: &dyn Interrupt, vaddr: u64, size: u64) -> Result<(), VfioError> {
+        self.spapr()?.unregister(interrupt, vaddr, size)
+    }
+
+    /// VFIO_IOMMU_SPAPR_TCE_CREATE: returns where the window begins. Linux `tce_iommu_create_window`.
+    ///
+    /// # Errors
+    /// The default window's, ENOSPC, EINVAL, ENOMEM. Nothing has changed but that the default window may be there.
+    pub fn create_window(
+        &self,
+        caller: &dyn Caller,
+        interrupt: &dyn Interrupt,
+        request: CreateWindow,
+    ) -> Result<Iova, VfioError> {
+        self.spapr()?.create_window(caller, interrupt, request)
+    }
+
+    /// VFIO_IOMMU_SPAPR_TCE_REMOVE of the window that `iova` lies in. Linux `tce_iommu_remove_window`.
+    ///
+    /// # Errors
+    /// [`VfioError::NoWindowToRemove`]. Nothing has changed.
+    pub fn remove_window(&self, interrupt: &dyn Interrupt, iova: Iova) -> Result<(), VfioError> {
+        self.spapr()?.remove_window(interrupt, iova)
+    }
+
+    /// Its windows and what is registered, for the status; `None` unless it is a SPAPR container.
+    #[must_use]
+    pub fn spapr_snapshot(&self) -> Option<SpaprSnapshot> {
+        self.spapr().ok().map(|spapr| spapr.snapshot())
+    }
+
     /// The address space, once there is one.
     #[must_use]
     pub fn ioas(&self) -> Option<Arc<Ioas>> {
-        self.type1().ok().map(|type1| Arc::clone(type1.ioas()))
+        match &*self.iommu.read() {
+            Driver::Type1(type1) => Some(Arc::clone(type1.ioas())),
+            Driver::Spapr(spapr) => Some(Arc::clone(spapr.ioas())),
+            Driver::Unset | Driver::NoIommu => None,
+        }
     }
 
     /// The domains over the address space, once there is one.
     #[must_use]
     pub fn hwpts(&self) -> Option<Arc<HwptList>> {
-        self.type1().ok().map(|type1| Arc::clone(type1.hwpts()))
+        match &*self.iommu.read() {
+            Driver::Type1(type1) => Some(Arc::clone(type1.hwpts())),
+            Driver::Spapr(spapr) => Some(Arc::clone(spapr.hwpts())),
+            Driver::Unset | Driver::NoIommu => None,
+        }
     }
 
     pub(crate) fn type1(&self) -> Result<Arc<Type1>, VfioError> {
         match &*self.iommu.read() {
             Driver::Type1(type1) => Ok(Arc::clone(type1)),
+            Driver::Spapr(_) => Err(VfioError::NotSupported("this ioctl of a SPAPR container")),
+            Driver::NoIommu => Err(VfioError::NotSupported("this ioctl of a noiommu container")),
+            Driver::Unset => Err(VfioError::NoIommu),
+        }
+    }
+
+    fn spapr(&self) -> Result<Arc<Spapr>, VfioError> {
+        match &*self.iommu.read() {
+            Driver::Spapr(spapr) => Ok(Arc::clone(spapr)),
+            Driver::Type1(_) => Err(VfioError::NotSupported("this ioctl of a type1 container")),
             Driver::NoIommu => Err(VfioError::NotSupported("this ioctl of a noiommu container")),
             Driver::Unset => Err(VfioError::NoIommu),
         }
@@ -371,8 +544,10 @@ impl Container {
             return Err(VfioError::MixedNoIommu);
         }
         let iommu = self.iommu.read().clone();
-        if let Driver::Type1(type1) = &iommu {
-            type1.attach(group.hwpt())?;
+        match &iommu {
+            Driver::Type1(type1) => type1.attach(group.hwpt())?,
+            Driver::Spapr(spapr) => spapr.attach(group)?,
+            Driver::Unset | Driver::NoIommu => {}
         }
         members.noiommu = group.is_noiommu();
         members.groups.push(Arc::clone(group));
@@ -385,8 +560,10 @@ impl Container {
         let mut members = self.members.lock();
         members.groups.retain(|member| !Arc::ptr_eq(member, group));
         let iommu = self.iommu.read().clone();
-        if let Driver::Type1(type1) = &iommu {
-            type1.detach(group.hwpt());
+        match &iommu {
+            Driver::Type1(type1) => type1.detach(group.hwpt()),
+            Driver::Spapr(spapr) => spapr.detach(group),
+            Driver::Unset | Driver::NoIommu => {}
         }
         if members.groups.is_empty() {
             *self.iommu.write() = Driver::Unset;

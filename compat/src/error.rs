@@ -4,14 +4,16 @@
 //! list of recent failures; the client gets [`VfioError::errno`].
 
 use hwpt::AttachError;
+use hwpt::spapr::WindowError;
 use ioas::caller::MemoryError;
-use ioas::{IoasError, Iova, IovaRange};
+use ioas::{IoasError, Iova, IovaRange, UserAddr, UserRange};
 
 use crate::device::{Bdf, Region, RegionError};
 use crate::errno::{
     E2BIG, EACCES, EBADF, EBADFD, EBUSY, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOTTY,
-    EOVERFLOW, EPERM, ERANGE,
+    ENXIO, EOVERFLOW, EPERM, ERANGE,
 };
+use crate::spapr::TceRange;
 
 /// Why a call of a container, group or device failed. Nothing has changed unless the method says otherwise.
 #[derive(Debug, thiserror::Error)]
@@ -148,6 +150,75 @@ pub enum VfioError {
     /// An error to be injected into no known kind of access.
     #[error("error function {0} is not among 0 to 19")]
     BadErrorFunction(u32),
+    /// The container belongs to another memory map.
+    #[error("the container belongs to the memory of another process")]
+    OtherMemoryMap,
+    /// MAP_DMA or UNMAP_DMA before VFIO_IOMMU_ENABLE (v1) or the first registration (v2).
+    #[error("the container is not enabled: VFIO_IOMMU_ENABLE or VFIO_IOMMU_SPAPR_REGISTER_MEMORY comes first")]
+    NotEnabled,
+    /// VFIO_IOMMU_ENABLE came twice.
+    #[error("the container is enabled already")]
+    AlreadyEnabled,
+    /// VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY before any call that makes the caller the container's owner.
+    #[error("nothing has been registered in the container yet")]
+    NothingRegistered,
+    /// The IOMMU has no default window.
+    #[error("the IOMMU has no default window")]
+    NoDefaultWindow,
+    /// The group's IOMMU does not translate by windows.
+    #[error("group {0} is behind an IOMMU without windows")]
+    NoWindows(u32),
+    /// SPAPR TCE v2 with a group whose IOMMU has the default window alone.
+    #[error("group {0} is behind an IOMMU without dynamic windows, which SPAPR TCE v2 needs")]
+    NoDynamicWindows(u32),
+    /// SPAPR TCE v1 takes one group.
+    #[error("group {0} would be the second of a container of SPAPR TCE v1, which takes one")]
+    OneGroup(u32),
+    /// A group's IOMMU cannot have the windows of the other groups.
+    #[error("group {0} is behind an IOMMU with other windows than those of the container")]
+    OtherWindows(u32),
+    /// No window has the IOVA.
+    #[error("IOVA {0} lies in no window")]
+    NoWindow(Iova),
+    /// No window has the IOVA where one is to be removed.
+    #[error("IOVA {0} lies in no window that could be removed")]
+    NoWindowToRemove(Iova),
+    /// A MAP goes on past the end of its window.
+    #[error("{0}")]
+    PastWindow(TceRange),
+    /// There cannot be such a window.
+    #[error(transparent)]
+    Window(#[from] WindowError),
+    /// User addresses that are no whole pages, or wrap.
+    #[error("{size:#x} bytes at user address {vaddr:#x} are no whole pages, or wrap")]
+    BadUserRange {
+        /// First user address.
+        vaddr: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// A region of no bytes.
+    #[error("a region of no bytes at {0}")]
+    EmptyRegion(UserAddr),
+    /// This container has registered exactly this already.
+    #[error("user addresses {0} are registered in this container already")]
+    AlreadyRegistered(UserRange),
+    /// This container has not registered exactly this.
+    #[error("{size:#x} bytes at user address {vaddr:#x} are not what this container has registered")]
+    NotRegisteredHere {
+        /// First user address.
+        vaddr: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// A TCE's memory does not lie in one registered region.
+    #[error("{size:#x} bytes at user address {vaddr:#x} do not lie in one registered region")]
+    NotRegistered {
+        /// First user address.
+        vaddr: u64,
+        /// The window's page in bytes.
+        size: u64,
+    },
 
     /// The group's file is open already.
     #[error("group {0} is open already")]
@@ -387,24 +458,41 @@ impl VfioError {
             | Self::NotBound
             | Self::UnwantedToken(_)
             | Self::BadErrorFunction(_)
+            | Self::NoDynamicWindows(_)
+            | Self::NoWindowToRemove(_)
+            | Self::PastWindow(_)
+            | Self::BadUserRange { .. }
+            | Self::NotRegistered { .. }
             | Self::MixedGroup(_) => EINVAL,
             Self::NoCompatIoas
             | Self::NoSuchIommu(_)
             | Self::NoSuchGroup(_)
             | Self::NoSuchDevice(_)
-            | Self::NoHotReset(_) => ENODEV,
+            | Self::NoHotReset(_)
+            | Self::NoWindows(_) => ENODEV,
             Self::NotSupported(_) | Self::NoIrqAction { .. } => ENOTTY,
             Self::DirtyPagesOnV1 => EACCES,
-            Self::NeedsRawio | Self::MixedNoIommu | Self::ForeignOwner(_) => EPERM,
+            Self::NeedsRawio
+            | Self::MixedNoIommu
+            | Self::ForeignOwner(_)
+            | Self::OtherMemoryMap
+            | Self::NotEnabled
+            | Self::NothingRegistered
+            | Self::NoDefaultWindow
+            | Self::OtherWindows(_) => EPERM,
+            Self::NoWindow(_) => ENXIO,
             Self::Overflow { .. } => EOVERFLOW,
             Self::Exists { .. } | Self::DeviceExists(_) => EEXIST,
             Self::NoEntry { .. } => ENOSPC,
-            Self::NotMapped(_) => ENOENT,
+            Self::NotMapped(_) | Self::NotRegisteredHere { .. } => ENOENT,
             Self::VaddrInvalid(_)
             | Self::GroupOpen(_)
             | Self::GroupBlocked(_)
             | Self::DevicesOpen { .. }
-            | Self::UnmaskSet => EBUSY,
+            | Self::UnmaskSet
+            | Self::AlreadyEnabled
+            | Self::OneGroup(_)
+            | Self::AlreadyRegistered(_) => EBUSY,
             Self::Iommufd { errno, .. } => *errno,
             Self::Interrupted => EINTR,
             Self::OutsideConfig(_) => EFAULT,
@@ -413,7 +501,8 @@ impl VfioError {
             Self::BadFd(_) => EBADF,
             Self::NotAContainer => EBADFD,
             Self::TooManyRanges(_) => E2BIG,
-            Self::NoResources(_) => ENOMEM,
+            Self::NoResources(_) | Self::EmptyRegion(_) => ENOMEM,
+            Self::Window(error) => error.errno(),
             Self::Ioas(error) | Self::PartlyUnmapped { reason: error, .. } => error.errno(),
             Self::NoDomain(AttachError::Ioas(IoasError::InUse { .. })) => EINVAL,
             Self::NoDomain(error) | Self::Attach(error) => error.errno(),

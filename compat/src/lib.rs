@@ -25,6 +25,7 @@ mod iommufd;
 pub mod irqs;
 mod pci;
 mod pe;
+mod spapr;
 #[cfg(test)]
 mod testing;
 mod type1;
@@ -48,5 +49,8 @@ pub use flavour::Flavour;
 pub use group::{Group, GroupFile, GroupStatus};
 pub use iommufd::{Binding, Iommufd};
 pub use pe::{PeError, PeOp, PeState};
-pub use vfio::{DMA_ENTRY_LIMIT, DeviceSpec, DirtyMode, Removal, Vfio, VfioOptions};
+pub use spapr::{
+    CreateWindow, DynamicWindows, SpaprInfo, SpaprOp, SpaprSnapshot, SpaprVersion, TceAnswer, TceRange, WindowSnapshot,
+};
+pub use vfio::{DMA_ENTRY_LIMIT, DeviceSpec, DirtyMode, Personality, Removal, Vfio, VfioOptions};
 pub use vfio_device::{DeviceSnapshot, VfioDevice};

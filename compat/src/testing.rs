@@ -12,7 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd as TestFd};
 use parking_lot::Mutex;
 
 use crate::device::{Bdf, Bus, DeviceModel, Irq, IrqCounts, PciIdentity, Region, RegionError, RegionSpec};
-use crate::{Container, DMA_ENTRY_LIMIT, DeviceSpec, DirtyMode, EventFd, GroupFile, Vfio, VfioOptions};
+use crate::{Container, DMA_ENTRY_LIMIT, DeviceSpec, DirtyMode, EventFd, GroupFile, Personality, Vfio, VfioOptions};
 
 /// Where a client's memory begins.
 pub(crate) const MEMORY: u64 = 0x10_0000;
@@ -318,11 +318,17 @@ pub(crate) struct Machine {
 
 impl Machine {
     pub(crate) fn new(dirty: DirtyMode) -> Self {
+        Self::with_personality(dirty, Personality::Type1)
+    }
+
+    pub(crate) fn with_personality(dirty: DirtyMode, personality: Personality) -> Self {
         let store = PageStore::new(Accounting::Once);
         let options = VfioOptions {
             store: Arc::clone(&store),
             dma_entry_limit: DMA_ENTRY_LIMIT,
             dirty,
+            personality,
+            charges_tables: true,
             faults: Arc::new(IgnoreFaults),
         };
         Self { vfio: Vfio::new(options), store, models: Vec::new() }

@@ -11,13 +11,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use hwpt::{DeviceProperties, FaultSink};
-use ioas::PageStore;
 use ioas::caller::Caller;
+use ioas::{PageStore, Registrations};
 use parking_lot::{Mutex, RwLock};
 
 use crate::device::{Bdf, DeviceModel};
 use crate::error::VfioError;
 use crate::group::{Group, GroupFile};
+use crate::spapr::SpaprVersion;
 use crate::vfio_device::{DeviceSnapshot, VfioDevice};
 use crate::watch::Watcher;
 
@@ -34,6 +35,16 @@ pub enum DirtyMode {
     Linux,
 }
 
+/// What IOMMU a container can get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Personality {
+    /// Type1, as on x86 and ARM.
+    #[default]
+    Type1,
+    /// TCE tables, as on POWER.
+    Spapr(SpaprVersion),
+}
+
 /// What the operator chose.
 pub struct VfioOptions {
     /// Where all memory is held.
@@ -42,6 +53,10 @@ pub struct VfioOptions {
     pub dma_entry_limit: u32,
     /// What a dirty bitmap says.
     pub dirty: DirtyMode,
+    /// What IOMMU a container can get.
+    pub personality: Personality,
+    /// Whether the tables of windows are charged, as Linux does.
+    pub charges_tables: bool,
     /// Who hears of every DMA that was aborted.
     pub faults: Arc<dyn FaultSink>,
 }
@@ -53,6 +68,9 @@ pub(crate) struct Options {
     /// Clients can mmap device files.
     regions_mappable: AtomicBool,
     pub(crate) dirty: DirtyMode,
+    pub(crate) personality: Personality,
+    pub(crate) charges_tables: bool,
+    pub(crate) registrations: Arc<Registrations>,
     faults: Arc<dyn FaultSink>,
 }
 
@@ -93,13 +111,17 @@ impl Vfio {
     /// No devices yet.
     #[must_use]
     pub fn new(options: VfioOptions) -> Arc<Self> {
-        let VfioOptions { store, dma_entry_limit, dirty, faults } = options;
+        let VfioOptions { store, dma_entry_limit, dirty, personality, charges_tables, faults } = options;
+        let registrations = Arc::new(Registrations::new(Arc::clone(&store)));
         Arc::new(Self {
             options: Options {
                 store,
                 dma_entry_limit: AtomicU32::new(dma_entry_limit),
                 regions_mappable: AtomicBool::new(true),
                 dirty,
+                personality,
+                charges_tables,
+                registrations,
                 faults,
             },
             watcher: Arc::default(),

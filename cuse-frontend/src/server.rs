@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use compat::device::{Bdf, DeviceModel};
-use compat::{Container, DeviceFile, DirtyMode, Flavour, Vfio, VfioOptions};
+use compat::{Container, DeviceFile, DirtyMode, Flavour, Personality, Vfio, VfioOptions};
 use hwpt::{DmaFault, FaultSink};
 use ioas::caller::{Capability, Uid};
 use ioas::{Accounting, Failures, PageStore};
@@ -38,6 +38,10 @@ pub struct ServerOptions {
     pub dma_entry_limit: u32,
     /// What `/dev/vfio/vfio` is: a container of VFIO's own, or an iommufd that stands for one.
     pub container: Flavour,
+    /// What IOMMU a container of VFIO's own can get.
+    pub personality: Personality,
+    /// Whether the TCE tables of windows are charged, as Linux does.
+    pub charges_tables: bool,
     /// Root may say who pays even where the machine has taken CAP_SYS_RESOURCE from it, as containers do. For tests
     /// that are written for root.
     pub root_sets_payer: bool,
@@ -53,6 +57,8 @@ impl Default for ServerOptions {
             dirty,
             dma_entry_limit: compat::DMA_ENTRY_LIMIT,
             container: Flavour::Native,
+            personality: Personality::Type1,
+            charges_tables: true,
             root_sets_payer: false,
             added_rows: Vec::new(),
         }
@@ -114,11 +120,19 @@ impl Server {
     /// A server without devices.
     #[must_use]
     pub fn new(options: ServerOptions) -> Arc<Self> {
-        let ServerOptions { accounting, dirty, dma_entry_limit, container, root_sets_payer, added_rows } = options;
+        let ServerOptions { accounting, dirty, dma_entry_limit, container, personality, charges_tables, .. } = options;
+        let ServerOptions { root_sets_payer, added_rows, .. } = options;
         let store = PageStore::new(accounting);
         let failures = Arc::new(FailureLog::default());
         let faults = Arc::clone(&failures) as Arc<dyn FaultSink>;
-        let vfio = Vfio::new(VfioOptions { store: Arc::clone(&store), dma_entry_limit, dirty, faults });
+        let vfio = Vfio::new(VfioOptions {
+            store: Arc::clone(&store),
+            dma_entry_limit,
+            dirty,
+            personality,
+            charges_tables,
+            faults,
+        });
         let (devices, opens) = (RwLock::default(), Mutex::default());
         Arc::new(Self {
             store,

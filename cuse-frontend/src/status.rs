@@ -41,7 +41,11 @@ fn ioases(file: &OpenFile) -> Vec<Value> {
         File::Container(container) => {
             let Some(ioas) = container.ioas() else { return Vec::new() };
             let list = container.hwpts().map(|hwpts| object(json!(hwpts.snapshot()))).unwrap_or_default();
-            vec![ioas_status(&format!("container {serial} (pid {pid})"), &ioas, list)]
+            let mut status = ioas_status(&format!("container {serial} (pid {pid})"), &ioas, list);
+            if let (Some(spapr), Value::Object(fields)) = (container.spapr_snapshot(), &mut status) {
+                fields.extend(object(json!(spapr)));
+            }
+            vec![status]
         }
         File::Iommufd(context) => {
             let each = |(id, ioas): (u32, std::sync::Arc<Ioas>)| {

@@ -26,6 +26,7 @@ pub(crate) mod group;
 pub(crate) mod iommufd;
 mod objects;
 mod request;
+pub(crate) mod spapr;
 #[cfg(test)]
 mod tests;
 
@@ -37,7 +38,7 @@ use ioas::{Interrupt, UserAddr};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use crate::error::OpError;
-use crate::files::{ClientCall, IoctlReply};
+use crate::files::{ClientCall, Errno, IoctlReply};
 use crate::uapi::command;
 
 pub use added::{OpRow, RowCall};
@@ -228,6 +229,11 @@ impl<'a, F: ?Sized> Call<'a, F> {
     #[inline(never)]
     fn copy_beginning(&self, value: &mut [u8]) {
         copy_out_of(self.bytes, value);
+    }
+
+    /// Notes why an op that returns another number than 0 did not do what it was asked for.
+    pub(crate) fn refused(&self, op: &'static str, reason: &dyn std::error::Error) {
+        self.server.record_failure(self.caller.pid(), op, Errno(0), reason);
     }
 
     /// The struct's size as the client gave it, in bytes; 0 for an op without a struct.

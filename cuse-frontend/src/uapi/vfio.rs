@@ -27,6 +27,14 @@ pub mod nr {
     pub const IOMMU_MAP_DMA: u8 = 113;
     pub const IOMMU_UNMAP_DMA: u8 = 114;
     pub const IOMMU_DIRTY_PAGES: u8 = 117;
+    pub const IOMMU_SPAPR_TCE_GET_INFO: u8 = 112;
+    pub const IOMMU_ENABLE: u8 = 115;
+    pub const IOMMU_DISABLE: u8 = 116;
+    pub const IOMMU_SPAPR_REGISTER_MEMORY: u8 = 117;
+    pub const IOMMU_SPAPR_UNREGISTER_MEMORY: u8 = 118;
+    pub const IOMMU_SPAPR_TCE_CREATE: u8 = 119;
+    pub const IOMMU_SPAPR_TCE_REMOVE: u8 = 120;
+    pub const EEH_PE_OP: u8 = 121;
 }
 
 /// `flags` of [`GroupStatus`].
@@ -43,6 +51,12 @@ pub mod info_flags {
     pub const PGSIZES: u32 = 1;
     /// VFIO_IOMMU_INFO_CAPS.
     pub const CAPS: u32 = 2;
+}
+
+/// `flags` of [`SpaprTceInfo`].
+pub mod spapr_info_flags {
+    /// VFIO_IOMMU_SPAPR_INFO_DDW: windows can be created.
+    pub const DDW: u32 = 1;
 }
 
 /// `id` of the capabilities behind [`Type1Info`].
@@ -251,6 +265,44 @@ wire! {
         8 size: u64,
         16 bitmap: Bitmap,
     }
+    /// VFIO_IOMMU_SPAPR_TCE_GET_INFO.
+    SpaprTceInfo: 32 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 dma32_window_start: u32,
+        12 dma32_window_size: u32,
+        16 ddw: SpaprTceDdwInfo,
+    }
+    /// What windows can be created.
+    SpaprTceDdwInfo: 16 {
+        0 pgsizes: u64,
+        8 max_dynamic_windows_supported: u32,
+        12 levels: u32,
+    }
+    /// VFIO_IOMMU_SPAPR_REGISTER_MEMORY and VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY.
+    SpaprRegisterMemory: 24 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 vaddr: u64,
+        16 size: u64,
+    }
+    /// VFIO_IOMMU_SPAPR_TCE_CREATE.
+    SpaprTceCreate: 40 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 page_shift: u32,
+        12 resv1: u32,
+        16 window_size: u64,
+        24 levels: u32,
+        28 resv2: u32,
+        32 start_addr: u64,
+    }
+    /// VFIO_IOMMU_SPAPR_TCE_REMOVE.
+    SpaprTceRemove: 16 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 start_addr: u64,
+    }
     /// VFIO_DEVICE_GET_INFO.
     DeviceInfo: 24 {
         0 argsz: u32,
@@ -367,6 +419,15 @@ mod tests {
             Bitmap = linux::vfio_bitmap { pgsize, size, data }
             DirtyBitmap = linux::vfio_iommu_type1_dirty_bitmap { argsz, flags }
             DirtyBitmapGet = linux::vfio_iommu_type1_dirty_bitmap_get { iova, size, bitmap }
+            SpaprTceInfo = linux::vfio_iommu_spapr_tce_info {
+                argsz, flags, dma32_window_start, dma32_window_size, ddw
+            }
+            SpaprTceDdwInfo = linux::vfio_iommu_spapr_tce_ddw_info { pgsizes, max_dynamic_windows_supported, levels }
+            SpaprRegisterMemory = linux::vfio_iommu_spapr_register_memory { argsz, flags, vaddr, size }
+            SpaprTceCreate = linux::vfio_iommu_spapr_tce_create {
+                argsz, flags, page_shift, window_size, levels, start_addr; resv1 = __resv1; resv2 = __resv2
+            }
+            SpaprTceRemove = linux::vfio_iommu_spapr_tce_remove { argsz, flags, start_addr }
             DeviceInfo = linux::vfio_device_info { argsz, flags, num_regions, num_irqs, cap_offset }
             RegionInfo = linux::vfio_region_info { argsz, flags, index, cap_offset, size, offset }
             IrqInfo = linux::vfio_irq_info { argsz, flags, index, count }

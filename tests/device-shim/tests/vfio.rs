@@ -44,6 +44,8 @@ impl Client {
             store: store.clone(),
             dma_entry_limit: DMA_ENTRY_LIMIT,
             dirty: DirtyMode::Exact,
+            personality: compat::Personality::Type1,
+            charges_tables: true,
             faults: Arc::new(IgnoreFaults),
         });
         let properties = DeviceProperties {
