@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use hwpt::spapr::{Tce, TceTable, View};
 use ioas::caller::Caller;
-use ioas::{Access, FrameRun, Interrupt, Iova, PAGE_SHIFT, PAGE_SIZE, Region, UserAddr, UserRange};
+use ioas::{Access, Frame, FrameRun, Interrupt, Iova, PAGE_SHIFT, PAGE_SIZE, Region, UserAddr, UserRange};
 
 use super::ended::Ended;
 use super::{Owner, Spapr, SpaprVersion, State, TceAnswer, TceRange};
@@ -92,14 +92,14 @@ impl Spapr {
         let span = Span { first, count, vaddr, access };
         let owner = self.own(caller)?;
         let mut ended = self.ended(owner);
-        let built = match self.version {
-            SpaprVersion::V1 => self.fill_pinning(owner, interrupt, table, span, &mut ended),
-            SpaprVersion::V2 => fill_registered(owner, interrupt, (table, span), filling, &mut ended),
+        let mut done = 0;
+        let outcome = match self.version {
+            SpaprVersion::V1 => self.fill_pinning(owner, interrupt, (table, span), &mut done, &mut ended),
+            SpaprVersion::V2 => fill_registered(owner, interrupt, (table, span), filling, &mut done, &mut ended),
         };
-        let outcome = built.map_err(|(done, error)| {
+        if outcome.is_err() {
             table.clear_range(first, done, &mut |_, view| ended.add(view, page_size));
-            error
-        });
+        }
         drop(state);
         let finished = ended.finish(interrupt);
         outcome.and(finished).map(|()| TceAnswer::Done)
@@ -146,77 +146,79 @@ impl Spapr {
         Ended::new(&self.ioas, (self.version == SpaprVersion::V2).then_some(&owner.registered))
     }
 
-    /// Fills TCEs with pages that each holds for itself. A failure says how many TCEs had been written.
+    /// Fills TCEs with pages that each holds for itself, and counts them in `done`.
     fn fill_pinning(
         &self,
         owner: &Owner,
         interrupt: &dyn Interrupt,
-        table: &TceTable,
-        span: Span,
+        (table, span): (&TceTable, Span),
+        done: &mut u64,
         ended: &mut Ended,
-    ) -> Result<(), (u64, VfioError)> {
-        let mut done = 0;
-        while done < span.count {
+    ) -> Result<(), VfioError> {
+        let store = self.ioas.store();
+        while *done < span.count {
             if interrupt.interrupted() {
-                return Err((done, VfioError::Interrupted));
+                return Err(VfioError::Interrupted);
             }
-            let at_once = (span.count - done).min(AT_ONCE);
-            let address = UserAddr(span.vaddr + (done << PAGE_SHIFT));
-            let store = self.ioas.store();
+            let at_once = (span.count - *done).min(AT_ONCE);
+            let address = UserAddr(span.vaddr.wrapping_add(*done << PAGE_SHIFT));
             // Where not all of them can be held, those before the first that cannot are.
             let runs = match store.pin(&owner.memory, address, at_once) {
-                Ok(runs) => runs,
-                Err(error) if at_once == 1 => return Err((done, error.into())),
-                Err(_) => store.pin(&owner.memory, address, 1).map_err(|error| (done, error.into()))?,
+                Err(_) if at_once > 1 => store.pin(&owner.memory, address, 1)?,
+                answer => answer?,
             };
-            let mut frames = runs.iter().flat_map(|run| (run.first.0..run.first.0 + run.pages).map(ioas::Frame));
-            while let Some(frame) = frames.next() {
-                let run = FrameRun { first: frame, pages: 1 };
-                let user = UserAddr(span.vaddr + (done << PAGE_SHIFT));
-                let view = View { user, access: span.access, region: frame.0 };
-                match table.put(span.first + done, Tce { view, frames: &[run] }) {
+            let mut frames = runs.iter().flat_map(|run| (run.first.0..run.first.0 + run.pages).map(single));
+            while let Some(run) = frames.next() {
+                let user = UserAddr(span.vaddr + (*done << PAGE_SHIFT));
+                let view = View { user, access: span.access, region: run.first.0 };
+                match table.put(span.first + *done, Tce { view, frames: &[run] }) {
                     Ok(before) => before.into_iter().for_each(|view| ended.add(view, PAGE_SIZE)),
                     Err(error) => {
-                        let unused = std::iter::once(frame).chain(frames);
-                        store.unpin(unused.map(|first| FrameRun { first, pages: 1 }));
-                        return Err((done, error.into()));
+                        store.unpin(std::iter::once(run).chain(frames));
+                        return Err(error.into());
                     }
                 }
-                done += 1;
+                *done += 1;
             }
         }
         Ok(())
     }
 }
 
-/// Fills TCEs from registered memory. A failure says how many TCEs had been written.
+fn single(frame: u64) -> FrameRun {
+    FrameRun { first: Frame(frame), pages: 1 }
+}
+
+/// Fills TCEs from registered memory, and counts them in `done`.
 fn fill_registered(
     owner: &Owner,
     interrupt: &dyn Interrupt,
     (table, span): (&TceTable, Span),
     filling: &mut Filling,
+    done: &mut u64,
     ended: &mut Ended,
-) -> Result<(), (u64, VfioError)> {
+) -> Result<(), VfioError> {
     let (page_shift, page_size) = (table.shape().page_shift, table.shape().page_size());
     let Filling { region: kept, runs } = filling;
-    for done in 0..span.count {
-        if done % AT_ONCE == AT_ONCE - 1 && interrupt.interrupted() {
-            return Err((done, VfioError::Interrupted));
+    while *done < span.count {
+        if *done % AT_ONCE == AT_ONCE - 1 && interrupt.interrupted() {
+            return Err(VfioError::Interrupted);
         }
-        let vaddr = span.vaddr.wrapping_add(done << page_shift);
-        let bad = || VfioError::NotRegistered { vaddr, size: page_size };
-        let range = UserRange::new(UserAddr(vaddr), page_size).map_err(|_| (done, bad()))?;
-        let region = begin_use(kept, owner, range).ok_or_else(|| (done, bad()))?;
+        let vaddr = span.vaddr.wrapping_add(*done << page_shift);
+        let refused = VfioError::NotRegistered { vaddr, size: page_size };
+        let Ok(range) = UserRange::new(UserAddr(vaddr), page_size) else { return Err(refused) };
+        let Some(region) = begin_use(kept, owner, range) else { return Err(refused) };
         region.frames(range.start(), page_size >> PAGE_SHIFT, runs);
         let view = View { user: range.start(), access: span.access, region: region.id() };
-        match table.put(span.first + done, Tce { view, frames: runs }) {
+        match table.put(span.first + *done, Tce { view, frames: runs }) {
             Ok(None) => {}
             Ok(Some(before)) => ended.add(before, page_size),
             Err(error) => {
                 ended.add_unused(Arc::clone(region));
-                return Err((done, error.into()));
+                return Err(error.into());
             }
         }
+        *done += 1;
     }
     Ok(())
 }

@@ -19,6 +19,12 @@ KIND is nvme; ioat, an I/OAT DMA engine; or dma-probe, which does the DMA that a
   aperture=BITS        IOVAs from 0 to 2^BITS-1 (48)
   page-sizes=4K|2M|1G  sizes of I/O pages, joined by '|' or '+' (4K|2M|1G)
   reserved=FIRST-LAST  IOVAs that cannot be mapped; may be repeated; 'none' for none (0xfee00000-0xfeefffff)
+  windows=none|dynamic|BASE|BASE...   an IOMMU as POWER has it: the default window alone, or windows that a client
+                       creates, from these IOVAs on (0|0x800000000000000); '--container spapr-v1' and 'spapr-v2'
+                       give it to every device
+  window-pages=4K|64K  sizes of pages in windows (4K|64K|2M|16M)
+  window-levels=N      levels that a window's table can have (5)
+  default-window=SIZE  the default window (1G)
   noiommu=on|off       a device without an IOMMU, in a noiommu group (off)";
 
 /// The IOMMU user API in user space: `/dev/iommu` and `/dev/vfio` on a machine that has neither.
@@ -82,6 +88,9 @@ pub(crate) struct ServerOptions {
     /// Charges a held page once per payer, or once per mapping as Linux does.
     #[arg(long, value_enum, default_value_t = Accounting::Once)]
     pub(crate) accounting: Accounting,
+    /// Charges the TCE tables of windows, as Linux does, or not.
+    #[arg(long, value_enum, default_value_t = TceCharge::Linux)]
+    pub(crate) tce_charge: TceCharge,
     /// Reports as dirty what was written, or all that is mapped as Linux does.
     #[arg(long, value_enum, default_value_t = Dirty::Exact)]
     pub(crate) dirty: Dirty,
@@ -110,6 +119,15 @@ pub(crate) enum Accounting {
     Once,
     /// Once per mapping.
     Linux,
+}
+
+/// Whether the tables of windows are charged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TceCharge {
+    /// 2 x 8 bytes for each TCE that a window has room for.
+    Linux,
+    /// Nothing.
+    Off,
 }
 
 /// Which pages are reported dirty.

@@ -49,10 +49,13 @@ fn model(spec: &Spec) -> Result<Arc<dyn DeviceModel>> {
 fn properties(spec: &Spec) -> Result<DeviceProperties> {
     Ok(DeviceProperties {
         unit: spec.unit.clone(),
-        format: Format::new(spec.page_sizes, vec![spec.aperture])?,
+        format: match &spec.windows {
+            Some(windows) => windows.default_format()?,
+            None => Format::new(spec.page_sizes, vec![spec.aperture])?,
+        },
         reserved: spec.reserved.clone(),
         coherent: spec.coherent,
         dirty_tracking: true,
-        windows: None,
+        windows: spec.windows.clone(),
     })
 }

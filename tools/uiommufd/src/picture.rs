@@ -40,6 +40,8 @@ struct Ioas {
     area_list: Vec<Area>,
     tables: Vec<Table>,
     hwpts: Vec<Hwpt>,
+    windows: Vec<Window>,
+    registered: Vec<Region>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -49,6 +51,25 @@ struct Area {
     last: String,
     user: String,
     access: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Window {
+    iova: String,
+    last: String,
+    page_shift: u32,
+    levels: u64,
+    tces: u64,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Region {
+    user: String,
+    last: String,
+    holders: u64,
+    uses: u64,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -160,6 +181,23 @@ fn draw_ioas(out: &mut String, ioas: &Ioas) -> fmt::Result {
     let listed = ioas.area_list.len().min(LIST_LIMIT) as u64;
     if ioas.areas > listed {
         writeln!(out, "  │   … and {} more", ioas.areas - listed)?;
+    }
+    for window in &ioas.windows {
+        let page = 1u64.checked_shl(window.page_shift).map_or_else(String::new, |bytes| Bytes(bytes).to_string());
+        let (levels, tces) = (count(window.levels, "level"), count(window.tces, "TCE"));
+        writeln!(
+            out,
+            "  │ TCEs    {} - {}  pages of {page}, {levels}, {tces}",
+            wide(&window.iova),
+            wide(&window.last)
+        )?;
+    }
+    for region in ioas.registered.iter().take(LIST_LIMIT) {
+        let (holders, tces) = (count(region.holders, "holder"), count(region.uses, "TCE"));
+        writeln!(out, "  │ registered  user {} - {}  {holders}, {tces}", region.user, region.last)?;
+    }
+    if ioas.registered.len() > LIST_LIMIT {
+        writeln!(out, "  │ … and {} more regions", ioas.registered.len() - LIST_LIMIT)?;
     }
     for table in &ioas.tables {
         writeln!(out, "  │ table   {}  {}", table.format, count(table.leaves, "leaf"))?;

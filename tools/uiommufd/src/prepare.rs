@@ -6,11 +6,11 @@ use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use cuse_frontend::Server;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{Accounting, Dirty, Personality, ServerOptions};
+use crate::cli::{Accounting, Dirty, Personality, ServerOptions, TceCharge};
 use crate::devices;
 use crate::spec::{self, Spec};
 
@@ -29,8 +29,8 @@ pub(crate) struct Prepared {
 /// What is wrong, in one line.
 pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
     start_log(&options.log)?;
-    supported(options)?;
-    let specs = spec::parse_all(&texts(&options.devices)?)?;
+    let power = matches!(options.container, Personality::SpaprV1 | Personality::SpaprV2);
+    let specs = spec::parse_all(&texts(&options.devices)?, power)?;
     OpenOptions::new().read(true).write(true).open(FUSE).with_context(|| {
         format!("{FUSE} is needed (modprobe fuse, or give the container that device) and cannot be opened")
     })?;
@@ -46,8 +46,14 @@ pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
         dma_entry_limit: options.dma_entry_limit,
         container: match options.container {
             Personality::Iommufd => compat::Flavour::Iommufd,
-            _ => compat::Flavour::Native,
+            Personality::Native | Personality::SpaprV1 | Personality::SpaprV2 => compat::Flavour::Native,
         },
+        personality: match options.container {
+            Personality::Native | Personality::Iommufd => compat::Personality::Type1,
+            Personality::SpaprV1 => compat::Personality::Spapr(compat::SpaprVersion::V1),
+            Personality::SpaprV2 => compat::Personality::Spapr(compat::SpaprVersion::V2),
+        },
+        charges_tables: options.tce_charge == TceCharge::Linux,
         root_sets_payer: options.selftest,
         added_rows: if options.selftest { vec![device_shim::mock::row()] } else { Vec::new() },
     };
@@ -74,14 +80,6 @@ fn start_log(level: &str) -> Result<()> {
     let filter = EnvFilter::try_new(level).map_err(|error| anyhow!("--log {level}: {error}"))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time();
     log.try_init().map_err(|error| anyhow!("the log cannot be started: {error}"))
-}
-
-/// Refuses what this build does not have.
-fn supported(options: &ServerOptions) -> Result<()> {
-    if !matches!(options.container, Personality::Native | Personality::Iommufd) {
-        bail!("this build has no container of POWER's (--container native or iommufd)");
-    }
-    Ok(())
 }
 
 fn texts(specs: &[OsString]) -> Result<Vec<String>> {

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use compat::device::Bdf;
+use hwpt::spapr::{WindowError, WindowRules};
 use ioas::{Iova, IovaRange, PAGE_SIZE};
 
 /// The smallest aperture that is any use, and the largest there is, in bits.
@@ -57,6 +58,9 @@ pub(crate) struct Spec {
     pub(crate) page_sizes: u64,
     /// IOVAs that can never be mapped.
     pub(crate) reserved: Vec<IovaRange>,
+    /// The windows of an IOMMU as POWER has them; `None` for one that is not of that kind. Then aperture and page sizes
+    /// mean nothing.
+    pub(crate) windows: Option<WindowRules>,
     /// The device has no IOMMU at all.
     pub(crate) noiommu: bool,
 }
@@ -90,6 +94,10 @@ enum Cause {
     File { path: String, reason: String },
     #[error("{key}={value}: {wanted}")]
     Value { key: String, value: String, wanted: &'static str },
+    #[error("{0} says nothing of an IOMMU with windows: windows=, window-pages= and window-levels= do")]
+    NotOfWindows(&'static str),
+    #[error("these windows cannot be: {0}")]
+    Windows(#[from] WindowError),
     #[error("the address {0} is taken by another --device")]
     BdfTwice(Bdf),
     #[error("group {group} is behind IOMMU '{other}', not '{unit}': a group sits behind one IOMMU")]
@@ -105,14 +113,15 @@ struct Draft {
     chosen_group: Option<u32>,
 }
 
-/// Parses the SPECs of one command line and checks them against each other and against the files they name.
+/// Parses the SPECs of one command line and checks them against each other and against the files they name. With
+/// `power` every device has an IOMMU as POWER has it, whatever its SPEC says.
 ///
 /// # Errors
 /// [`SpecError`] for the first one that is wrong; nothing has been changed anywhere.
-pub(crate) fn parse_all(texts: &[String]) -> Result<Vec<Spec>, SpecError> {
+pub(crate) fn parse_all(texts: &[String], power: bool) -> Result<Vec<Spec>, SpecError> {
     let mut drafts = Vec::new();
     for text in texts {
-        let draft = parse(text).map_err(|cause| SpecError { spec: text.clone(), cause })?;
+        let draft = parse(text, power).map_err(|cause| SpecError { spec: text.clone(), cause })?;
         drafts.push(draft);
     }
     assign_groups(&mut drafts);
@@ -152,7 +161,7 @@ fn check_together(drafts: &[Draft]) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn parse(text: &str) -> Result<Draft, Cause> {
+fn parse(text: &str, power: bool) -> Result<Draft, Cause> {
     let mut parts = text.split(',');
     let (word, bdf) = parts.next().and_then(|head| head.split_once('@')).ok_or(Cause::Shape)?;
     let mut keys = Keys::new(parts)?;
@@ -163,6 +172,7 @@ fn parse(text: &str) -> Result<Draft, Cause> {
         other => return Err(Cause::Kind(other.to_owned())),
     };
     let bdf = bdf.parse()?;
+    let windows = windows(&mut keys, power)?;
     let chosen_group = keys.parsed("group", "a group is a number", |value| value.parse().ok())?;
     let spec = Spec {
         kind,
@@ -174,7 +184,8 @@ fn parse(text: &str) -> Result<Draft, Cause> {
         page_sizes: keys
             .parsed("page-sizes", "powers of two from 2K up with K, M or G, joined by '|'", page_sizes)?
             .unwrap_or(DEFAULT_PAGE_SIZES),
-        reserved: reserved(&mut keys)?,
+        reserved: reserved(&mut keys, windows.is_some())?,
+        windows,
         noiommu: keys.switch("noiommu")?.unwrap_or(false),
     };
     keys.finish(word)?;
@@ -270,8 +281,65 @@ fn page_sizes(value: &str) -> Option<u64> {
     Some(bitmap)
 }
 
-fn reserved(keys: &mut Keys<'_>) -> Result<Vec<IovaRange>, Cause> {
-    let Some(values) = keys.0.remove("reserved") else { return Ok(default_reserved()) };
+/// The rules of an IOMMU with windows, where a key or `power` says that it is one.
+fn windows(keys: &mut Keys<'_>, power: bool) -> Result<Option<WindowRules>, Cause> {
+    let mut rules = WindowRules::default();
+    let place = keys.parsed("windows", "none, dynamic, or where windows begin, joined by '|' or '+'", window_places)?;
+    let pages = keys.parsed("window-pages", "powers of two from 4K up with K, M or G, joined by '|'", |value| {
+        page_sizes(value).filter(|sizes| sizes & (PAGE_SIZE - 1) == 0)
+    })?;
+    let levels = keys.parsed("window-levels", "from 1 to 5", |value| {
+        value.parse().ok().filter(|levels| (1..=rules.max_levels).contains(levels))
+    })?;
+    let size = keys.parsed("default-window", "a power of two below 4G, with K, M or G", |value| {
+        page_sizes(value).filter(|size| size.is_power_of_two() && *size <= u32::MAX.into())
+    })?;
+    if !power && place.is_none() && pages.is_none() && levels.is_none() && size.is_none() {
+        return Ok(None);
+    }
+    for key in ["aperture", "page-sizes"] {
+        if keys.0.contains_key(key) {
+            return Err(Cause::NotOfWindows(key));
+        }
+    }
+    match place {
+        Some(WindowPlaces::DefaultOnly) => rules.dynamic = false,
+        Some(WindowPlaces::At(bases)) => rules.bases = bases,
+        Some(WindowPlaces::Usual) | None => {}
+    }
+    rules.page_sizes = pages.unwrap_or(rules.page_sizes);
+    rules.max_levels = levels.unwrap_or(rules.max_levels);
+    rules.default_size = size.unwrap_or(rules.default_size);
+    rules.default_format()?;
+    Ok(Some(rules))
+}
+
+/// Where windows can be.
+enum WindowPlaces {
+    /// The default window and no other.
+    DefaultOnly,
+    /// Where POWER has them.
+    Usual,
+    /// From these IOVAs on; the first is the default window's.
+    At(Vec<Iova>),
+}
+
+fn window_places(value: &str) -> Option<WindowPlaces> {
+    match value {
+        "none" => Some(WindowPlaces::DefaultOnly),
+        "dynamic" => Some(WindowPlaces::Usual),
+        bases => {
+            let bases: Vec<_> = bases.split(['|', '+']).map(|base| number(base).map(Iova)).collect::<Option<_>>()?;
+            let apart = bases.iter().collect::<BTreeSet<_>>().len() == bases.len();
+            (apart && bases[0].0 <= u32::MAX.into()).then_some(WindowPlaces::At(bases))
+        }
+    }
+}
+
+/// What cannot be mapped: what the keys say, else what an x86 server keeps for its MSIs, and POWER does not.
+fn reserved(keys: &mut Keys<'_>, windows: bool) -> Result<Vec<IovaRange>, Cause> {
+    let usual = || if windows { Vec::new() } else { default_reserved() };
+    let Some(values) = keys.0.remove("reserved") else { return Ok(usual()) };
     let mut ranges = Vec::new();
     for value in values.into_iter().filter(|value| *value != "none") {
         let range = value
@@ -307,7 +375,7 @@ mod tests {
     }
 
     fn parse_one(text: &str) -> Result<Spec, SpecError> {
-        parse_all(&[text.to_owned()]).map(|mut specs| specs.remove(0))
+        parse_all(&[text.to_owned()], false).map(|mut specs| specs.remove(0))
     }
 
     #[test]
@@ -354,6 +422,13 @@ mod tests {
             ("nvme@0000:c1:00.0,file=IMAGE,aperture=65", "from 16 to 64"),
             ("nvme@0000:c1:00.0,file=IMAGE,page-sizes=3K", "powers of two"),
             ("nvme@0000:c1:00.0,file=IMAGE,reserved=9-1", "FIRST-LAST"),
+            ("nvme@0000:c1:00.0,file=IMAGE,windows=0|0", "where windows begin"),
+            ("nvme@0000:c1:00.0,file=IMAGE,windows=2M|x", "where windows begin"),
+            ("nvme@0000:c1:00.0,file=IMAGE,windows=dynamic,aperture=40", "aperture says nothing"),
+            ("nvme@0000:c1:00.0,file=IMAGE,window-pages=2K", "from 4K up"),
+            ("nvme@0000:c1:00.0,file=IMAGE,window-levels=6", "from 1 to 5"),
+            ("nvme@0000:c1:00.0,file=IMAGE,default-window=3G", "a power of two"),
+            ("nvme@0000:c1:00.0,file=IMAGE,window-pages=2M,default-window=1M", "these windows cannot be"),
         ];
         for (text, expected) in cases {
             let text = text.replace("IMAGE", &path);
@@ -364,11 +439,28 @@ mod tests {
     }
 
     #[test]
+    fn spec_with_windows_has_those_of_power_but_for_what_its_keys_say() {
+        let (_image, path) = image();
+        let head = format!("nvme@0000:c1:00.0,file={path}");
+        let windows = |keys: &str| parse_one(&format!("{head}{keys}")).expect("a valid SPEC").windows;
+        let usual = WindowRules::default();
+        assert_eq!(windows(""), None);
+        assert_eq!(windows(",windows=dynamic"), Some(usual.clone()));
+        assert_eq!(windows(",windows=none"), Some(WindowRules { dynamic: false, ..usual.clone() }));
+        let bases = vec![Iova(0), Iova(1 << 60)];
+        assert_eq!(windows(",windows=0|0x1000000000000000"), Some(WindowRules { bases, ..usual.clone() }));
+        let changed = WindowRules { page_sizes: 0x11000, max_levels: 2, default_size: 1 << 31, ..usual.clone() };
+        assert_eq!(windows(",window-pages=4K|64K,window-levels=2,default-window=2G"), Some(changed));
+        let power = parse_all(&[head], true).expect("a valid SPEC").remove(0);
+        assert_eq!((power.windows, power.reserved.len()), (Some(usual), 0));
+    }
+
+    #[test]
     fn devices_without_a_group_get_the_lowest_free_numbers() {
         let (_image, path) = image();
         let texts = [",group=1", "", ""].iter().enumerate();
         let texts: Vec<_> = texts.map(|(i, keys)| format!("nvme@0000:c1:0{i}.0,file={path}{keys}")).collect();
-        let specs = parse_all(&texts).expect("valid SPECs");
+        let specs = parse_all(&texts, false).expect("valid SPECs");
         assert_eq!(specs.iter().map(|spec| spec.group).collect::<Vec<_>>(), [1, 0, 2]);
     }
 
@@ -383,7 +475,7 @@ mod tests {
         for (first, first_keys, second, second_keys, expected) in cases {
             let texts =
                 [format!("nvme@{first},file={path}{first_keys}"), format!("nvme@{second},file={path}{second_keys}")];
-            let message = parse_all(&texts).expect_err(expected).to_string();
+            let message = parse_all(&texts, false).expect_err(expected).to_string();
             assert!(message.contains(expected), "{message}");
         }
     }
