@@ -74,14 +74,12 @@ impl Fuse {
 
     /// A call that a thread makes otherwise than by FUSE.
     pub(crate) fn foreign_call(&self, tid: u32) -> ForeignCall<'_> {
-        ForeignCall { nodes: &self.nodes, tid }
+        ForeignCall { nodes: &self.nodes, tid, uid: OnceLock::new() }
     }
 
     /// The caller of such a call.
     pub(crate) fn client<'a>(&'a self, call: &'a ForeignCall<'a>) -> ProcessCaller<'a> {
-        // Nobody is root by having gone.
-        let uid = process::uid(call.tid).unwrap_or(u32::MAX);
-        self.nodes.clients.caller(call.tid, Uid(uid), call)
+        self.nodes.clients.caller(call.tid, call)
     }
 
     /// What is to be asked later whether a thread's process still has a mapping of its descriptor `fd`, which is one of
@@ -135,6 +133,10 @@ impl TransportCall for Caller<'_, Nodes> {
         Self::own_file(self, fd)
     }
 
+    fn uid(&self) -> Uid {
+        Uid(Self::uid(self))
+    }
+
     fn killed(&self) -> bool {
         Self::killed(self)
     }
@@ -144,11 +146,18 @@ impl TransportCall for Caller<'_, Nodes> {
 pub(crate) struct ForeignCall<'a> {
     nodes: &'a Nodes,
     tid: u32,
+    /// Looked up when it matters.
+    uid: OnceLock<Uid>,
 }
 
 impl TransportCall for ForeignCall<'_> {
     fn own_file(&self, fd: i32) -> Result<Option<Arc<OpenFile>>, FdError> {
         self.nodes.files.of_descriptor(self.tid, fd)
+    }
+
+    fn uid(&self) -> Uid {
+        // Nobody is root by having gone.
+        *self.uid.get_or_init(|| Uid(process::uid(self.tid).unwrap_or(u32::MAX)))
     }
 
     fn killed(&self) -> bool {
@@ -158,7 +167,7 @@ impl TransportCall for ForeignCall<'_> {
 
 impl Nodes {
     fn client<'a>(&'a self, caller: &'a Caller<'a, Self>) -> ProcessCaller<'a> {
-        self.clients.caller(caller.tid(), Uid(caller.uid()), caller)
+        self.clients.caller(caller.tid(), caller)
     }
 }
 

@@ -13,8 +13,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -216,14 +217,10 @@ impl FaultRoute {
 
     /// Asks for one page and waits for the answer. On the thread of a device, with nothing held.
     pub(crate) fn ask(&self, request: PageRequest) -> Response {
-        let (tell, told) = std::sync::mpsc::channel();
-        self.raise(
-            &[request],
-            Box::new(move |response| {
-                let _ = tell.send(response);
-            }),
-        );
-        told.recv().unwrap_or(Response::Invalid)
+        let gate = Arc::new(Gate::default());
+        let opener = Opener(Arc::clone(&gate));
+        self.raise(&[request], Box::new(move |response| opener.open(response)));
+        gate.wait()
     }
 
     /// Ends the route: every group of it that is still held is answered [`Response::Invalid`].
@@ -252,6 +249,45 @@ impl FaultRoute {
 impl Drop for FaultRoute {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+/// How long a device looks for its answer before it sleeps: a client that has the page at hand answers within that, and
+/// to be woken costs as much as a call.
+const LOOK: Duration = Duration::from_micros(200);
+
+/// Where one device waits for its answer.
+#[derive(Default)]
+struct Gate {
+    answer: OnceLock<Response>,
+}
+
+/// Lets the device go on with the response, or with [`Response::Invalid`] when it ends without one.
+struct Opener(Arc<Gate>);
+
+impl Opener {
+    fn open(self, response: Response) {
+        let _ = self.0.answer.set(response);
+    }
+}
+
+impl Drop for Opener {
+    fn drop(&mut self) {
+        let _ = self.0.answer.set(Response::Invalid);
+    }
+}
+
+impl Gate {
+    /// Gives way to whoever wants the CPU while it looks: that may be the client.
+    fn wait(&self) -> Response {
+        let asked = Instant::now();
+        while asked.elapsed() < LOOK {
+            if let Some(answer) = self.answer.get() {
+                return *answer;
+            }
+            std::thread::yield_now();
+        }
+        *self.answer.wait()
     }
 }
 

@@ -23,6 +23,9 @@ pub trait TransportCall: Send + Sync {
     /// [`FdError::Bad`] when it is not open, [`FdError::Denied`] when that cannot be told.
     fn own_file(&self, fd: i32) -> Result<Option<Arc<OpenFile>>, FdError>;
 
+    /// The user who makes the call, by whom files would be judged.
+    fn uid(&self) -> Uid;
+
     /// True once the caller has been killed.
     fn killed(&self) -> bool;
 }
@@ -31,17 +34,16 @@ pub trait TransportCall: Send + Sync {
 pub struct ProcessCaller<'a> {
     clients: &'a Clients,
     tid: i32,
-    uid: Uid,
     transport: &'a dyn TransportCall,
     /// The process of the thread. An exec may have ended the memory map that is kept of it.
     process: OnceLock<Result<Arc<Process>, MemoryError>>,
 }
 
 impl<'a> ProcessCaller<'a> {
-    pub(super) fn new(clients: &'a Clients, tid: u32, uid: Uid, transport: &'a dyn TransportCall) -> Self {
+    pub(super) fn new(clients: &'a Clients, tid: u32, transport: &'a dyn TransportCall) -> Self {
         // 0 is a caller whom we cannot see, and to many system calls it is ourselves; they all refuse -1.
         let tid = i32::try_from(tid).ok().filter(|tid| *tid > 0).unwrap_or(-1);
-        Self { clients, tid, uid, transport, process: OnceLock::new() }
+        Self { clients, tid, transport, process: OnceLock::new() }
     }
 
     fn process(&self) -> Result<&Arc<Process>, MemoryError> {
@@ -86,7 +88,7 @@ const AT_ONCE: usize = 1 << 30;
 
 impl Caller for ProcessCaller<'_> {
     fn uid(&self) -> Uid {
-        self.uid
+        self.transport.uid()
     }
 
     fn memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError> {

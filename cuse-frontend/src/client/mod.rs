@@ -28,7 +28,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use ioas::caller::{MemoryError, Uid};
+use ioas::caller::MemoryError;
 use parking_lot::Mutex;
 
 pub(crate) use caller::whole;
@@ -71,11 +71,11 @@ impl Clients {
         Self { own, processes: Mutex::default() }
     }
 
-    /// The caller of one call: the thread that waits for the answer (as this process sees its number), its user, and
-    /// what the transport knows about the call.
+    /// The caller of one call: the thread that waits for the answer (as this process sees its number), and what the
+    /// transport knows about the call.
     #[must_use]
-    pub fn caller<'a>(&'a self, tid: u32, uid: Uid, transport: &'a dyn TransportCall) -> ProcessCaller<'a> {
-        ProcessCaller::new(self, tid, uid, transport)
+    pub fn caller<'a>(&'a self, tid: u32, transport: &'a dyn TransportCall) -> ProcessCaller<'a> {
+        ProcessCaller::new(self, tid, transport)
     }
 
     /// The process of a thread that is waiting for an answer of ours; an exec may have ended its memory map.

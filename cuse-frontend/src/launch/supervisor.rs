@@ -6,8 +6,8 @@
 //! by a one-time name, the kernel puts that descriptor into the client, and the call is answered with its number. A
 //! client that was killed meanwhile gets nothing, or takes the descriptor with it, and the new file is closed.
 //!
-//! Each call is served by a thread of its own, since it reads client memory, which can block for ever. Between being
-//! told of a call and opening anything of the client by its thread id, the id may have been given to somebody else:
+//! A call reads client memory, which can block for ever, so a [`Crew`] serves them: a caller in a loop is served by one
+//! thread, and one that blocks holds up nobody else. Between being told of a call and opening anything of the client by its thread id, the id may have been given to somebody else:
 //! so it is asked again afterwards whether the call still waits.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,44 +17,56 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::filter::{is_read, mmap_offset_shift};
+use crate::crew::{Crew, Source};
 use crate::files::{ClientCall, IoctlReply, NewFile, OpenFile, Promise};
 use crate::fuse::Fuse;
-use crate::sys::launch::{Answer, Notification, install_file, next_notification, respond, still_waits};
+use crate::sys::launch::{Answer, Notification, install_file, next_notification, respond, still_waits, wake_in_place};
 
-/// Serves `listener` on a thread of its own until no process is left that it could tell of.
+/// Serves `listener` until no process is left that it could tell of.
 pub(super) fn start(listener: OwnedFd, fuse: Arc<Fuse>) -> std::io::Result<()> {
-    let listener = Arc::new(listener);
-    ioas::thread::spawn("seccomp", move || supervise(&listener, &fuse)).map(drop)
+    if let Err(error) = wake_in_place(listener.as_fd()) {
+        tracing::debug!(%error, "callers and the supervisor wake each other across CPUs");
+    }
+    Crew::start(Arc::new(Supervisor { listener, fuse }), "seccomp").map(drop)
 }
 
-fn supervise(listener: &Arc<OwnedFd>, fuse: &Arc<Fuse>) {
-    loop {
-        let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut ready, PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return tracing::error!(%error, "the seccomp listener cannot be polled"),
-        }
-        let events = ready[0].revents().unwrap_or(PollFlags::empty());
-        // When the last filtered process has gone, the listener hangs up and answers ENOENT again and again.
-        if events.contains(PollFlags::POLLHUP) {
-            return;
-        }
-        match next_notification(listener.as_fd()) {
-            Ok(notification) => serve_apart(listener, fuse, notification),
-            // The caller was killed before it could be told of.
-            Err(Errno::ENOENT | Errno::EINTR) => {}
-            Err(error) => return tracing::error!(%error, "the seccomp listener fails"),
+struct Supervisor {
+    listener: OwnedFd,
+    fuse: Arc<Fuse>,
+}
+
+impl Source for Supervisor {
+    type Job = Notification;
+
+    fn take(&self) -> Option<Notification> {
+        loop {
+            let mut ready = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut ready, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "the seccomp listener cannot be polled");
+                    return None;
+                }
+            }
+            let events = ready[0].revents().unwrap_or(PollFlags::empty());
+            // When the last filtered process has gone, the listener hangs up and answers ENOENT again and again.
+            if events.contains(PollFlags::POLLHUP) {
+                return None;
+            }
+            match next_notification(self.listener.as_fd()) {
+                Ok(notification) => return Some(notification),
+                // The caller was killed before it could be told of.
+                Err(Errno::ENOENT | Errno::EINTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "the seccomp listener fails");
+                    return None;
+                }
+            }
         }
     }
-}
 
-fn serve_apart(listener: &Arc<OwnedFd>, fuse: &Arc<Fuse>, notification: Notification) {
-    let (listener_there, fuse) = (Arc::clone(listener), Arc::clone(fuse));
-    let work = move || serve(&listener_there, &fuse, notification);
-    if let Err(error) = ioas::thread::spawn("seccomp-call", work) {
-        tracing::error!(%error, "no thread for a notified call");
-        // A caller that has gone needs no answer.
-        let _ = respond(listener.as_fd(), notification.id, Answer::Error(libc::ENOMEM));
+    fn work(&self, notification: Notification) {
+        serve(&self.listener, &self.fuse, notification);
     }
 }
 

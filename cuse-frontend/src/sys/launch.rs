@@ -31,6 +31,7 @@ mod ioctls {
     nix::ioctl_readwrite!(notif_send, b'!', 1, libc::seccomp_notif_resp);
     nix::ioctl_write_ptr!(notif_id_valid, b'!', 2, u64);
     nix::ioctl_write_ptr!(notif_addfd, b'!', 3, libc::seccomp_notif_addfd);
+    nix::ioctl_write_int_bad!(notif_set_flags, nix::request_code_write!(b'!', 4, size_of::<u64>()));
 }
 
 /// Forks. The child has this thread only.
@@ -55,6 +56,18 @@ pub(crate) fn install_filter(program: &mut [libc::sock_filter]) -> Result<OwnedF
     let fd = RawFd::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
     // SAFETY: the kernel has just opened the descriptor for us, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Lets a caller that is notified wake the supervisor on its own CPU, and the supervisor the caller: each is about to
+/// sleep.
+///
+/// # Errors
+/// EINVAL or ENOTTY before Linux 6.6.
+pub(crate) fn wake_in_place(listener: BorrowedFd<'_>) -> Result<(), Errno> {
+    /// SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP (include/uapi/linux/seccomp.h).
+    const SYNC_WAKE_UP: i32 = 1;
+    // SAFETY: the ioctl takes a number.
+    unsafe { ioctls::notif_set_flags(listener.as_raw_fd(), SYNC_WAKE_UP) }.map(drop)
 }
 
 /// The next notified call.

@@ -40,6 +40,10 @@ impl TransportCall for Nothing {
         Ok(None)
     }
 
+    fn uid(&self) -> Uid {
+        Uid(0)
+    }
+
     fn killed(&self) -> bool {
         false
     }
@@ -50,7 +54,7 @@ fn clients() -> Clients {
 }
 
 fn call(clients: &Clients, tid: u32) -> ProcessCaller<'_> {
-    clients.caller(tid, Uid(0), &Nothing)
+    clients.caller(tid, &Nothing)
 }
 
 #[test]
