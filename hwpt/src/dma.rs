@@ -213,6 +213,11 @@ impl Dma {
         let fault = DmaFault { iova, access, device: Arc::clone(self.device.name()), cause };
         tracing::debug!(%fault, "DMA aborted");
         self.device.faults().fault(&fault);
+        if let DmaCause::Guest { reason, .. } = fault.cause
+            && let Some(nested) = self.device.hwpt().and_then(|hwpt| hwpt.nested().cloned())
+        {
+            nested.table().report(&self.device, &fault, reason);
+        }
         fault
     }
 }

@@ -18,11 +18,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ioas::caller::{Caller, MemoryError};
-use ioas::{Frame, Iova, UserAddr, errno};
+use ioas::{Frame, Interrupt, Interrupted, Iova, Uninterruptible, UserAddr, errno};
 
 use crate::device::Device;
+use crate::error::AttachError;
 use crate::events::EventSink;
 use crate::format::Format;
+use crate::group::Group;
 use crate::hwpt::{Hwpt, HwptFlags};
 use crate::nested::NestedTable;
 
@@ -61,6 +63,9 @@ pub enum DriverError {
     /// The client's data could not be copied (EFAULT).
     #[error("{0}")]
     Memory(#[from] MemoryError),
+    /// The caller is being killed (EINTR).
+    #[error("{0}")]
+    Interrupted(#[from] Interrupted),
 }
 
 impl DriverError {
@@ -76,6 +81,7 @@ impl DriverError {
             Self::BadMemory(_) | Self::Memory(_) => errno::EFAULT,
             Self::NoMemory(_) => errno::ENOMEM,
             Self::TooLong { .. } => 7,
+            Self::Interrupted(_) => errno::EINTR,
         }
     }
 }
@@ -149,6 +155,7 @@ pub struct UserArray<'a> {
     address: UserAddr,
     entry_length: u32,
     entries: u32,
+    interrupt: &'a dyn Interrupt,
     /// How many entries were handled.
     pub done: u32,
 }
@@ -157,7 +164,19 @@ impl<'a> UserArray<'a> {
     /// `entries` structs of `entry_length` bytes each at `address`. Nothing is read yet, none is handled.
     #[must_use]
     pub const fn new(caller: &'a dyn Caller, kind: u32, address: UserAddr, entry_length: u32, entries: u32) -> Self {
-        Self { caller, kind, address, entry_length, entries, done: 0 }
+        Self { caller, kind, address, entry_length, entries, interrupt: &Uninterruptible, done: 0 }
+    }
+
+    /// The same, whose handling may end early where it waits.
+    #[must_use]
+    pub const fn interruptible(self, interrupt: &'a dyn Interrupt) -> Self {
+        Self { interrupt, ..self }
+    }
+
+    /// Says when waiting is to end early.
+    #[must_use]
+    pub const fn interrupt(&self) -> &'a dyn Interrupt {
+        self.interrupt
     }
 
     /// What the client says its entries are.
@@ -277,6 +296,30 @@ pub trait Nested: Any + Send + Sync {
     /// What DMA goes through. Without it no DMA of a device that is attached lands.
     fn table(&self) -> Option<&Arc<NestedTable>> {
         None
+    }
+
+    /// Whether devices are to be brought to it by [`Self::follow`].
+    fn follows(&self) -> bool {
+        false
+    }
+
+    /// Brings a group, attached or not, to wherever the guest has its devices at the moment, and from now on follows
+    /// the guest. Only where [`Self::follows`].
+    ///
+    /// # Errors
+    /// [`AttachError`]; the group is where it was, and nothing is followed.
+    fn follow(&self, group: &Arc<Group>) -> Result<(), AttachError> {
+        Err(AttachError::NoDevice(group.id()))
+    }
+
+    /// Stops following a group, which is about to be moved elsewhere, or goes on because it was not.
+    fn pause(&self, group: &Group, paused: bool) {
+        let _ = (group, paused);
+    }
+
+    /// A group that was followed has been moved elsewhere, or detached. It was paused before.
+    fn forget(&self, group: &Group) {
+        let _ = group;
     }
 
     /// As the type it is, for the driver that made it.

@@ -13,11 +13,14 @@
 //! Lock order: the log's lock is a leaf.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ioas::Access;
 use parking_lot::Mutex;
 
+use crate::device::Device;
+use crate::fault::DmaFault;
 use crate::guest_memory::GuestMemory;
 use crate::vtd::FaultReason;
 
@@ -52,6 +55,25 @@ pub trait GuestTable: Send + Sync {
     /// What it means that the guest address of a leaf is not mapped by the parent for `access`. `mapped` when it is
     /// for another.
     fn beyond_parent(&self, access: Access, mapped: bool) -> FaultReason;
+
+    /// A DMA of `device` through this table was aborted. Called with no lock held and outside the reader count.
+    fn report(&self, device: &Device, fault: &DmaFault, reason: FaultReason) {
+        let _ = (device, fault, reason);
+    }
+}
+
+impl<T: GuestTable + ?Sized> GuestTable for Arc<T> {
+    fn walk(&self, memory: &dyn GuestMemory, address: u64, access: Access) -> Result<GuestLeaf, GuestFault> {
+        (**self).walk(memory, address, access)
+    }
+
+    fn beyond_parent(&self, access: Access, mapped: bool) -> FaultReason {
+        (**self).beyond_parent(access, mapped)
+    }
+
+    fn report(&self, device: &Device, fault: &DmaFault, reason: FaultReason) {
+        (**self).report(device, fault, reason);
+    }
 }
 
 /// A guest's table and what was invalidated of it.
@@ -72,6 +94,15 @@ impl NestedTable {
     /// used in a lookup that begins after this returns. DMA that is under way may still land.
     pub fn invalidate(&self, first: u64, last: u64) {
         self.invalidations.add(first, last);
+    }
+
+    /// As [`Self::invalidate`], for several ranges; for so many that nobody could be told of each, for all.
+    pub fn invalidate_each(&self, ranges: &[(u64, u64)]) {
+        if ranges.len() > REMEMBERED {
+            self.invalidate(0, u64::MAX);
+        } else {
+            ranges.iter().for_each(|&(first, last)| self.invalidate(first, last));
+        }
     }
 
     pub(crate) fn table(&self) -> &dyn GuestTable {

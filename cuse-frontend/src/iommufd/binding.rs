@@ -114,7 +114,7 @@ impl Drop for Together {
     fn drop(&mut self) {
         // Attachments of bindings that nobody has ended.
         for attachment in std::mem::take(self.attachments.get_mut()).into_values() {
-            disconnect(&attachment.seat);
+            leave(&attachment.seat, &attachment.hwpt);
             set_route(&attachment.seat, None);
         }
     }
@@ -161,8 +161,9 @@ fn check_pasid(
 }
 
 /// Brings `seat` to a page table in `hwpt`'s eyes.
-fn connect(seat: &Group, object: &Object) -> Result<(), OpError> {
+fn connect(seat: &Arc<Group>, object: &Object) -> Result<(), OpError> {
     match object {
+        Object::Nested(nested) if nested.nested.follows() => nested.nested.follow(seat)?,
         Object::Paging(paging) if seat.hwpt().is_some() => paging.list.replace_with(seat, &paging.hwpt)?,
         Object::Paging(paging) => paging.list.attach_to(seat, &paging.hwpt)?,
         Object::Nested(NestedHwpt { hwpt: Some(hwpt), .. }) => match hwpt.list() {
@@ -175,12 +176,33 @@ fn connect(seat: &Group, object: &Object) -> Result<(), OpError> {
     Ok(())
 }
 
+/// A page table that follows the guest leaves `seat` where it is while it is moved, or goes on.
+fn pause(seat: &Group, object: &Object, paused: bool) {
+    if let Object::Nested(nested) = object {
+        nested.nested.pause(seat, paused);
+    }
+}
+
+/// `seat` is not at a page table any more.
+fn forget(seat: &Group, object: &Object) {
+    if let Object::Nested(nested) = object {
+        nested.nested.forget(seat);
+    }
+}
+
 /// Ends what `seat` is attached to in `hwpt`'s eyes.
 fn disconnect(seat: &Group) {
     if let Some(list) = seat.hwpt().and_then(|hwpt| hwpt.list()) {
         // Not attached any more is what is wanted.
         let _ = list.detach(seat);
     }
+}
+
+/// Detaches `seat` from a page table.
+fn leave(seat: &Group, object: &Object) {
+    pause(seat, object, true);
+    disconnect(seat);
+    forget(seat, object);
 }
 
 /// A route from a device to the fault queue of a page table that has one.
@@ -340,7 +362,7 @@ impl Context {
         }
         let hwpt = if attachment.devices.is_empty() {
             let Some(Attachment { hwpt, seat, route, .. }) = attachments.remove(&pasid) else { return };
-            disconnect(&seat);
+            leave(&seat, &hwpt);
             set_route(&seat, None);
             if let Some(route) = route {
                 route.close();
@@ -422,11 +444,14 @@ fn replace(
     driver.attach(&bound.device, pasid, new, old)?;
     let route = route(hwpt, binding.id());
     set_route(&attachment.seat, route.as_ref());
+    pause(&attachment.seat, &attachment.hwpt, true);
     if let Err(error) = connect(&attachment.seat, hwpt) {
+        pause(&attachment.seat, &attachment.hwpt, false);
         set_route(&attachment.seat, attachment.route.as_ref());
         let _ = driver.attach(&bound.device, pasid, old, new);
         return Err(error);
     }
+    forget(&attachment.seat, &attachment.hwpt);
     if let Some(route) = std::mem::replace(&mut attachment.route, route) {
         route.close();
     }

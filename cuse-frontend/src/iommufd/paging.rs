@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use hwpt::driver::{UserArray, UserData};
 use hwpt::{Device, HwptFlags};
-use ioas::{Interrupt, ObjectRef, ObjectUser};
+use ioas::{ObjectRef, ObjectUser};
 
 use super::context::{Context, NewObject};
 use super::object::{IoasObject, NestedHwpt, Object, PagingHwpt};
@@ -160,18 +160,13 @@ impl Context {
     /// Hands invalidations to a nested page table or a virtual IOMMU. `array.done` says how many were handled. When it
     /// returns, no DMA is under way that began before, unless it was interrupted.
     #[doc(alias = "iommufd_hwpt_invalidate")]
-    pub(crate) fn invalidate(
-        &self,
-        id: u32,
-        array: &mut UserArray<'_>,
-        interrupt: &dyn Interrupt,
-    ) -> Result<(), OpError> {
+    pub(crate) fn invalidate(&self, id: u32, array: &mut UserArray<'_>) -> Result<(), OpError> {
         let unsupported = || OpError::Unsupported { field: "hwpt_id", value: id.into() };
         let object = self.get(id).ok_or(OpError::NoObject { kind: "nested HWPT or virtual IOMMU", id })?;
         match &*object {
             Object::Nested(nested) if nested.nested.has_invalidation() => {
                 nested.nested.invalidate(array)?;
-                Ok(nested.parent.drain(interrupt)?)
+                Ok(nested.parent.drain(array.interrupt())?)
             }
             Object::Viommu(viommu) if viommu.viommu.has_invalidation() => Ok(viommu.viommu.invalidate(array)?),
             Object::Nested(_) | Object::Viommu(_) => Err(unsupported()),

@@ -248,8 +248,10 @@ pub(super) fn invalidate(call: &ContextCall<'_>) -> OpResult {
         Err(error) => (Err(error), 0),
         Ok(()) => {
             let address = UserAddr(cmd.data_uptr);
-            let mut array = UserArray::new(call.caller, cmd.data_type, address, cmd.entry_len, cmd.entry_num);
-            let outcome = call.file.invalidate(cmd.hwpt_id, &mut array, &call.interrupt());
+            let interrupt = call.interrupt();
+            let mut array = UserArray::new(call.caller, cmd.data_type, address, cmd.entry_len, cmd.entry_num)
+                .interruptible(&interrupt);
+            let outcome = call.file.invalidate(cmd.hwpt_id, &mut array);
             (outcome, array.done)
         }
     };

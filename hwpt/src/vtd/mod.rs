@@ -20,25 +20,33 @@
 //! remapping), chapter 7 (translation faults), chapter 9 (translation structure formats), chapter 10 (registers).
 
 mod capability;
+mod descriptor;
 mod first_stage;
 mod reason;
+mod record;
 mod replay;
 mod second_stage;
+mod shadow;
 mod stage;
 mod tables;
 #[cfg(test)]
 mod testing;
 mod unit;
+mod viommu;
 mod walk;
 
 pub use capability::{Capability, Levels};
+pub use descriptor::{ContextScope, Descriptor, IotlbScope};
 pub use first_stage::FirstStage;
 pub use reason::{FaultReason, Mode};
+pub use record::FaultRecord;
 pub use replay::{Budget, Leaves, Replay, Stopped};
 pub use second_stage::SecondStage;
+pub use shadow::{BUDGET, FaultListener, Replayed, ShadowCounters, ShadowSpace, Trouble};
 pub use stage::{Entry, Rights, Stage, StageFault};
 pub use tables::{Binding, ContextTables, Domain, Requester, Structures, TableFault};
 pub use unit::VtdUnit;
+pub use viommu::{ShadowSnapshot, ShadowViommu, kind};
 pub use walk::{Leaf, Request, walk};
 
 /// log2 of the bytes of a page, and of every table.

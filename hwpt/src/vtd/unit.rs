@@ -16,10 +16,15 @@ use ioas::Access;
 use super::capability::Capability;
 use super::first_stage::FirstStage;
 use super::reason::FaultReason;
+use super::replay::Budget;
+use super::shadow::BUDGET;
 use super::stage::{Stage, StageFault};
+use super::viommu::{ShadowViommu, kind};
 use super::walk::{Request, walk};
 use crate::device::Device;
-use crate::driver::{Capabilities, DriverError, HwInfo, IommuDriver, Nested, Paging, Target, UserArray, UserData};
+use crate::driver::{
+    Capabilities, DriverError, HwInfo, IommuDriver, Nested, Paging, Target, UserArray, UserData, Viommu, ViommuHost,
+};
 use crate::guest_memory::{GuestMemory, TableAccess};
 use crate::hwpt::{Hwpt, HwptFlags};
 use crate::nested::{GuestFault, GuestLeaf, GuestTable, NestedTable};
@@ -47,13 +52,20 @@ bitflags::bitflags! {
 #[derive(Debug)]
 pub struct VtdUnit {
     capability: Capability,
+    budget: Budget,
 }
 
 impl VtdUnit {
     /// A unit that can do what `capability` says.
     #[must_use]
     pub const fn new(capability: Capability) -> Self {
-        Self { capability }
+        Self { capability, budget: BUDGET }
+    }
+
+    /// The same, whose replays of a guest's tables may do less.
+    #[must_use]
+    pub const fn with_budget(self, budget: Budget) -> Self {
+        Self { budget, ..self }
     }
 
     /// What it can do.
@@ -116,11 +128,24 @@ impl IommuDriver for VtdUnit {
         Ok(Arc::new(NestedFirstStage { table: table.map(|table| Arc::new(NestedTable::new(Box::new(table)))) }))
     }
 
+    fn has_viommu(&self, _device: &Device, wanted: u32) -> bool {
+        wanted == kind::VIOMMU
+    }
+
+    fn viommu(
+        &self,
+        host: Arc<dyn ViommuHost>,
+        parent: &Arc<Hwpt>,
+        data: Option<&UserData<'_>>,
+    ) -> Result<Arc<dyn Viommu>, DriverError> {
+        Ok(Arc::new(ShadowViommu::new(host, parent, (self.capability, self.budget), data)?))
+    }
+
     fn attach(&self, device: &Arc<Device>, pasid: u32, new: Target<'_>, _old: Target<'_>) -> Result<(), DriverError> {
         let hwpt = match new {
             Target::Blocked => return Ok(()),
             Target::Paging { hwpt, .. } => hwpt,
-            Target::Nested { nested, parent, .. } if nested.table().is_some() => parent,
+            Target::Nested { nested, parent, .. } if nested.table().is_some() || nested.follows() => parent,
             Target::Nested { .. } => {
                 return Err(DriverError::Invalid("a nested page table of a width that the unit does not have"));
             }

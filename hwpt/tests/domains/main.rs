@@ -7,5 +7,6 @@ mod dma;
 mod failing;
 mod nested;
 mod pages;
+mod shadow;
 mod windows;
 mod world;
