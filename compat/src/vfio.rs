@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use hwpt::{DeviceProperties, FaultSink};
+use hwpt::{DeviceProperties, FaultSink, IommuDriver};
 use ioas::caller::Caller;
 use ioas::{PageStore, Registrations};
 use parking_lot::{Mutex, RwLock};
@@ -19,7 +19,7 @@ use crate::device::{Bdf, DeviceModel};
 use crate::error::VfioError;
 use crate::group::{Group, GroupFile};
 use crate::spapr::SpaprVersion;
-use crate::vfio_device::{DeviceSnapshot, VfioDevice};
+use crate::vfio_device::{self, DeviceSnapshot, VfioDevice};
 use crate::watch::Watcher;
 
 /// How many mappings a container may have unless the operator says otherwise (Linux `dma_entry_limit`).
@@ -160,6 +160,19 @@ impl Vfio {
     /// # Errors
     /// [`VfioError::DeviceExists`], [`VfioError::MixedGroup`], and what attaching it meets. Nothing has changed.
     pub fn add_device(self: &Arc<Self>, spec: DeviceSpec) -> Result<Arc<VfioDevice>, VfioError> {
+        let unit = vfio_device::ordinary_unit(&*spec.model);
+        self.add_device_behind(unit, spec)
+    }
+
+    /// Adds a device behind an IOMMU unit of another kind, as [`Self::add_device`] does behind an ordinary one.
+    ///
+    /// # Errors
+    /// As [`Self::add_device`].
+    pub fn add_device_behind(
+        self: &Arc<Self>,
+        unit: Arc<dyn IommuDriver>,
+        spec: DeviceSpec,
+    ) -> Result<Arc<VfioDevice>, VfioError> {
         let _changes = self.changes.lock();
         if self.device(spec.bdf).is_some() {
             return Err(VfioError::DeviceExists(spec.bdf));
@@ -168,7 +181,7 @@ impl Vfio {
         if group.is_noiommu() != spec.noiommu {
             return Err(VfioError::MixedGroup(spec.group));
         }
-        let device = VfioDevice::new(self, spec, Arc::clone(group.pe()));
+        let device = VfioDevice::new(self, unit, spec, Arc::clone(group.pe()));
         group.add(&device)?;
         self.groups.write().insert(group.id(), group);
         Ok(device)

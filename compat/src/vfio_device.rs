@@ -75,11 +75,11 @@ pub struct DeviceSnapshot {
     pub open: bool,
 }
 
-/// The unit of an ordinary device with so many bits of PASID.
-fn unit(pasid_bits: u8) -> Arc<dyn IommuDriver> {
+/// The unit of an ordinary device: it has as many bits of PASID as the device.
+pub(crate) fn ordinary_unit(model: &dyn DeviceModel) -> Arc<dyn IommuDriver> {
     static UNITS: LazyLock<[Arc<dyn IommuDriver>; MAX_PASID_BITS as usize + 1]> =
         LazyLock::new(|| std::array::from_fn(|bits| Arc::new(Unit { max_pasid_log2: bits as u8 }) as _));
-    Arc::clone(&UNITS[usize::from(pasid_bits.min(MAX_PASID_BITS))])
+    Arc::clone(&UNITS[usize::from(model.pasid_bits().min(MAX_PASID_BITS))])
 }
 
 impl VfioDevice {
@@ -88,19 +88,14 @@ impl VfioDevice {
         self.vfio.upgrade().is_some_and(|vfio| vfio.regions_mappable())
     }
 
-    /// A device of the group whose PE is `pe`.
-    pub(crate) fn new(vfio: &Arc<Vfio>, spec: DeviceSpec, pe: Arc<Pe>) -> Arc<Self> {
+    /// A device behind `unit`, of the group whose PE is `pe`.
+    pub(crate) fn new(vfio: &Arc<Vfio>, unit: Arc<dyn IommuDriver>, spec: DeviceSpec, pe: Arc<Pe>) -> Arc<Self> {
         let DeviceSpec { bdf, group, noiommu: _, properties, model } = spec;
         Arc::new(Self {
             vfio: Arc::downgrade(vfio),
             bdf,
             group_id: group,
-            hwpt: hwpt::Device::behind(
-                unit(model.pasid_bits()),
-                bdf.to_string(),
-                properties,
-                Arc::clone(vfio.faults()),
-            ),
+            hwpt: hwpt::Device::behind(unit, bdf.to_string(), properties, Arc::clone(vfio.faults())),
             irqs: Irqs::new(model.irqs(), Arc::clone(vfio.watcher())),
             log: Arc::default(),
             pe,

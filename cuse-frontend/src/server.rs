@@ -23,7 +23,7 @@ pub use compat::DeviceSpec;
 
 use crate::error::OpError;
 use crate::files::{ClientCall, Errno, File, NodeKind, OpenFile, ReturnedFile};
-use crate::iommufd::Context;
+use crate::iommufd::{Context, WindowUnit};
 use crate::ops::OpRow;
 use crate::status;
 
@@ -42,6 +42,8 @@ pub struct ServerOptions {
     pub personality: Personality,
     /// Whether the TCE tables of windows are charged, as Linux does.
     pub charges_tables: bool,
+    /// Our own words in Linux's ioctls are not known, so that everything is answered as Linux would.
+    pub strict: bool,
     /// Root may say who pays even where the machine has taken CAP_SYS_RESOURCE from it, as containers do. For tests
     /// that are written for root.
     pub root_sets_payer: bool,
@@ -59,6 +61,7 @@ impl Default for ServerOptions {
             container: Flavour::Native,
             personality: Personality::Type1,
             charges_tables: true,
+            strict: false,
             root_sets_payer: false,
             added_rows: Vec::new(),
         }
@@ -96,7 +99,8 @@ pub struct Server {
     failures: Arc<FailureLog>,
     /// Immutable.
     container: Flavour,
-    /// Immutable, as the next.
+    /// Immutable, as the next two.
+    strict: bool,
     root_sets_payer: bool,
     added_rows: Vec<OpRow>,
     devices: RwLock<Vec<DeviceEntry>>,
@@ -121,7 +125,7 @@ impl Server {
     #[must_use]
     pub fn new(options: ServerOptions) -> Arc<Self> {
         let ServerOptions { accounting, dirty, dma_entry_limit, container, personality, charges_tables, .. } = options;
-        let ServerOptions { root_sets_payer, added_rows, .. } = options;
+        let ServerOptions { strict, root_sets_payer, added_rows, .. } = options;
         let store = PageStore::new(accounting);
         let failures = Arc::new(FailureLog::default());
         let faults = Arc::clone(&failures) as Arc<dyn FaultSink>;
@@ -139,6 +143,7 @@ impl Server {
             vfio,
             container,
             failures,
+            strict,
             root_sets_payer,
             added_rows,
             devices,
@@ -177,7 +182,11 @@ impl Server {
     pub fn add_device(&self, spec: DeviceSpec) -> Result<u32, Errno> {
         let mut devices = self.devices.write();
         let (bdf, group, noiommu, model) = (spec.bdf, spec.group, spec.noiommu, Arc::clone(&spec.model));
-        self.vfio.add_device(spec).map_err(|error| Errno(error.errno()))?;
+        let added = match &spec.properties.windows {
+            None => self.vfio.add_device(spec),
+            Some(rules) => self.vfio.add_device_behind(Arc::new(WindowUnit::new(rules.clone(), self.strict)), spec),
+        };
+        added.map_err(|error| Errno(error.errno()))?;
         devices.retain(|entry| self.vfio.device(entry.bdf).is_some() && entry.bdf != bdf);
         let index = (0..).find(|index| devices.iter().all(|entry| entry.index != *index)).unwrap_or(u32::MAX);
         devices.push(DeviceEntry { index, bdf, group, noiommu, model });

@@ -27,6 +27,7 @@ use crate::format::Format;
 use crate::group::Group;
 use crate::hwpt::{Hwpt, HwptFlags};
 use crate::nested::NestedTable;
+use crate::spapr::WindowError;
 
 /// Why a driver refuses. The text is for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -60,6 +61,9 @@ pub enum DriverError {
         /// Bytes that the unit knows.
         known: u32,
     },
+    /// The client's windows break a rule of the hardware.
+    #[error(transparent)]
+    Window(#[from] WindowError),
     /// The client's data could not be copied (EFAULT).
     #[error("{0}")]
     Memory(#[from] MemoryError),
@@ -82,6 +86,7 @@ impl DriverError {
             Self::NoMemory(_) => errno::ENOMEM,
             Self::TooLong { .. } => 7,
             Self::Interrupted(_) => errno::EINTR,
+            Self::Window(error) => error.errno(),
         }
     }
 }

@@ -13,6 +13,7 @@ mod paging;
 mod queue;
 mod vfio;
 mod viommu;
+mod windows;
 
 pub use binding::{Binding, BoundDevice};
 pub use context::{Context, IoasRef, NewIoas, NewObject};
@@ -22,3 +23,4 @@ pub(crate) use paging::HwptRequest;
 pub(crate) use queue::QueueFile;
 pub(crate) use vfio::VfioIommufd;
 pub use viommu::{HardwareQueue, VirtualDevice, VirtualEvents, VirtualIommu};
+pub use windows::WindowUnit;

@@ -9,6 +9,7 @@
 //! op's.
 
 pub mod iommufd;
+pub mod spapr;
 pub mod vfio;
 
 /// `_IO(';', nr)`: no size and no direction, as every ioctl of iommufd and VFIO is numbered.

@@ -82,6 +82,9 @@ pub(crate) struct ServerOptions {
     /// Adds IOMMU_TEST_CMD and the mock devices of Linux's selftest.
     #[arg(long)]
     pub(crate) selftest: bool,
+    /// Answers as Linux does where ours is more: page tables of windows cannot be described through iommufd.
+    #[arg(long)]
+    pub(crate) strict: bool,
     /// How many mappings a container may hold.
     #[arg(long, value_name = "N", default_value_t = 65535)]
     pub(crate) dma_entry_limit: u32,

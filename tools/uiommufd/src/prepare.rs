@@ -54,6 +54,7 @@ pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
             Personality::SpaprV2 => compat::Personality::Spapr(compat::SpaprVersion::V2),
         },
         charges_tables: options.tce_charge == TceCharge::Linux,
+        strict: options.strict,
         root_sets_payer: options.selftest,
         added_rows: if options.selftest { vec![device_shim::mock::row()] } else { Vec::new() },
     };
