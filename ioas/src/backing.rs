@@ -7,7 +7,7 @@
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::sys::stat::fstat;
 use parking_lot::Mutex;
@@ -26,8 +26,12 @@ pub struct FileBacking {
     pub(crate) kind: FileKind,
     /// The best descriptor seen so far. Guarded by itself; a leaf lock.
     descriptor: Mutex<Descriptor>,
+    /// Whether that can be mapped for writing.
+    writable: AtomicBool,
     /// Bytes: the size when the file was looked at last.
     seen_size: AtomicU64,
+    /// The store that takes this one for any other of the same file, while it lives; 0 for none.
+    pub(crate) adopted_by: AtomicU64,
 }
 
 #[derive(Debug, Clone)]
@@ -45,6 +49,7 @@ impl FileBacking {
             let better = file.descriptor();
             let worse = std::mem::replace(&mut *self.descriptor.lock(), better);
             drop(worse);
+            self.writable.store(true, Ordering::Release);
         }
     }
 
@@ -61,7 +66,7 @@ impl FileBacking {
     /// Whether a client has shown a descriptor with which the file can be written.
     #[must_use]
     pub fn writable(&self) -> bool {
-        self.descriptor.lock().writable
+        self.writable.load(Ordering::Acquire)
     }
 
     /// Its size in bytes now; 0 when it cannot be told.
@@ -89,7 +94,14 @@ impl From<ClientFile> for FileBacking {
     fn from(file: ClientFile) -> Self {
         let descriptor = Descriptor { fd: file.fd, writable: file.writable };
         let seen_size = AtomicU64::new(file.size);
-        Self { id: file.id, kind: file.kind, descriptor: Mutex::new(descriptor), seen_size }
+        Self {
+            id: file.id,
+            kind: file.kind,
+            descriptor: Mutex::new(descriptor),
+            writable: AtomicBool::new(file.writable),
+            seen_size,
+            adopted_by: AtomicU64::new(0),
+        }
     }
 }
 
@@ -108,11 +120,37 @@ pub(crate) enum Backing {
     Private(Arc<dyn MemoryMap>),
 }
 
-impl Backing {
-    pub(crate) fn key(&self) -> BackingKey {
+/// A backing that is looked at.
+#[derive(Clone, Copy)]
+pub(crate) enum BackingRef<'a> {
+    /// As [`Backing::File`].
+    File(&'a Arc<FileBacking>),
+    /// As [`Backing::Private`].
+    Private(&'a Arc<dyn MemoryMap>),
+}
+
+impl BackingRef<'_> {
+    pub(crate) fn key(self) -> BackingKey {
         match self {
             Self::File(file) => BackingKey::File(file.id.device, file.id.inode),
             Self::Private(memory) => BackingKey::Private(memory.id()),
+        }
+    }
+
+    /// A reference of its own.
+    pub(crate) fn owned(self) -> Backing {
+        match self {
+            Self::File(file) => Backing::File(Arc::clone(file)),
+            Self::Private(memory) => Backing::Private(Arc::clone(memory)),
+        }
+    }
+}
+
+impl Backing {
+    pub(crate) const fn as_ref(&self) -> BackingRef<'_> {
+        match self {
+            Self::File(file) => BackingRef::File(file),
+            Self::Private(memory) => BackingRef::Private(memory),
         }
     }
 

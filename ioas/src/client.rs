@@ -19,6 +19,11 @@ pub(crate) struct Client {
 }
 
 impl Client {
+    /// Its RLIMIT_MEMLOCK is `limit` bytes now.
+    pub(crate) fn see_limit(&self, limit: u64) {
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
     /// RLIMIT_MEMLOCK in bytes, as it was seen last.
     pub(crate) fn seen_limit(&self) -> u64 {
         self.limit.load(Ordering::Relaxed)
@@ -49,8 +54,8 @@ impl Clients {
     /// The record of this client, made if there is none.
     pub(crate) fn record(&mut self, memory: Arc<dyn MemoryMap>, uid: Uid, limit: u64) -> Arc<Client> {
         let name = (memory.id(), uid);
-        if let Some(known) = self.get(&name) {
-            known.limit.store(limit, Ordering::Relaxed);
+        if let Some(known) = self.get(name) {
+            known.see_limit(limit);
             return known;
         }
         let client = Arc::new(Client { memory, uid, limit: AtomicU64::new(limit) });

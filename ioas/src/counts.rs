@@ -1,12 +1,10 @@
 //! Counts by frame, as an interval map: one entry for every stretch of neighbouring frames with equal counts.
 //!
-//! 64 GiB held once is one entry, whoever held it in how many pieces. The store keeps one for holds, and one per payer
-//! for charges. No two neighbouring entries that touch have the same count, and no entry has count 0.
-
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
+//! 64 GiB held once is one entry, whoever held it in how many pieces. Each extent keeps one for holds, and each payer
+//! one for charges. No two neighbouring entries that touch have the same count, and no entry has count 0.
 
 use crate::addr::{Frame, FrameRun};
+use crate::ordered::OrderedMap;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stretch {
@@ -19,41 +17,26 @@ struct Stretch {
 #[derive(Debug, Default)]
 pub(crate) struct CountMap {
     /// By first frame.
-    stretches: BTreeMap<u64, Stretch>,
+    stretches: OrderedMap<u64, Stretch>,
 }
 
 impl CountMap {
     /// Counts every frame of `run` once more, and calls `fresh` for each run that had no count before.
+    #[inline]
     pub(crate) fn add(&mut self, run: FrameRun, mut fresh: impl FnMut(FrameRun)) {
         let (start, end) = bounds(run);
         if self.extend(start, end) {
             fresh(run);
-            return;
+        } else {
+            self.add_over(start, end, &mut fresh);
         }
-        self.cut(start);
-        self.cut(end);
-        let mut at = start;
-        while at < end {
-            match self.stretches.range_mut(at..end).next() {
-                Some((&first, stretch)) if first == at => {
-                    stretch.count += 1;
-                    at = stretch.end;
-                }
-                next => {
-                    let gap_end = next.map_or(end, |(&first, _)| first);
-                    self.stretches.insert(at, Stretch { end: gap_end, count: 1 });
-                    fresh(FrameRun { first: Frame(at), pages: gap_end - at });
-                    at = gap_end;
-                }
-            }
-        }
-        self.join(start, end);
     }
 
     /// The common case: a run that nothing counts, right behind or right before a stretch of count 1, or alone.
+    #[inline]
     fn extend(&mut self, start: u64, end: u64) -> bool {
-        match self.stretches.range_mut(..=end).next_back() {
-            Some((&first, before)) if first >= start || before.end > start => false,
+        match self.stretches.floor_mut(end) {
+            Some((first, before)) if first >= start || before.end > start => false,
             Some((_, before)) if before.end == start && before.count == 1 => {
                 before.end = end;
                 true
@@ -65,25 +48,51 @@ impl CountMap {
         }
     }
 
-    /// Counts every frame of `run` once less, and calls `gone` for each run whose count is now 0. Frames that had no
-    /// count stay without.
-    pub(crate) fn remove(&mut self, run: FrameRun, mut gone: impl FnMut(FrameRun)) {
-        let (start, end) = bounds(run);
-        if let Entry::Occupied(stretch) = self.stretches.entry(start)
-            && *stretch.get() == (Stretch { end, count: 1 })
-        {
-            stretch.remove();
-            gone(run);
-            return;
-        }
+    #[cold]
+    fn add_over(&mut self, start: u64, end: u64, fresh: &mut dyn FnMut(FrameRun)) {
         self.cut(start);
         self.cut(end);
         let mut at = start;
-        while let Some((&first, stretch)) = self.stretches.range_mut(at..end).next() {
+        while at < end {
+            match self.stretches.ceiling_mut(at).filter(|(first, _)| *first < end) {
+                Some((first, stretch)) if first == at => {
+                    stretch.count += 1;
+                    at = stretch.end;
+                }
+                next => {
+                    let gap_end = next.map_or(end, |(first, _)| first);
+                    self.stretches.insert(at, Stretch { end: gap_end, count: 1 });
+                    fresh(FrameRun { first: Frame(at), pages: gap_end - at });
+                    at = gap_end;
+                }
+            }
+        }
+        self.join(start, end);
+    }
+
+    /// Counts every frame of `run` once less, and calls `gone` for each run whose count is now 0. Frames that had no
+    /// count stay without.
+    #[inline]
+    pub(crate) fn remove(&mut self, run: FrameRun, mut gone: impl FnMut(FrameRun)) {
+        let (start, end) = bounds(run);
+        if self.stretches.get(start) == Some(&Stretch { end, count: 1 }) {
+            self.stretches.remove(start);
+            gone(run);
+        } else {
+            self.remove_from(start, end, &mut gone);
+        }
+    }
+
+    #[cold]
+    fn remove_from(&mut self, start: u64, end: u64, gone: &mut dyn FnMut(FrameRun)) {
+        self.cut(start);
+        self.cut(end);
+        let mut at = start;
+        while let Some((first, stretch)) = self.stretches.ceiling_mut(at).filter(|(first, _)| *first < end) {
             let stretch_end = stretch.end;
             stretch.count -= 1;
             if stretch.count == 0 {
-                self.stretches.remove(&first);
+                self.stretches.remove(first);
                 gone(FrameRun { first: Frame(first), pages: stretch_end - first });
             }
             at = stretch_end;
@@ -94,13 +103,11 @@ impl CountMap {
     /// How many frames from `first` on, at most `pages`, have the same count, and that count.
     pub(crate) fn stretch(&self, first: Frame, pages: u64) -> (u64, u32) {
         let end = first.0 + pages;
-        if let Some((_, stretch)) =
-            self.stretches.range(..=first.0).next_back().filter(|(_, found)| found.end > first.0)
-        {
+        if let Some((_, stretch)) = self.stretches.floor(first.0).filter(|(_, found)| found.end > first.0) {
             return (stretch.end.min(end) - first.0, stretch.count);
         }
-        let next = self.stretches.range(first.0..end).next();
-        (next.map_or(end, |(next, _)| *next) - first.0, 0)
+        let next = self.stretches.ceiling(first.0).map_or(end, |(next, _)| next);
+        (next.min(end) - first.0, 0)
     }
 
     /// True when nothing is counted.
@@ -112,12 +119,12 @@ impl CountMap {
     #[cfg(test)]
     fn iter(&self) -> impl Iterator<Item = (FrameRun, u32)> + '_ {
         let run = |first: u64, end: u64| FrameRun { first: Frame(first), pages: end - first };
-        self.stretches.iter().map(move |(&first, stretch)| (run(first, stretch.end), stretch.count))
+        self.stretches.iter().map(move |(first, stretch)| (run(first, stretch.end), stretch.count))
     }
 
     /// Makes a boundary at `at`.
     fn cut(&mut self, at: u64) {
-        let Some((&first, stretch)) = self.stretches.range_mut(..at).next_back() else { return };
+        let Some((first, stretch)) = self.stretches.last_before_mut(at) else { return };
         debug_assert!(first < at);
         if stretch.end > at {
             let right = *stretch;
@@ -128,12 +135,12 @@ impl CountMap {
 
     /// Joins neighbours of equal count from the stretch before `start` to the one at `end`.
     fn join(&mut self, start: u64, end: u64) {
-        let before = self.stretches.range(..start).next_back();
-        let Some((&first, &stretch)) = before.or_else(|| self.stretches.range(start..).next()) else { return };
+        let before = self.stretches.last_before(start);
+        let Some((first, &stretch)) = before.or_else(|| self.stretches.ceiling(start)) else { return };
         let (mut at, mut left) = (first, stretch);
-        while let Some((&first, &right)) = self.stretches.range(at + 1..).next().filter(|(first, _)| **first <= end) {
+        while let Some((first, &right)) = self.stretches.first_behind(at).filter(|(first, _)| *first <= end) {
             if left.end == first && left.count == right.count {
-                self.stretches.remove(&first);
+                self.stretches.remove(first);
                 left.end = right.end;
                 self.stretches.insert(at, left);
             } else {

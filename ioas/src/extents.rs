@@ -1,24 +1,34 @@
-//! Extents: which frames stand for which pages of which backing.
+//! Extents: which frames stand for which pages of which backing, and who holds them.
 //!
-//! An extent is a stretch of one backing with a stretch of frames, made when the first page in it is held and ended
-//! when the last is released. While frames are plenty it is made generously (a whole file, whole GiBs of private
-//! memory), so that 64 GiB are one run and one entry in whatever counts frames. Extents of one backing do not overlap:
-//! while a page is held it has one frame.
+//! An extent is a stretch of one backing with a stretch of frames, made when the first page in it is held. While
+//! frames are plenty it is made generously (a whole file, whole GiBs of private memory), so that 64 GiB are one run and
+//! one entry in whatever counts frames. Extents of one backing do not overlap: while a page is held it has one frame.
+//! Each counts the holders of its pages.
+//!
+//! When the last page of an extent is released it ends, or *rests*: it keeps its frames for the same pages, but nothing
+//! of the backing (no descriptor, no mapping), so that holding one page again and again makes one extent. Few rest at a
+//! time, and only while frames are plenty.
 //!
 //! An extent of a file is mapped into the arena when the first DMA touches it, in one piece. Guarded by the store's
 //! lock.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 
+use smallvec::SmallVec;
+
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT};
-use crate::backing::{Backing, BackingKey};
+use crate::backing::{Backing, BackingKey, BackingRef};
+use crate::counts::CountMap;
 use crate::frames::{FrameSpace, GIB_PAGES, Region};
+use crate::ordered::OrderedMap;
 use crate::sys::Arena;
 
 /// A file up to this many pages gets one extent for all of it.
 const WHOLE_FILE_PAGES: u64 = 64 * GIB_PAGES;
+
+/// So many extents rest at the most.
+const RESTING: usize = 4;
 
 /// How an extent is mapped into the arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,39 +39,82 @@ enum Mapped {
 }
 
 pub(crate) struct Extent {
-    pub(crate) backing: Backing,
+    key: BackingKey,
+    /// `None` while it rests.
+    pub(crate) backing: Option<Backing>,
     /// The first page of the backing.
     pub(crate) index: u64,
     pub(crate) first: u64,
     pub(crate) pages: u64,
+    /// Holders by frame.
+    holders: CountMap,
     /// How many of its pages are held.
     pub(crate) held: u64,
     mapped: Mapped,
 }
 
+/// What an extent gives up when nobody holds a page of it: to be ended without any lock.
+pub(crate) struct Ended {
+    /// Dropping it may close a descriptor.
+    _backing: Option<Backing>,
+    /// The frames, unless the extent rests: first, how many, and whether something is mapped there.
+    frames: Option<(Region, u64, u64, bool)>,
+}
+
+/// What several of them give up.
+pub(crate) type AllEnded = SmallVec<[Ended; 1]>;
+
+impl Ended {
+    /// Gives the frames back, and what is mapped there with them. May take long. Frames that cannot be cleared are
+    /// never used again.
+    #[inline]
+    pub(crate) fn end(self, space: &FrameSpace) {
+        if let Some((region, first, pages, mapped)) = self.frames {
+            if mapped
+                && let Some(arena) = space.arena
+                && arena.clear(first << PAGE_SHIFT, pages << PAGE_SHIFT).is_err()
+            {
+                return;
+            }
+            space.release(region, first, pages);
+        }
+    }
+}
+
 impl Extent {
     const fn region(&self) -> Region {
-        match self.backing {
-            Backing::File(_) => Region::Arena,
-            Backing::Private(_) => Region::Private,
+        match self.key {
+            BackingKey::File(..) => Region::Arena,
+            BackingKey::Private(_) => Region::Private,
         }
     }
 
-    /// Gives the frames back, and what is mapped there with them. May take long: called without any lock. Frames
-    /// that cannot be cleared are never used again.
-    pub(crate) fn end(self, space: &FrameSpace) {
-        if self.mapped != Mapped::No
-            && let Some(arena) = space.arena
-            && arena.clear(self.first << PAGE_SHIFT, self.pages << PAGE_SHIFT).is_err()
-        {
-            return;
-        }
-        space.release(self.region(), self.first, self.pages);
+    fn end(self) -> Ended {
+        let frames = (self.region(), self.first, self.pages, self.mapped != Mapped::No);
+        Ended { _backing: self.backing, frames: Some(frames) }
+    }
+
+    /// Counts one more holder of `run`, which lies in it, and returns how many pages had none.
+    #[inline]
+    fn hold(&mut self, run: FrameRun) -> u64 {
+        let mut pages = 0;
+        self.holders.add(run, |fresh| pages += fresh.pages);
+        self.held += pages;
+        pages
+    }
+
+    /// Takes a holder of `run` off again, and returns how many pages have none now.
+    #[inline]
+    fn release(&mut self, run: FrameRun) -> u64 {
+        let mut pages = 0;
+        self.holders.remove(run, |gone| pages += gone.pages);
+        self.held -= pages;
+        pages
     }
 
     /// Maps it into the arena so far as its file allows. True when more is mapped than before.
     fn map(&mut self, arena: &Arena) -> io::Result<bool> {
-        let Backing::File(file) = &self.backing else { return Ok(false) };
+        let Some(Backing::File(file)) = &self.backing else { return Ok(false) };
         let descriptor = file.descriptor();
         let wanted = if descriptor.writable { Mapped::Writable } else { Mapped::ReadOnly };
         if self.mapped >= wanted {
@@ -79,76 +132,170 @@ impl Extent {
     }
 }
 
-/// Pages of a backing that follow each other, with the frame of the first where an extent has them.
+/// Pages of a backing that follow each other, with the frame of the first where an extent has them, and how many hold
+/// each of them.
 pub(crate) struct Stretch {
     pub(crate) pages: u64,
     pub(crate) frame: Option<Frame>,
+    pub(crate) holders: u32,
 }
 
 /// All extents of a store.
 #[derive(Default)]
 pub(crate) struct Extents {
-    by_frame: BTreeMap<u64, Extent>,
+    by_frame: OrderedMap<u64, Extent>,
     /// Backing and first page, to the first frame.
-    by_page: BTreeMap<(BackingKey, u64), u64>,
+    by_page: OrderedMap<(BackingKey, u64), u64>,
+    /// First frames of those that began to rest, the oldest at the cursor. One that is in use again may still be here.
+    resting: [Option<u64>; RESTING],
+    oldest: usize,
 }
 
 impl Extents {
-    /// Calls `each` with the frames of `pages` pages of `backing` from `index` on, making extents where there are none.
-    /// `None` when no frames are left: then extents without a held page may remain, which
-    /// [`Self::end_unused`] ends.
-    pub(crate) fn locate(
+    /// Holds `pages` pages of `backing` from `index` on, making extents where there are none, and calls `each` with
+    /// the frames and how many of them nobody held before. `None` when no frames are left; what `each` has seen is held
+    /// then.
+    #[inline]
+    pub(crate) fn hold(
         &mut self,
         space: &FrameSpace,
-        backing: &Backing,
-        index: u64,
-        pages: u64,
-        mut each: impl FnMut(FrameRun),
+        backing: BackingRef<'_>,
+        (index, pages): (u64, u64),
+        ended: &mut AllEnded,
+        mut each: impl FnMut(FrameRun, u64),
     ) -> Option<()> {
         let key = backing.key();
         let (mut at, end) = (index, index.checked_add(pages)?);
         while at < end {
             let extent = match self.covering(key, at) {
-                Some(first) => &self.by_frame[&first],
-                None => self.make(space, backing, key, at, end)?,
+                Some(first) if self.is_ready(first, backing, at, end) => self.by_frame.get_mut(first)?,
+                _ => self.make(space, backing, (at, end), ended)?,
             };
+            if extent.backing.is_none() {
+                extent.backing = Some(backing.owned());
+            }
             let stop = end.min(extent.index + extent.pages);
-            let first = Frame(extent.first + (at - extent.index));
-            each(FrameRun { first, pages: stop - at });
+            let run = FrameRun { first: Frame(extent.first + (at - extent.index)), pages: stop - at };
+            each(run, extent.hold(run));
             at = stop;
         }
         Some(())
     }
 
-    /// The pages of `backing` from `at` on, before `end`, that lie in one extent or in none.
-    pub(crate) fn stretch(&self, backing: &Backing, at: u64, end: u64) -> Stretch {
-        let key = backing.key();
-        if let Some(extent) = self.covering(key, at).map(|first| &self.by_frame[&first]) {
-            let pages = end.min(extent.index + extent.pages) - at;
-            return Stretch { pages, frame: Some(Frame(extent.first + (at - extent.index))) };
+    /// An extent can be held from: it is held already, or rests and is what would be made now.
+    #[inline]
+    fn is_ready(&self, first: u64, backing: BackingRef<'_>, at: u64, end: u64) -> bool {
+        self.by_frame.get(first).is_some_and(|extent| {
+            let (from, to) = wished(backing, at, end);
+            extent.held != 0 || (extent.index <= from && to <= extent.index + extent.pages)
+        })
+    }
+
+    /// Releases `run`, which is held, and returns how many of its pages nobody holds any more.
+    #[inline]
+    pub(crate) fn release(&mut self, space: &FrameSpace, run: FrameRun, ended: &mut AllEnded) -> u64 {
+        let (mut at, end) = (run.first.0, run.first.0 + run.pages);
+        let mut pages = 0;
+        while at < end {
+            let Some((first, extent)) = self.by_frame.floor_mut(at) else { return pages };
+            let stop = end.min(extent.first + extent.pages);
+            debug_assert!(stop > at, "a held frame lies in an extent");
+            pages += extent.release(FrameRun { first: Frame(at), pages: stop - at });
+            if extent.held == 0 {
+                if extent.mapped == Mapped::No && space.is_vast(extent.region()) {
+                    ended.push(Ended { _backing: extent.backing.take(), frames: None });
+                    self.rest(first, ended);
+                } else {
+                    ended.extend(self.take(first).map(Extent::end));
+                }
+            }
+            at = stop.max(at + 1);
         }
-        let next = self.by_page.range((key, at)..(key, end)).next();
-        Stretch { pages: next.map_or(end, |((_, index), _)| *index) - at, frame: None }
+        pages
     }
 
+    /// Remembers that an extent rests, and ends the one that began to rest longest ago.
+    #[inline]
+    fn rest(&mut self, first: u64, ended: &mut AllEnded) {
+        if self.resting.contains(&Some(first)) {
+            return;
+        }
+        let oldest = self.oldest;
+        self.oldest = (oldest + 1) % RESTING;
+        if let Some(old) = self.resting[oldest].replace(first) {
+            self.end_resting(old, ended);
+        }
+    }
+
+    /// Ends an extent if it rests.
+    fn end_resting(&mut self, first: u64, ended: &mut AllEnded) {
+        if self.by_frame.get(first).is_some_and(|extent| extent.held == 0) {
+            ended.extend(self.take(first).map(Extent::end));
+        }
+    }
+
+    /// Ends all extents that rest and for which `go` is true.
+    pub(crate) fn end_all_resting(&mut self, ended: &mut AllEnded, go: impl Fn(BackingKey) -> bool) {
+        for slot in 0..RESTING {
+            let Some(first) = self.resting[slot] else { continue };
+            if self.by_frame.get(first).is_some_and(|extent| go(extent.key)) {
+                self.end_resting(first, ended);
+            }
+        }
+    }
+
+    fn take(&mut self, first: u64) -> Option<Extent> {
+        let extent = self.by_frame.remove(first)?;
+        self.by_page.remove((extent.key, extent.index));
+        Some(extent)
+    }
+
+    /// The pages of `backing` from `at` on, before `end`, that lie in one extent and have equally many holders, or that
+    /// nobody holds.
+    pub(crate) fn stretch(&self, backing: BackingRef<'_>, at: u64, end: u64) -> Stretch {
+        let key = backing.key();
+        let covering = self.covering(key, at).and_then(|first| self.by_frame.get(first));
+        if let Some(extent) = covering.filter(|extent| extent.held != 0) {
+            let first = Frame(extent.first + (at - extent.index));
+            let (pages, holders) = extent.holders.stretch(first, end.min(extent.index + extent.pages) - at);
+            return Stretch { pages, frame: (holders != 0).then_some(first), holders };
+        }
+        let held = |first: &u64| self.by_frame.get(*first).is_some_and(|extent| extent.held != 0);
+        let mut behind = self.by_page.range((key, at), (key, end - 1));
+        let next = behind.find(|(_, first)| held(first)).map_or(end, |((_, index), _)| index);
+        Stretch { pages: next - at, frame: None, holders: 0 }
+    }
+
+    #[inline]
     fn covering(&self, key: BackingKey, page: u64) -> Option<u64> {
-        let (_, first) = self.by_page.range((key, 0)..=(key, page)).next_back()?;
-        let extent = &self.by_frame[first];
-        (page < extent.index + extent.pages).then_some(*first)
+        let ((found, _), first) = self.by_page.floor((key, page))?;
+        let extent = self.by_frame.get(*first)?;
+        (found == key && page < extent.index + extent.pages).then_some(*first)
     }
 
-    /// Makes an extent that covers `at`, and as much on both sides as is useful and free.
-    fn make(&mut self, space: &FrameSpace, backing: &Backing, key: BackingKey, at: u64, end: u64) -> Option<&Extent> {
-        let before = self.by_page.range((key, 0)..(key, at)).next_back().map(|(_, first)| &self.by_frame[first]);
+    /// Makes an extent that covers `at`, and as much on both sides as is useful and free. What rests of the backing
+    /// makes room.
+    #[cold]
+    fn make(
+        &mut self,
+        space: &FrameSpace,
+        backing: BackingRef<'_>,
+        (at, end): (u64, u64),
+        ended: &mut AllEnded,
+    ) -> Option<&mut Extent> {
+        let key = backing.key();
+        self.end_all_resting(ended, |resting| resting == key);
+        let before = self.by_page.last_before((key, at)).filter(|((found, _), _)| *found == key);
+        let before = before.and_then(|(_, first)| self.by_frame.get(*first));
         let lowest = before.map_or(0, |extent| extent.index + extent.pages);
-        let after = self.by_page.range((key, at)..=(key, u64::MAX)).next();
-        let highest = after.map_or(u64::MAX, |((_, index), _)| *index);
-        let (region, unit, wished) = match backing {
-            Backing::Private(_) => (Region::Private, GIB_PAGES, (at, end)),
-            Backing::File(file) => (Region::Arena, file.unit_pages(), wished_of_file(file.seen_size(), at, end)),
+        let after = self.by_page.ceiling((key, at)).filter(|((found, _), _)| *found == key);
+        let highest = after.map_or(u64::MAX, |((_, index), _)| index);
+        let (region, unit) = match backing {
+            BackingRef::Private(_) => (Region::Private, GIB_PAGES),
+            BackingRef::File(file) => (Region::Arena, file.unit_pages()),
         };
         // Where frames are scarce, nobody takes more than is needed.
-        let tries = if space.is_roomy(region) { [wished, (at, end)] } else { [(at, end); 2] };
+        let tries = if space.is_roomy(region) { [wished(backing, at, end), (at, end)] } else { [(at, end); 2] };
         for (from, to) in tries {
             let coarse = if to - from >= GIB_PAGES { unit.max(GIB_PAGES) } else { unit };
             let index = (from & !(coarse - 1)).max(lowest);
@@ -156,9 +303,10 @@ impl Extents {
             let pages = stop - index;
             let alignment = pages.next_power_of_two().clamp(unit, GIB_PAGES.max(unit));
             if let Some(first) = space.allocate(region, pages, alignment, index) {
-                let extent = Extent { backing: backing.clone(), index, first, pages, held: 0, mapped: Mapped::No };
+                let (backing, holders) = (Some(backing.owned()), CountMap::default());
+                let extent = Extent { key, backing, index, first, pages, holders, held: 0, mapped: Mapped::No };
                 self.by_page.insert((key, index), first);
-                return Some(self.by_frame.entry(first).or_insert(extent));
+                return Some(self.by_frame.insert(first, extent));
             }
         }
         None
@@ -166,34 +314,8 @@ impl Extents {
 
     /// The extent that `frame` lies in.
     pub(crate) fn find(&self, frame: u64) -> Option<&Extent> {
-        let (_, extent) = self.by_frame.range(..=frame).next_back()?;
+        let (_, extent) = self.by_frame.floor(frame)?;
         (frame < extent.first + extent.pages).then_some(extent)
-    }
-
-    /// Counts `run` as held (or not any more), in every extent that it touches.
-    pub(crate) fn count(&mut self, run: FrameRun, held: bool) {
-        let (mut at, end) = (run.first.0, run.first.0 + run.pages);
-        while at < end {
-            let Some((_, extent)) = self.by_frame.range_mut(..=at).next_back() else { return };
-            let stop = end.min(extent.first + extent.pages);
-            debug_assert!(stop > at, "a held frame lies in an extent");
-            if held {
-                extent.held += stop - at;
-            } else {
-                extent.held -= stop - at;
-            }
-            at = stop.max(at + 1);
-        }
-    }
-
-    /// Takes out the extents that `run` touches and that have no held page. To be ended without a lock.
-    pub(crate) fn end_unused(&mut self, run: FrameRun, ended: &mut Vec<Extent>) {
-        let from = self.find(run.first.0).map_or(run.first.0, |extent| extent.first);
-        let to = run.first.0 + run.pages;
-        for (_, extent) in self.by_frame.extract_if(from..to, |_, extent| extent.held == 0) {
-            self.by_page.remove(&(extent.backing.key(), extent.index));
-            ended.push(extent);
-        }
     }
 
     /// Maps into the arena the extents that the frames from `first` to `last` lie in. True when more is mapped than
@@ -204,14 +326,31 @@ impl Extents {
     pub(crate) fn map(&mut self, arena: &Arena, first: u64, last: u64) -> io::Result<bool> {
         let from = self.find(first).map_or(first, |extent| extent.first);
         let mut more = false;
-        for (_, extent) in self.by_frame.range_mut(from..=last) {
+        for (_, extent) in self.by_frame.range_mut(from, last) {
             more |= extent.map(arena)?;
         }
         Ok(more)
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Extent> {
-        self.by_frame.values()
+    /// Those of which a page is held.
+    pub(crate) fn held(&self) -> impl Iterator<Item = &Extent> {
+        self.by_frame.iter().map(|(_, extent)| extent).filter(|extent| extent.held != 0)
+    }
+}
+
+impl Extent {
+    /// The word for the kind of its backing, and its name.
+    pub(crate) fn names(&self) -> (BackingKey, &'static str) {
+        (self.key, self.backing.as_ref().map_or("", Backing::kind))
+    }
+}
+
+/// The pages that are worth an extent when those from `at` to `end` are asked for.
+#[inline]
+fn wished(backing: BackingRef<'_>, at: u64, end: u64) -> (u64, u64) {
+    match backing {
+        BackingRef::Private(_) => (at, end),
+        BackingRef::File(file) => wished_of_file(file.seen_size(), at, end),
     }
 }
 

@@ -70,6 +70,13 @@ impl FrameSpace {
         self.free(region).lock().pages >= all / 4 * 3
     }
 
+    /// True when there is so much of it that stretches may be kept for the next to come.
+    #[inline]
+    pub(crate) fn is_vast(&self, region: Region) -> bool {
+        const VAST: u64 = 1 << 43;
+        region == Region::Private || self.arena.is_some_and(|arena| arena.length() >= VAST)
+    }
+
     /// Gives a stretch back. Nothing is mapped there any more.
     pub(crate) fn release(&self, region: Region, first: u64, pages: u64) {
         self.free(region).lock().insert(first, first + pages);

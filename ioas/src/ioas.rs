@@ -18,11 +18,14 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
+use smallvec::{SmallVec, smallvec};
+
 use crate::addr::{Access, FrameRun, Iova, IovaRange, PAGE_SIZE, UserAddr};
-use crate::caller::{Caller, Capability, MemoryError};
+use crate::caller::{Caller, Capability, MemoryError, MemoryMap, Uid};
+use crate::client::Client;
 use crate::error::{FaultReason, IoasError};
 use crate::failpoint;
-use crate::iova_map::{Area, IovaMap, Piece, Taking};
+use crate::iova_map::{Area, IovaMap, Piece, Taken, Taking};
 use crate::leaving::{Leaving, Release};
 use crate::pages::{ChargeRule, Limit, Pages, Terms};
 use crate::rank::{MAP, Ranked, RankedGuard, TABLES};
@@ -53,6 +56,38 @@ struct Tables {
     accesses: Vec<AccessEntry>,
     /// Kept so that a map need not allocate it.
     runs: Vec<FrameRun>,
+    /// Who mapped last, so that the next map of the same need not look it up.
+    client: Option<Arc<Client>>,
+}
+
+/// What a caller has told about itself.
+struct Asked {
+    memory: Arc<dyn MemoryMap>,
+    uid: Uid,
+    limit: u64,
+}
+
+impl Asked {
+    fn new(caller: &dyn Caller, memory: Arc<dyn MemoryMap>) -> Self {
+        Self { memory, uid: caller.uid(), limit: caller.memlock_limit() }
+    }
+}
+
+impl Tables {
+    /// The store's record of a caller.
+    #[inline]
+    fn client(&mut self, store: &PageStore, Asked { memory, uid, limit }: Asked) -> Arc<Client> {
+        if let Some(last) = &self.client
+            && Arc::ptr_eq(&last.memory, &memory)
+            && last.uid == uid
+        {
+            last.see_limit(limit);
+            return Arc::clone(last);
+        }
+        let client = store.client_of(memory, uid, limit);
+        self.client = Some(Arc::clone(&client));
+        client
+    }
 }
 
 /// An I/O address space.
@@ -108,17 +143,20 @@ impl Ioas {
         }
         let capable = caller.capable(Capability::IpcLock);
         let memory = caller.memory_map().map_err(|error| fault_at(UserAddr(start), error))?;
-        let client = self.store.client(caller, memory);
+        let asked = Asked::new(caller, memory);
         let terms = terms_of(&request, charge_rule(request.ipc_lock, capable));
         let MapRequest { source, length, iova, access, .. } = request;
-        let pages = match source {
-            Source::User(address) => Pages::of_user(client, address, length, terms),
+        let file = match source {
+            Source::User(_) => None,
             Source::File { file, offset } => {
                 resolve::check_region(&file, offset, length)?;
-                Pages::of_file(client, self.store.adopt_file(file), offset, length, terms)
+                Some(self.store.adopt_file(file))
             }
         };
-        self.map_pieces(self.tables.lock(), &[Piece { pages, at: 0, length }], Limit::Seen, iova, access)
+        let mut tables = self.tables.lock();
+        let client = tables.client(&self.store, asked);
+        let pages = Pages::new(client, file, start, length, terms);
+        self.map_pieces(tables, smallvec![Piece { pages, at: 0, length }], Limit::Seen, iova, access)
     }
 
     /// Maps, and asks the client no more than nearly every mapping needs: whether its kept memory map is that of now
@@ -135,15 +173,16 @@ impl Ioas {
         }
         let counted = request.ipc_lock == IpcLock::CountUnlimited;
         let capable = !counted && caller.capable(Capability::IpcLock);
-        let client = self.store.client(caller, caller.likely_memory_map().ok()?);
+        let asked = Asked::new(caller, caller.likely_memory_map().ok()?);
         let terms = terms_of(request, charge_rule(request.ipc_lock, capable));
-        let pages = Pages::of_user(client, address, request.length, terms);
-        let piece = Piece { pages, at: 0, length: request.length };
-        let tables = self.tables.lock();
+        let mut tables = self.tables.lock();
         if tables.list.is_empty() {
             return None;
         }
-        match self.map_pieces(tables, &[piece], Limit::Seen, request.iova, request.access) {
+        let client = tables.client(&self.store, asked);
+        let pages = Pages::new(client, None, address.0, request.length, terms);
+        let piece = Piece { pages, at: 0, length: request.length };
+        match self.map_pieces(tables, smallvec![piece], Limit::Seen, request.iova, request.access) {
             Err(IoasError::Limit { .. }) if counted => None,
             Err(IoasError::Fault { reason: FaultReason::Memory(MemoryError::Gone), .. }) => None,
             answer => Some(answer),
@@ -154,14 +193,14 @@ impl Ioas {
     fn map_pieces(
         &self,
         mut tables: RankedGuard<'_, TABLES, Tables>,
-        pieces: &[Piece],
+        pieces: SmallVec<[Piece; 1]>,
         limit: Limit,
         choice: IovaChoice,
         access: Access,
     ) -> Result<IovaRange, IoasError> {
-        let range = self.map.lock().place(pieces, choice, access)?;
+        let range = self.map.lock().place(&pieces, choice, access)?;
         if !tables.list.is_empty()
-            && let Err((filled, error)) = self.fill(&mut tables, range.start(), pieces, limit, access)
+            && let Err((filled, error)) = self.fill(&mut tables, range.start(), &pieces, limit, access)
         {
             let undo = self.undo(&tables, range, &pieces[..filled]);
             drop(tables);
@@ -258,20 +297,25 @@ impl Ioas {
 
     fn start_taking(&self, range: IovaRange, taking: Taking) -> Leaving {
         let tables = self.tables.lock();
-        let mut map = self.map.lock();
-        let (taken, stopped) = map.take(range, taking);
-        let ranges = joined(&taken);
-        map.leave(&ranges);
-        drop(map);
+        let Taken { areas, bytes, stopped } = self.map.lock().take(range, taking);
+        let ranges = joined(&areas);
         for entry in &tables.list {
             ranges.iter().for_each(|range| entry.table.unmap(*range));
         }
-        let bytes = ranges.iter().filter_map(|range| range.length()).sum();
         let filled = !tables.list.is_empty();
+        if self.readers.is_quiet() {
+            drop(tables);
+            if filled {
+                areas.iter().for_each(|(start, area)| area.pages.release(&self.store, area.slice(*start)));
+            }
+            return Leaving::done(bytes, stopped);
+        }
+        // Nobody maps there meanwhile: that takes `tables`.
+        self.map.lock().leave(&ranges);
         drop(tables);
         let release = |(start, area): (u64, Area)| Release { slice: area.slice(start), pages: area.pages };
-        let releases = if filled { taken.into_iter().map(release).collect() } else { Vec::new() };
-        self.leaving(ranges, releases, bytes, stopped)
+        let releases = if filled { areas.into_iter().map(release).collect() } else { Vec::new() };
+        self.leaving(ranges.into_vec(), releases, bytes, stopped)
     }
 
     /// Maps the memory that `source` has at `range` here too, sharing its pages.
@@ -287,7 +331,7 @@ impl Ioas {
         access: Access,
     ) -> Result<IovaRange, IoasError> {
         let pieces = source.map.lock().pieces(range)?;
-        self.map_pieces(self.tables.lock(), &pieces, Limit::Now, to, access)
+        self.map_pieces(self.tables.lock(), pieces, Limit::Now, to, access)
     }
 
     /// The area that covers `iova`.
@@ -569,7 +613,7 @@ impl Ioas {
         if terms.charge != ChargeRule::Free {
             terms.charge = charge_rule(IpcLock::CountUnlimited, capable);
         }
-        let pages = Pages::of_user(client, address, length, terms);
+        let pages = Pages::new(client, None, address.0, length, terms);
         let new = Area { pages, at: 0, vaddr_valid: true, ..area.clone() };
         let mut releases = Vec::new();
         if !tables.list.is_empty() {
@@ -689,8 +733,9 @@ fn windows_of<'a>(tables: impl Iterator<Item = &'a TableEntry>) -> Windows {
 }
 
 /// The ranges of areas, those that touch joined.
-fn joined(areas: &[(u64, Area)]) -> Vec<IovaRange> {
-    let mut ranges: Vec<IovaRange> = Vec::new();
+#[inline]
+fn joined(areas: &[(u64, Area)]) -> SmallVec<[IovaRange; 1]> {
+    let mut ranges: SmallVec<[IovaRange; 1]> = SmallVec::new();
     for (start, area) in areas {
         let next = area.range(*start);
         match ranges.last_mut() {

@@ -2,15 +2,18 @@
 //!
 //! Pure bookkeeping with Linux's rules and order of checks (drivers/iommu/iommufd/io_pagetable.c). It asks no client,
 //! fills no table and takes no lock; its owner's lock guards it. Areas never overlap each other or a reservation. An
-//! area that is being unmapped leaves the map at once but keeps its IOVAs (`leaving`) until its readers have gone.
+//! area that is being unmapped leaves the map at once; while its readers are inside, its IOVAs stay taken (`leaving`).
 //!
 //! Allowed ranges bind automatic IOVAs only, as on Linux: a fixed one may lie outside.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::addr::{Access, Iova, IovaRange, PAGE_SIZE};
 use crate::error::IoasError;
+use crate::ordered::OrderedMap;
 use crate::pages::{Pages, Slice};
 use crate::request::{AreaView, IovaChoice, ReservationOwner};
 use crate::windows::Windows;
@@ -113,10 +116,20 @@ pub(crate) enum Taking {
     Inside,
 }
 
+/// Areas that have been taken out of the map.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    /// With their first IOVAs, ascending.
+    pub(crate) areas: SmallVec<[(u64, Area); 1]>,
+    pub(crate) bytes: u64,
+    /// What ended the taking early.
+    pub(crate) stopped: Option<IoasError>,
+}
+
 /// The IOVA map of one IOAS.
 #[derive(Debug)]
 pub(crate) struct IovaMap {
-    areas: BTreeMap<u64, Area>,
+    areas: OrderedMap<u64, Area>,
     mapped_bytes: u64,
     /// Pins of all areas.
     pins: u64,
@@ -127,7 +140,7 @@ pub(crate) struct IovaMap {
     /// Sorted, not overlapping; empty allows all.
     allowed: Vec<IovaRange>,
     /// First IOVA to last; neighbours of one unmap joined.
-    leaving: BTreeMap<u64, u64>,
+    leaving: OrderedMap<u64, u64>,
     /// In bytes, a power of two.
     alignment: u64,
     /// Where more than that is demanded.
@@ -140,13 +153,13 @@ pub(crate) struct IovaMap {
 impl IovaMap {
     pub(crate) fn new() -> Self {
         Self {
-            areas: BTreeMap::new(),
+            areas: OrderedMap::new(),
             mapped_bytes: 0,
             pins: 0,
             locks: BTreeMap::new(),
             reserved: Vec::new(),
             allowed: Vec::new(),
-            leaving: BTreeMap::new(),
+            leaving: OrderedMap::new(),
             alignment: 1,
             windows: Windows::default(),
             huge_pages: true,
@@ -211,14 +224,31 @@ impl IovaMap {
             return Err(IoasError::Misaligned { address: iova.0, alignment: self.alignment });
         }
         let wanted = IovaRange::new(iova, length).map_err(|_| IoasError::Overflow { start: iova.0, length })?;
-        if let Some(reserved) = self.first_reserved(wanted) {
-            return Err(IoasError::Reserved { range: wanted, reserved });
+        if self.reserved.iter().any(|(reserved, _)| reserved.overlaps(wanted)) {
+            return Err(self.why_not(wanted));
         }
         self.windows.check(wanted)?;
-        if let Some(area) = self.first_used(wanted) {
-            return Err(IoasError::Overlap { range: wanted, area });
+        if self.is_used(wanted) {
+            return Err(self.why_not(wanted));
         }
         Ok(iova.0)
+    }
+
+    /// Why IOVAs that are reserved or used cannot be mapped.
+    #[cold]
+    fn why_not(&self, range: IovaRange) -> IoasError {
+        match (self.first_reserved(range), self.first_used(range)) {
+            (Some(reserved), _) => IoasError::Reserved { range, reserved },
+            (None, used) => IoasError::Overlap { range, area: used.unwrap_or(range) },
+        }
+    }
+
+    /// Whether an area or one that leaves shares an IOVA with `wanted`: then the last that begins before its end does.
+    #[inline]
+    fn is_used(&self, wanted: IovaRange) -> bool {
+        let (start, last) = (wanted.start().0, wanted.last().0);
+        self.areas.floor(last).is_some_and(|(_, area)| area.last >= start)
+            || self.leaving.floor(last).is_some_and(|(_, leaving)| *leaving >= start)
     }
 
     /// The automatic IOVA: iopt_alloc_iova's arithmetic, which callers print. `address` is the user address or file
@@ -296,12 +326,12 @@ impl IovaMap {
     }
 
     /// Inserts areas for `pieces`, one after the other from `start` on, at a place that [`Self::place`] gave.
-    pub(crate) fn insert(&mut self, start: Iova, pieces: &[Piece], access: Access) {
+    #[inline]
+    pub(crate) fn insert(&mut self, start: Iova, pieces: SmallVec<[Piece; 1]>, access: Access) {
         let mut at = start.0;
         for piece in pieces {
             let last = at + (piece.length - 1);
-            let (pages, vaddr_valid, shut) = (Arc::clone(&piece.pages), true, false);
-            let area = Area { last, pages, at: piece.at, access, vaddr_valid, shut, pins: 0 };
+            let area = Area { last, pages: piece.pages, at: piece.at, access, vaddr_valid: true, shut: false, pins: 0 };
             self.areas.insert(at, area);
             self.mapped_bytes += piece.length;
             self.note_used(at, last);
@@ -310,7 +340,7 @@ impl IovaMap {
     }
 
     /// The pieces of memory behind `wanted`, all of which must be mapped.
-    pub(crate) fn pieces(&self, wanted: IovaRange) -> Result<Vec<Piece>, IoasError> {
+    pub(crate) fn pieces(&self, wanted: IovaRange) -> Result<SmallVec<[Piece; 1]>, IoasError> {
         let (spans, complete) = self.spans(wanted);
         if !complete {
             return Err(IoasError::NotMapped(wanted));
@@ -341,7 +371,7 @@ impl IovaMap {
     pub(crate) fn count_pins(&mut self, range: IovaRange, pin: bool, lock: bool) {
         let starts: Vec<u64> = self.overlapping(range).map(|(start, _)| start).collect();
         for start in starts {
-            let Some(area) = self.areas.get_mut(&start) else { continue };
+            let Some(area) = self.areas.get_mut(start) else { continue };
             let locks = lock.then(|| self.locks.entry(start).or_insert(0));
             if pin {
                 area.pins += 1;
@@ -372,68 +402,88 @@ impl IovaMap {
         if !wanted.covers(range) {
             return None;
         }
-        self.areas.get_mut(&start)?.shut = true;
+        self.areas.get_mut(start)?.shut = true;
         Some((range, IoasError::Pinned(range)))
     }
 
-    /// Takes areas out of the map; their IOVAs stay taken until [`Self::left`]. The areas come back ascending, with
-    /// what ended the taking early.
-    pub(crate) fn take(&mut self, wanted: IovaRange, taking: Taking) -> (Vec<(u64, Area)>, Option<IoasError>) {
+    /// Takes areas out of the map. Their IOVAs are free, unless [`Self::leave`] keeps them.
+    #[inline]
+    pub(crate) fn take(&mut self, wanted: IovaRange, taking: Taking) -> Taken {
         if taking == Taking::UntilCut
-            && let Some(busy) = self.first_leaving(wanted)
+            && (!self.leaving.is_empty() || self.pins != 0)
+            && let Some(taken) = self.take_before_obstacle(wanted)
         {
-            return (Vec::new(), Some(IoasError::Busy(busy)));
+            return taken;
         }
+        let (start, last) = (wanted.start().0, wanted.last().0);
+        let mut taken = Taken { areas: SmallVec::new(), bytes: 0, stopped: None };
+        let cut = |taken: &mut Taken, area| taken.stopped = Some(IoasError::Bisects { range: wanted, area });
         if taking == Taking::UntilCut
-            && let Some((kept, reason)) = self.first_kept(wanted)
+            && let Some((first, area)) = self.areas.last_before(start)
+            && area.last >= start
         {
-            let before = kept.start().0.checked_sub(1).filter(|before| *before >= wanted.start().0);
-            let before = before.map(|before| self.take(range(wanted.start().0, before), Taking::Inside).0);
-            return (before.unwrap_or_default(), Some(reason));
+            cut(&mut taken, area.range(first));
+            return taken;
         }
-        let first = self.overlapping(wanted).next().map(|(start, area)| (start, area.range(start)));
-        let Some((mut first_start, first)) = first else { return (Vec::new(), None) };
-        if !wanted.covers(first) {
-            if taking == Taking::UntilCut {
-                return (Vec::new(), Some(IoasError::Bisects { range: wanted, area: first }));
-            }
-            first_start = wanted.start().0;
-        }
-        let inside = |last: u64| last <= wanted.last().0;
-        let taken: Vec<(u64, Area)> = if wanted == IovaRange::everything() {
-            std::mem::take(&mut self.areas).into_iter().collect()
+        let Taken { areas, bytes, .. } = &mut taken;
+        let mut keep = |start: u64, area: Area| {
+            *bytes += area.last - start + 1;
+            areas.push((start, area));
+        };
+        if wanted == IovaRange::everything() {
+            self.areas.drain(keep);
         } else {
-            self.areas.extract_if(first_start..=wanted.last().0, |_, area| inside(area.last)).collect()
-        };
-        let cut = match taking {
-            Taking::Inside => None,
-            Taking::UntilCut => self.overlapping(wanted).next().map(|(start, area)| area.range(start)),
-        };
-        self.mapped_bytes -= taken.iter().map(|(start, area)| area.last - start + 1).sum::<u64>();
-        (taken, cut.map(|area| IoasError::Bisects { range: wanted, area }))
+            self.areas.extract((start, last), |_, area| area.last <= last, &mut keep);
+        }
+        if taking == Taking::UntilCut
+            && let Some((first, area)) = self.areas.floor(last)
+            && area.last >= start
+        {
+            cut(&mut taken, area.range(first));
+        }
+        self.mapped_bytes -= taken.bytes;
+        if let Some((first, _)) = taken.areas.first() {
+            self.note_free(*first);
+        }
+        taken
+    }
+
+    /// Takes what comes before an area that leaves, or that an access keeps.
+    #[cold]
+    fn take_before_obstacle(&mut self, wanted: IovaRange) -> Option<Taken> {
+        if let Some(busy) = self.first_leaving(wanted) {
+            return Some(Taken { areas: SmallVec::new(), bytes: 0, stopped: Some(IoasError::Busy(busy)) });
+        }
+        let (kept, reason) = self.first_kept(wanted)?;
+        let before = kept.start().0.checked_sub(1).filter(|before| *before >= wanted.start().0);
+        let taken = before.map(|before| self.take(range(wanted.start().0, before), Taking::Inside));
+        let taken = taken.unwrap_or_else(|| Taken { areas: SmallVec::new(), bytes: 0, stopped: None });
+        Some(Taken { stopped: Some(reason), ..taken })
     }
 
     /// Keeps the IOVAs of areas that have been taken from being used again.
     pub(crate) fn leave(&mut self, ranges: &[IovaRange]) {
-        self.leaving.extend(ranges.iter().map(|range| (range.start().0, range.last().0)));
+        for range in ranges {
+            self.leaving.insert(range.start().0, range.last().0);
+        }
     }
 
     /// An area whose readers have not gone yet.
     pub(crate) fn any_leaving(&self) -> Option<IovaRange> {
-        self.leaving.iter().next().map(|(start, last)| range(*start, *last))
+        self.leaving.iter().next().map(|(start, last)| range(start, *last))
     }
 
     /// Frees the IOVAs that [`Self::leave`] kept.
     pub(crate) fn left(&mut self, ranges: &[IovaRange]) {
         for range in ranges {
-            self.leaving.remove(&range.start().0);
+            self.leaving.remove(range.start().0);
             self.note_free(range.start().0);
         }
     }
 
     /// Divides the area across `at`, if there is one, so that a new one starts there.
     pub(crate) fn split(&mut self, at: Iova) {
-        let Some((&start, area)) = self.areas.range_mut(..at.0).next_back() else { return };
+        let Some((start, area)) = self.areas.last_before_mut(at.0) else { return };
         if area.last < at.0 {
             return;
         }
@@ -444,18 +494,18 @@ impl IovaMap {
 
     /// The areas that share an IOVA with `wanted`, ascending, by first IOVA.
     pub(crate) fn overlapping(&self, wanted: IovaRange) -> impl Iterator<Item = (u64, &Area)> {
-        let before = self.areas.range(..wanted.start().0).next_back();
+        let before = self.areas.last_before(wanted.start().0);
         let from = match before {
-            Some((&start, area)) if area.last >= wanted.start().0 => start,
+            Some((start, area)) if area.last >= wanted.start().0 => start,
             _ => wanted.start().0,
         };
-        self.areas.range(from..=wanted.last().0).map(|(start, area)| (*start, area))
+        self.areas.range(from, wanted.last().0)
     }
 
     /// As [`Self::overlapping`], to be changed.
     pub(crate) fn inside_mut(&mut self, wanted: IovaRange) -> impl Iterator<Item = (u64, &mut Area)> {
-        let areas = self.areas.range_mut(wanted.start().0..=wanted.last().0);
-        areas.map(|(start, area)| (*start, area)).filter(move |(_, area)| area.last <= wanted.last().0)
+        let areas = self.areas.range_mut(wanted.start().0, wanted.last().0);
+        areas.filter(move |(_, area)| area.last <= wanted.last().0)
     }
 
     /// Puts another area in the place of the one at `start`, with the same IOVAs.
@@ -478,9 +528,9 @@ impl IovaMap {
     }
 
     fn first_leaving(&self, wanted: IovaRange) -> Option<IovaRange> {
-        let before = self.leaving.range(..wanted.start().0).next_back();
-        let from = before.filter(|(_, last)| **last >= wanted.start().0).map_or(wanted.start().0, |(start, _)| *start);
-        self.leaving.range(from..=wanted.last().0).next().map(|(start, last)| range(*start, *last))
+        let before = self.leaving.last_before(wanted.start().0).filter(|(_, last)| **last >= wanted.start().0);
+        let behind = || self.leaving.ceiling(wanted.start().0).filter(|(start, _)| *start <= wanted.last().0);
+        before.or_else(behind).map(|(start, last)| range(start, *last))
     }
 
     fn first_used_or_reserved(&self, wanted: IovaRange) -> Option<IovaRange> {
@@ -549,7 +599,7 @@ impl IovaMap {
             let mask = alignment - 1;
             let misaligned =
                 |start: u64, area: &Area| (start | (area.last - start + 1) | area.page_offset()) & mask != 0;
-            if let Some((&start, area)) = self.areas.iter().find(|(start, area)| misaligned(**start, area)) {
+            if let Some((start, area)) = self.areas.iter().find(|(start, area)| misaligned(*start, area)) {
                 let user = area.range(start);
                 return Err(IoasError::InUse { range: user, user });
             }

@@ -20,6 +20,7 @@ mod ioas;
 mod iova_map;
 mod leaving;
 mod objects;
+mod ordered;
 mod pages;
 mod payer;
 mod pins;

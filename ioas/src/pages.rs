@@ -10,6 +10,7 @@
 //! container. It comes after the IOAS's locks and before the store's.
 
 use std::collections::BTreeMap;
+use std::iter;
 use std::sync::Arc;
 
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr};
@@ -20,8 +21,8 @@ use crate::error::IoasError;
 use crate::payer::PayerName;
 use crate::rank::{PAGES, Ranked};
 use crate::request::{AreaMemory, PayerMode};
-use crate::resolve::{self, Rights};
-use crate::store::{Bill, Held, PageStore, Wanted};
+use crate::resolve::{self, Found, Rights};
+use crate::store::{Bill, Held, HeldRuns, PageStore};
 
 /// Whether held pages are charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,20 +108,17 @@ struct Segment {
 }
 
 impl Pages {
-    pub(crate) fn of_user(client: Arc<Client>, address: UserAddr, length: u64, terms: Terms) -> Arc<Self> {
-        let fill = Ranked::new(Filled { client, fill: Fill::Empty });
-        Arc::new(Self { file: None, start: address.0, length, terms, fill })
-    }
-
-    pub(crate) fn of_file(
+    /// Memory of `length` bytes: of a file from byte offset `start` on, or at user address `start`.
+    #[inline]
+    pub(crate) fn new(
         client: Arc<Client>,
-        file: Arc<FileBacking>,
-        offset: u64,
+        file: Option<Arc<FileBacking>>,
+        start: u64,
         length: u64,
         terms: Terms,
     ) -> Arc<Self> {
         let fill = Ranked::new(Filled { client, fill: Fill::Empty });
-        Arc::new(Self { file: Some(file), start: offset, length, terms, fill })
+        Arc::new(Self { file, start, length, terms, fill })
     }
 
     pub(crate) const fn terms(&self) -> Terms {
@@ -221,7 +219,7 @@ impl Pages {
         parts: &mut BTreeMap<u64, Segment>,
         (slice, limit): (Slice, Limit),
     ) -> Result<(), IoasError> {
-        let mut held: Vec<(u64, Vec<Held>)> = Vec::new();
+        let mut held: Vec<(u64, HeldRuns)> = Vec::new();
         for gap in gaps(parts, slice) {
             match self.hold(client, store, gap, limit) {
                 Ok(runs) => held.push((gap.first, runs)),
@@ -239,8 +237,36 @@ impl Pages {
         Ok(())
     }
 
-    fn hold(&self, client: &Client, store: &PageStore, slice: Slice, limit: Limit) -> Result<Vec<Held>, IoasError> {
-        store.hold(&self.wanted(client, store, slice, limit)?, self.bill(client, limit))
+    #[inline]
+    fn hold(&self, client: &Client, store: &PageStore, slice: Slice, limit: Limit) -> Result<HeldRuns, IoasError> {
+        self.hold_billed(client, store, (slice, limit), || self.bill(client, limit))
+    }
+
+    /// Holds `slice`, and charges it to whom `bill` says after the memory has been found.
+    #[inline]
+    fn hold_billed(
+        &self,
+        client: &Client,
+        store: &PageStore,
+        (slice, limit): (Slice, Limit),
+        bill: impl FnOnce() -> Option<Bill>,
+    ) -> Result<HeldRuns, IoasError> {
+        let start = (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT);
+        let rights = self.terms.rights;
+        match &self.file {
+            Some(file) => {
+                let size = match limit {
+                    Limit::Seen => file.seen_size(),
+                    Limit::Now => file.size(),
+                };
+                let wanted = resolve::file_memory(file, size, start, slice.pages, rights)?;
+                store.hold(iter::once(wanted), bill())
+            }
+            None => {
+                let found = resolve::user_memory(store, &client.memory, UserAddr(start), slice.pages, rights)?;
+                store.hold(found.iter().map(Found::wanted), bill())
+            }
+        }
     }
 
     /// The frames of `slice`: what is filled as it is, the rest held and not charged.
@@ -255,7 +281,7 @@ impl Pages {
         let mut by_page: BTreeMap<u64, FrameRun> = BTreeMap::new();
         let mut outcome = Ok(());
         for gap in gaps(parts, slice) {
-            match self.wanted(client, store, gap, Limit::Now).and_then(|wanted| store.hold(&wanted, None)) {
+            match self.hold_billed(client, store, (gap, Limit::Now), || None) {
                 Ok(held) => {
                     let mut at = gap.first;
                     for Held { run, .. } in &held {
@@ -287,29 +313,6 @@ impl Pages {
         }
         by_page.into_values().for_each(|run| append(&mut lent.runs, run));
         Ok(lent)
-    }
-
-    fn wanted(&self, client: &Client, store: &PageStore, slice: Slice, limit: Limit) -> Result<Vec<Wanted>, IoasError> {
-        let mut wanted = Vec::with_capacity(1);
-        let start = (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT);
-        match &self.file {
-            Some(file) => {
-                let size = match limit {
-                    Limit::Seen => file.seen_size(),
-                    Limit::Now => file.size(),
-                };
-                wanted.push(resolve::file_memory(file, size, start, slice.pages, self.terms.rights)?);
-            }
-            None => resolve::user_memory(
-                store,
-                &client.memory,
-                UserAddr(start),
-                slice.pages,
-                self.terms.rights,
-                &mut wanted,
-            )?,
-        }
-        Ok(wanted)
     }
 
     /// Appends the frames of `slice`, which is filled, to `runs`.

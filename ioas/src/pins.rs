@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::addr::{FrameRun, UserAddr};
 use crate::caller::MemoryMap;
 use crate::error::IoasError;
-use crate::resolve::{self, Rights};
+use crate::resolve::{self, Found, Rights};
 use crate::store::{Held, PageStore};
 
 impl PageStore {
@@ -20,9 +20,8 @@ impl PageStore {
     /// EFAULT where the client cannot write, ENOMEM; nothing has changed.
     pub fn pin(&self, memory: &Arc<dyn MemoryMap>, address: UserAddr, pages: u64) -> Result<Vec<FrameRun>, IoasError> {
         let rights = Rights { writable: true, device_regions: false };
-        let mut wanted = Vec::with_capacity(1);
-        resolve::user_memory(self, memory, address, pages, rights, &mut wanted)?;
-        Ok(self.hold(&wanted, None)?.into_iter().map(|held| held.run).collect())
+        let found = resolve::user_memory(self, memory, address, pages, rights)?;
+        Ok(self.hold(found.iter().map(Found::wanted), None)?.into_iter().map(|held| held.run).collect())
     }
 
     /// Lets go of frames that [`Self::pin`] has given. No DMA to them may be under way.

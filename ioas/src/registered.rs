@@ -30,7 +30,7 @@ use crate::charge;
 use crate::error::IoasError;
 use crate::payer::PayerName;
 use crate::registry::Registry;
-use crate::resolve::{self, Rights};
+use crate::resolve::{self, Found, Rights};
 use crate::store::{Bill, Held, PageStore};
 
 /// The registered memory of all memory maps of a server.
@@ -52,7 +52,7 @@ impl Registrations {
     #[must_use]
     pub fn of(&self, memory: &Arc<dyn MemoryMap>) -> Arc<RegisteredMemory> {
         let mut maps = self.maps.lock();
-        if let Some(known) = maps.get(&memory.id()) {
+        if let Some(known) = maps.get(memory.id()) {
             return known;
         }
         let (store, memory) = (Arc::clone(&self.store), Arc::clone(memory));
@@ -157,13 +157,13 @@ impl RegisteredMemory {
         let first = range.start().0 >> PAGE_SHIFT;
         let pages = (range.last().0 >> PAGE_SHIFT) - first + 1;
         let payer = PayerName::MemoryMap(self.memory.id());
-        let mut wanted = Vec::with_capacity(1);
-        resolve::user_memory(&self.store, &self.memory, range.start(), pages, rights, &mut wanted)?;
+        let found = resolve::user_memory(&self.store, &self.memory, range.start(), pages, rights)?;
         let held = charge::counting_ipc_lock(caller, |enforced| {
-            self.store.hold(&wanted, Some(Bill { payer, limit: client.seen_limit(), enforced }))
+            let bill = Bill { payer, limit: client.seen_limit(), enforced };
+            self.store.hold(found.iter().map(Found::wanted), Some(bill))
         })?;
         let (id, uses, left) = (IDS.fetch_add(1, Ordering::Relaxed), AtomicU64::new(1), AtomicBool::new(false));
-        Ok(Region { id, range, runs: runs_of(&held), held, payer, uses, left })
+        Ok(Region { id, range, runs: runs_of(&held), held: held.into_vec(), payer, uses, left })
     }
 
     /// The region that has all of `range`.

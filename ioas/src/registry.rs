@@ -2,26 +2,27 @@
 //!
 //! It keeps nothing alive itself. Entries of what has gone are thrown out whenever the registry has doubled.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
+
+use crate::ordered::OrderedMap;
 
 /// Things that exist once per name.
 #[derive(Debug)]
 pub(crate) struct Registry<K, V> {
-    entries: BTreeMap<K, Weak<V>>,
+    entries: OrderedMap<K, Weak<V>>,
     /// How many entries there may be before those of what has gone are thrown out.
     purge_at: usize,
 }
 
 impl<K, V> Default for Registry<K, V> {
     fn default() -> Self {
-        Self { entries: BTreeMap::new(), purge_at: 16 }
+        Self { entries: OrderedMap::new(), purge_at: 16 }
     }
 }
 
-impl<K: Ord, V> Registry<K, V> {
+impl<K: Ord + Copy, V> Registry<K, V> {
     /// What has this name, if it exists still.
-    pub(crate) fn get(&self, name: &K) -> Option<Arc<V>> {
+    pub(crate) fn get(&self, name: K) -> Option<Arc<V>> {
         self.entries.get(name)?.upgrade()
     }
 
@@ -47,8 +48,8 @@ mod tests {
         for name in 1..1000 {
             registry.insert(name, &Arc::new(name));
         }
-        assert_eq!(registry.get(&0), Some(kept));
-        assert_eq!(registry.get(&500), None);
+        assert_eq!(registry.get(0), Some(kept));
+        assert_eq!(registry.get(500), None);
         assert!(registry.entries.len() <= 32);
     }
 }

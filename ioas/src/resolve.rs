@@ -9,8 +9,10 @@
 
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::addr::{PAGE_SHIFT, PAGE_SIZE, UserAddr};
-use crate::backing::{Backing, FileBacking};
+use crate::backing::{Backing, BackingRef, FileBacking};
 use crate::caller::{FileKind, MemoryError, MemoryMap, Vma};
 use crate::error::{FaultReason, IoasError};
 use crate::failpoint;
@@ -24,6 +26,22 @@ pub(crate) struct Rights {
     pub(crate) device_regions: bool,
 }
 
+/// Pages of one backing that were found behind addresses of a client.
+pub(crate) struct Found {
+    backing: Backing,
+    index: u64,
+    pages: u64,
+    charged: bool,
+}
+
+impl Found {
+    /// What is to be held of it: all.
+    pub(crate) const fn wanted(&self) -> Wanted<'_> {
+        let &Self { ref backing, index, pages, charged } = self;
+        Wanted { backing: backing.as_ref(), index, pages, charged }
+    }
+}
+
 /// What `pages` pages of a memory map from the page at `address` on are, if they may be held.
 pub(crate) fn user_memory(
     store: &PageStore,
@@ -31,8 +49,8 @@ pub(crate) fn user_memory(
     address: UserAddr,
     pages: u64,
     rights: Rights,
-    wanted: &mut Vec<Wanted>,
-) -> Result<(), IoasError> {
+) -> Result<SmallVec<[Found; 1]>, IoasError> {
+    let mut all = SmallVec::new();
     let (mut at, end) = (address.0 >> PAGE_SHIFT, (address.0 >> PAGE_SHIFT) + pages);
     while at < end {
         let address = UserAddr(at << PAGE_SHIFT);
@@ -48,22 +66,22 @@ pub(crate) fn user_memory(
             return Err(fault(FaultReason::NotReadable));
         }
         let stop = end.min((vma.range.last().0 >> PAGE_SHIFT) + 1);
-        let want = match shared_file(store, &**memory, &vma, rights.writable).map_err(|error| fault(error.into()))? {
+        let found = match shared_file(store, &**memory, &vma, rights.writable).map_err(|error| fault(error.into()))? {
             Some((file, offset)) => {
                 check_kind(&file, rights).map_err(fault)?;
                 let index = (offset + (address.0 - vma.range.start().0)) >> PAGE_SHIFT;
                 check_size(&file, index + (stop - at)).map_err(fault)?;
                 let charged = file.kind != FileKind::DeviceRegion;
-                Wanted { backing: Backing::File(file), index, pages: stop - at, charged }
+                Found { backing: Backing::File(file), index, pages: stop - at, charged }
             }
             None => {
-                Wanted { backing: Backing::Private(Arc::clone(memory)), index: at, pages: stop - at, charged: true }
+                Found { backing: Backing::Private(Arc::clone(memory)), index: at, pages: stop - at, charged: true }
             }
         };
-        wanted.push(want);
+        all.push(found);
         at = stop;
     }
-    Ok(())
+    Ok(all)
 }
 
 /// The file behind a shared mapping and the offset of the mapping's start in it.
@@ -111,13 +129,14 @@ pub(crate) fn check_region(file: &FileBacking, offset: u64, length: u64) -> Resu
 }
 
 /// `pages` pages of a file of `size` bytes that was named by descriptor, from byte `offset` on, if they may be held.
+#[inline]
 pub(crate) fn file_memory(
     file: &Arc<FileBacking>,
     size: u64,
     offset: u64,
     pages: u64,
     rights: Rights,
-) -> Result<Wanted, IoasError> {
+) -> Result<Wanted<'_>, IoasError> {
     let address = UserAddr(offset);
     if failpoint::reached("resolve.file") {
         return Err(IoasError::Fault { address, reason: FaultReason::Injected });
@@ -135,5 +154,5 @@ pub(crate) fn file_memory(
         return Err(IoasError::Fault { address, reason: FaultReason::NotWritable });
     }
     let charged = !is_region;
-    Ok(Wanted { backing: Backing::File(Arc::clone(file)), index: offset >> PAGE_SHIFT, pages, charged })
+    Ok(Wanted { backing: BackingRef::File(file), index: offset >> PAGE_SHIFT, pages, charged })
 }

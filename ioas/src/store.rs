@@ -2,7 +2,7 @@
 //! and accesses of the server.
 //!
 //! The model: held memory is pages of backings ([`crate::backing`]). While a page is held it has one frame
-//! ([`crate::extents`]), and a count of its holders. Each payer has an account that counts by frame. All of it is kept
+//! ([`crate::extents`]) and a count of its holders. Each payer has an account that counts by frame. All of it is kept
 //! in runs. To hold and to charge is one step here: both, or neither.
 //!
 //! A DMA gives a frame and gets bytes. Frames of mapped files are host addresses, so the way of a byte is one guarded
@@ -15,18 +15,20 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
+use smallvec::SmallVec;
 
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr, UserRange};
-use crate::backing::{Backing, FileBacking};
-use crate::caller::{Caller, FileId, MemoryError, MemoryMap};
+use crate::backing::{Backing, BackingRef, FileBacking};
+use crate::caller::{Caller, FileId, MemoryError, MemoryMap, Uid};
 use crate::client::{Client, Clients};
-use crate::counts::CountMap;
 use crate::error::IoasError;
-use crate::extents::{Extent, Extents};
+use crate::extents::{AllEnded, Extents};
 use crate::failpoint;
 use crate::frames::{FrameSpace, PRIVATE_START};
+use crate::ordered::OrderedMap;
 use crate::payer::{Account, Accounting, PayerName, PayerSnapshot};
 use crate::rank::{Ranked, STORE};
 use crate::registry::Registry;
@@ -90,8 +92,9 @@ pub struct HeldRun {
 }
 
 /// Pages of one backing that are to be held.
-pub(crate) struct Wanted {
-    pub(crate) backing: Backing,
+#[derive(Clone, Copy)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) backing: BackingRef<'a>,
     /// The first page of the backing.
     pub(crate) index: u64,
     pub(crate) pages: u64,
@@ -106,6 +109,9 @@ pub(crate) struct Held {
     pub(crate) charged: bool,
 }
 
+/// Pages that are held, in order; nearly always one run.
+pub(crate) type HeldRuns = SmallVec<[Held; 1]>;
+
 /// Who is charged, and up to where.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bill {
@@ -119,16 +125,20 @@ pub(crate) struct Bill {
 #[derive(Default)]
 struct Inner {
     extents: Extents,
-    /// Holders by frame.
-    holds: CountMap,
     held_pages: u64,
-    accounts: BTreeMap<PayerName, Account>,
+    /// Also some of which nothing is charged any more.
+    accounts: OrderedMap<PayerName, Account>,
     files: Registry<FileId, FileBacking>,
     clients: Clients,
 }
 
+/// So many accounts are kept whether anything is charged to them or not.
+const ACCOUNTS: usize = 8;
+
 /// The one place where memory is held, identified, counted and charged.
 pub struct PageStore {
+    /// Names it among the stores of this process; never 0.
+    id: u64,
     accounting: Accounting,
     space: &'static FrameSpace,
     inner: Ranked<STORE, Inner>,
@@ -138,7 +148,9 @@ impl PageStore {
     /// An empty store.
     #[must_use]
     pub fn new(accounting: Accounting) -> Arc<Self> {
-        Arc::new(Self { accounting, space: FrameSpace::get(), inner: Ranked::default() })
+        static IDS: AtomicU64 = AtomicU64::new(1);
+        let id = IDS.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Self { id, accounting, space: FrameSpace::get(), inner: Ranked::default() })
     }
 
     /// Copies bytes out of held memory, from `offset` bytes into `at` on; the bytes lie in one run of held frames.
@@ -211,7 +223,7 @@ impl PageStore {
         let inner = self.inner.lock();
         let gone = StoreError::Gone(Frame(first));
         let Some(extent) = inner.extents.find(first) else { return gone };
-        let Backing::File(file) = extent.backing.clone() else { return gone };
+        let Some(Backing::File(file)) = extent.backing.clone() else { return gone };
         let end_page = extent.index + (last - extent.first) + 1;
         drop(inner);
         if end_page > file.size().div_ceil(PAGE_SIZE) {
@@ -255,7 +267,7 @@ impl PageStore {
         }
         let inner = self.inner.lock();
         let extent = inner.extents.find(frame.0)?;
-        let Backing::Private(memory) = &extent.backing else { return None };
+        let Some(Backing::Private(memory)) = &extent.backing else { return None };
         let within = frame.0 - extent.first;
         Some((
             Arc::clone(memory),
@@ -269,8 +281,9 @@ impl PageStore {
     pub fn snapshot(&self) -> StoreSnapshot {
         let inner = self.inner.lock();
         let mut backings = BTreeMap::new();
-        for extent in inner.extents.iter() {
-            let entry = backings.entry(extent.backing.key()).or_insert((extent.backing.kind(), 0));
+        for extent in inner.extents.held() {
+            let (key, kind) = extent.names();
+            let entry = backings.entry(key).or_insert((kind, 0));
             entry.1 += extent.held * PAGE_SIZE;
         }
         let backings = backings.into_iter().map(|(key, (kind, held_bytes))| BackingSnapshot {
@@ -278,7 +291,8 @@ impl PageStore {
             id: key.to_string(),
             held_bytes,
         });
-        let payers = inner.accounts.iter().map(|(name, account)| account.snapshot(*name));
+        let payers = inner.accounts.iter().filter(|(_, account)| !account.is_idle());
+        let payers = payers.map(|(name, account)| account.snapshot(name));
         StoreSnapshot {
             held_bytes: inner.held_pages * PAGE_SIZE,
             backings: backings.collect(),
@@ -297,16 +311,22 @@ impl PageStore {
         let first = range.start().0 >> PAGE_SHIFT;
         let pages = (range.last().0 >> PAGE_SHIFT) - first + 1;
         let rights = Rights { writable: false, device_regions: true };
-        let mut wanted = Vec::new();
-        resolve::user_memory(self, &memory, UserAddr(first << PAGE_SHIFT), pages, rights, &mut wanted)?;
+        let found = resolve::user_memory(self, &memory, UserAddr(first << PAGE_SHIFT), pages, rights)?;
         let inner = self.inner.lock();
-        Ok(wanted.iter().flat_map(|wanted| inner.held_of(wanted)).collect())
+        Ok(found.iter().flat_map(|found| inner.held_of(found.wanted())).collect())
     }
 
     /// The backing of a client's file; one for all who name the same file.
+    #[inline]
     pub(crate) fn adopt_file(&self, file: Arc<FileBacking>) -> Arc<FileBacking> {
+        // It stays so while it lives.
+        if file.adopted_by.load(Ordering::Acquire) == self.id { file } else { self.adopt_new_file(file) }
+    }
+
+    #[cold]
+    fn adopt_new_file(&self, file: Arc<FileBacking>) -> Arc<FileBacking> {
         let mut inner = self.inner.lock();
-        if let Some(known) = inner.files.get(&file.id) {
+        if let Some(known) = inner.files.get(file.id) {
             // Closing a descriptor can block.
             drop(inner);
             if !Arc::ptr_eq(&known, &file) {
@@ -315,24 +335,34 @@ impl PageStore {
             return known;
         }
         inner.files.insert(file.id, &file);
+        file.adopted_by.store(self.id, Ordering::Release);
         file
     }
 
     /// The backing of a file that some client has shown already, if it was shown with the rights that are needed.
     pub(crate) fn known_file(&self, id: FileId, writable: bool) -> Option<Arc<FileBacking>> {
-        let known = self.inner.lock().files.get(&id)?;
+        let known = self.inner.lock().files.get(id)?;
         (!writable || known.writable()).then_some(known)
     }
 
     /// The record of a caller, one for all its mappings, with its RLIMIT_MEMLOCK of now; `memory` is its memory map.
     pub(crate) fn client(&self, caller: &dyn Caller, memory: Arc<dyn MemoryMap>) -> Arc<Client> {
-        let (uid, limit) = (caller.uid(), caller.memlock_limit());
+        self.client_of(memory, caller.uid(), caller.memlock_limit())
+    }
+
+    /// As [`Self::client`], of a caller that has been asked already.
+    pub(crate) fn client_of(&self, memory: Arc<dyn MemoryMap>, uid: Uid, limit: u64) -> Arc<Client> {
         self.inner.lock().clients.record(memory, uid, limit)
     }
 
     /// Holds all of `wanted` and charges it, or changes nothing. The answer has the frames, in order.
-    pub(crate) fn hold(&self, wanted: &[Wanted], bill: Option<Bill>) -> Result<Vec<Held>, IoasError> {
-        let mut ended = Vec::new();
+    #[inline]
+    pub(crate) fn hold<'a>(
+        &self,
+        wanted: impl Iterator<Item = Wanted<'a>>,
+        bill: Option<Bill>,
+    ) -> Result<HeldRuns, IoasError> {
+        let mut ended = AllEnded::new();
         let result = self.inner.lock().hold(self.space, self.accounting, wanted, bill, &mut ended);
         ended.into_iter().for_each(|extent| extent.end(self.space));
         result
@@ -353,36 +383,41 @@ impl PageStore {
         }
         let Bill { payer, limit, enforced } = bill;
         let mut inner = self.inner.lock();
-        let account = inner.accounts.entry(payer).or_insert_with(|| Account::new(self.accounting));
-        let charged = account.charge_unheld(pages, limit, enforced);
-        if account.is_idle() {
-            inner.accounts.remove(&payer);
-        }
+        let charged = match inner.accounts.get_mut(payer) {
+            Some(account) => account.charge_unheld(pages, limit, enforced),
+            None => inner.open_account(payer, self.accounting).charge_unheld(pages, limit, enforced),
+        };
         charged.map_err(|over| IoasError::Limit { payer, would: over.would, limit })
     }
 
     /// Takes [`Self::charge_unheld`] back.
     pub(crate) fn refund_unheld(&self, payer: PayerName, pages: u64) {
-        let mut inner = self.inner.lock();
-        let Some(account) = inner.accounts.get_mut(&payer) else { return };
-        account.refund_unheld(pages);
-        if account.is_idle() {
-            inner.accounts.remove(&payer);
+        if let Some(account) = self.inner.lock().accounts.get_mut(payer) {
+            account.refund_unheld(pages);
         }
     }
 
     /// Releases pages that [`Self::hold`] has given, and takes the charge back.
+    #[inline]
     pub(crate) fn release(&self, held: &[Held], payer: Option<PayerName>) {
-        let mut ended = Vec::new();
+        let mut ended = AllEnded::new();
         {
             let mut inner = self.inner.lock();
             for held in held {
-                inner.release(held.run, &mut ended);
+                inner.release(self.space, held.run, &mut ended);
             }
             if let Some(payer) = payer {
                 inner.refund(payer, held);
             }
         }
+        ended.into_iter().for_each(|extent| extent.end(self.space));
+    }
+}
+
+impl Drop for PageStore {
+    fn drop(&mut self) {
+        let mut ended = AllEnded::new();
+        self.inner.lock().extents.end_all_resting(&mut ended, |_| true);
         ended.into_iter().for_each(|extent| extent.end(self.space));
     }
 }
@@ -394,26 +429,29 @@ impl fmt::Debug for PageStore {
 }
 
 impl Inner {
-    fn hold(
+    #[inline]
+    fn hold<'a>(
         &mut self,
         space: &FrameSpace,
         accounting: Accounting,
-        wanted: &[Wanted],
+        wanted: impl Iterator<Item = Wanted<'a>>,
         bill: Option<Bill>,
-        ended: &mut Vec<Extent>,
-    ) -> Result<Vec<Held>, IoasError> {
-        let mut all = Vec::with_capacity(wanted.len());
+        ended: &mut AllEnded,
+    ) -> Result<HeldRuns, IoasError> {
+        let mut all = HeldRuns::new();
         let mut failure = None;
         for want in wanted {
-            let before = all.len();
-            let keep = |run| all.push(Held { run, charged: want.charged });
-            let located = if failpoint::reached("store.hold") {
+            let Self { extents, held_pages, .. } = self;
+            let keep = |run, fresh| {
+                *held_pages += fresh;
+                all.push(Held { run, charged: want.charged });
+            };
+            let held = if failpoint::reached("store.hold") {
                 None
             } else {
-                self.extents.locate(space, &want.backing, want.index, want.pages, keep)
+                extents.hold(space, want.backing, (want.index, want.pages), ended, keep)
             };
-            all[before..].iter().for_each(|held: &Held| self.hold_run(held.run));
-            if located.is_none() {
+            if held.is_none() {
                 failure = Some(IoasError::NoFrames { pages: want.pages });
                 break;
             }
@@ -422,43 +460,28 @@ impl Inner {
             failure = self.charge(accounting, all.iter().copied(), bill).err();
         }
         let Some(failure) = failure else { return Ok(all) };
-        all.iter().for_each(|held| self.release(held.run, ended));
+        all.iter().for_each(|held| self.release(space, held.run, ended));
         Err(failure)
     }
 
     /// Who holds the pages of `wanted`, in order.
-    fn held_of(&self, wanted: &Wanted) -> Vec<HeldRun> {
+    fn held_of(&self, wanted: Wanted<'_>) -> Vec<HeldRun> {
         let (mut held, end) = (Vec::new(), wanted.index + wanted.pages);
         let mut at = wanted.index;
         while at < end {
-            let stretch = self.extents.stretch(&wanted.backing, at, end);
-            let (run, holders) = match stretch.frame {
-                Some(first) => self.holds.stretch(first, stretch.pages),
-                None => (stretch.pages, 0),
-            };
-            held.push(HeldRun { pages: run, first: stretch.frame.filter(|_| holders > 0), holders });
-            at += run;
+            let stretch = self.extents.stretch(wanted.backing, at, end);
+            held.push(HeldRun { pages: stretch.pages, first: stretch.frame, holders: stretch.holders });
+            at += stretch.pages;
         }
         held
     }
 
-    fn hold_run(&mut self, run: FrameRun) {
-        let Self { extents, holds, held_pages, .. } = self;
-        holds.add(run, |fresh| {
-            *held_pages += fresh.pages;
-            extents.count(fresh, true);
-        });
+    #[inline]
+    fn release(&mut self, space: &FrameSpace, run: FrameRun, ended: &mut AllEnded) {
+        self.held_pages -= self.extents.release(space, run, ended);
     }
 
-    fn release(&mut self, run: FrameRun, ended: &mut Vec<Extent>) {
-        let Self { extents, holds, held_pages, .. } = self;
-        holds.remove(run, |gone| {
-            *held_pages -= gone.pages;
-            extents.count(gone, false);
-        });
-        extents.end_unused(run, ended);
-    }
-
+    #[inline]
     fn charge(
         &mut self,
         accounting: Accounting,
@@ -472,22 +495,26 @@ impl Inner {
         if failpoint::reached("store.charge") {
             return Err(IoasError::Injected("store.charge"));
         }
-        let account = self.accounts.entry(bill.payer).or_insert_with(|| Account::new(accounting));
-        let charged = account.charge(runs, bill.limit, bill.enforced);
-        let idle = account.is_idle();
-        if idle {
-            self.accounts.remove(&bill.payer);
-        }
+        let charged = match self.accounts.get_mut(bill.payer) {
+            Some(account) => account.charge(runs, bill.limit, bill.enforced),
+            None => self.open_account(bill.payer, accounting).charge(runs, bill.limit, bill.enforced),
+        };
         charged.map_err(|over| IoasError::Limit { payer: bill.payer, would: over.would, limit: bill.limit })
     }
 
+    #[cold]
+    fn open_account(&mut self, payer: PayerName, accounting: Accounting) -> &mut Account {
+        if self.accounts.len() >= ACCOUNTS {
+            self.accounts.retain(|_, account| !account.is_idle());
+        }
+        self.accounts.insert(payer, Account::new(accounting))
+    }
+
+    #[inline]
     fn refund(&mut self, payer: PayerName, held: &[Held]) {
-        let Some(account) = self.accounts.get_mut(&payer) else { return };
+        let Some(account) = self.accounts.get_mut(payer) else { return };
         for held in held.iter().filter(|held| held.charged) {
             account.refund(held.run);
-        }
-        if account.is_idle() {
-            self.accounts.remove(&payer);
         }
     }
 }
