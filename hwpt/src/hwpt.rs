@@ -7,8 +7,8 @@
 //! is written through it is dirty in its parent.
 //!
 //! **The IOTLB generation.** Devices keep IOTLB entries in their threads (`iotlb`); each carries the generation at
-//! which it was filled, and is dead once the HWPT's has moved on. Moving it on *is* the flush, and the only place
-//! that counts one: a counter that has moved means that no entry of before is used again.
+//! which it was filled, and is dead once the HWPT's has moved on. Moving it on *is* the flush, and the generation is
+//! also the count of flushes: a counter that has moved means that no entry of before is used again.
 //!
 //! **The context cache** of a device is what its threads remember of its attachment (`sys::Lane`). A device that
 //! leaves an HWPT makes them forget it, with the IOTLB entries they had; `context_flushes` counts that.
@@ -98,8 +98,8 @@ pub struct Hwpt {
     flags: HwptFlags,
     owner: Option<Owner>,
     list: Weak<HwptList>,
+    /// Moves on with each IOTLB flush, and counts them.
     generation: AtomicU64,
-    iotlb_flushes: AtomicU64,
     context_flushes: AtomicU64,
     /// Shared by an HWPT and those nested over it.
     dirty: Arc<DirtySet>,
@@ -110,6 +110,9 @@ pub struct Hwpt {
     /// Names of the attached devices. Guarded by itself; a leaf lock.
     devices: Mutex<Vec<Arc<str>>>,
 }
+
+/// The IOTLB generation of an HWPT that has never been flushed: entries that were never filled have 0.
+const FIRST_GENERATION: u64 = 1;
 
 /// What a new HWPT is made of.
 pub(crate) struct HwptParts {
@@ -164,8 +167,7 @@ impl Hwpt {
             flags,
             owner,
             list,
-            generation: AtomicU64::new(1),
-            iotlb_flushes: AtomicU64::new(0),
+            generation: AtomicU64::new(FIRST_GENERATION),
             context_flushes: AtomicU64::new(0),
             keeps_dirty: AtomicBool::new(false),
             devices: Mutex::default(),
@@ -232,7 +234,7 @@ impl Hwpt {
     #[must_use]
     pub fn flush_counters(&self) -> FlushCounters {
         FlushCounters {
-            iotlb: self.iotlb_flushes.load(Ordering::Relaxed),
+            iotlb: self.generation() - FIRST_GENERATION,
             context: self.context_flushes.load(Ordering::Relaxed),
         }
     }
@@ -413,7 +415,6 @@ impl Hwpt {
 
     fn flush_iotlb(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
-        self.iotlb_flushes.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -171,8 +171,7 @@ impl RadixTable {
         let mut fill = Fill { table: self, source: Source::new(frames, offset), flags: flags(access) };
         let pin = sys::pin();
         let (start, last) = (range.start().0, range.last().0);
-        fill.node(&self.root, self.top_level, start, last, &pin)
-            .inspect_err(|_| self.clear(&mut updates, start, last, &pin))
+        fill.range(start, last, &pin).inspect_err(|_| self.clear(&mut updates, start, last, &pin))
     }
 
     /// Makes a boundary at `at`, as [`ioas::table::PageTable::split`] says.
@@ -207,33 +206,58 @@ impl RadixTable {
         self.clear(&mut updates, range.start().0, range.last().0.min(self.last), &sys::pin());
     }
 
+    #[inline]
     fn clear(&self, lingering: &mut Lingering, start: u64, last: u64, pin: &Pin) {
-        if start <= last && self.clear_node(&self.root, self.top_level, start, last, pin) {
+        if start > last {
+            return;
+        }
+        // Down to the lowest node that has the whole range.
+        let (mut node, mut shift) = (&*self.root, self.shift(self.top_level));
+        while shift > self.leaf_shift
+            && let Some(index) = part_of_slot(start, last, shift)
+        {
+            match node.entry(index, pin) {
+                Entry::Child(child) => (node, shift) = (child, shift - LEVEL_BITS),
+                Entry::Empty => return,
+                Entry::Leaf(_) => break,
+            }
+        }
+        if Self::clear_node(node, shift, start, last, pin) {
             self.linger(lingering, start, pin);
-            self.linger(lingering, last, pin);
+            if start >> self.shift(1) != last >> self.shift(1) {
+                self.linger(lingering, last, pin);
+            }
         }
     }
 
     /// Clears `start` to `last`, which lie in `node`; true when a node on the way has become empty.
-    fn clear_node(&self, node: &Node, level: u32, start: u64, last: u64, pin: &Pin) -> bool {
+    fn clear_node(node: &Node, shift: u32, start: u64, last: u64, pin: &Pin) -> bool {
         let mut emptied = false;
-        for (index, start, last, whole) in self.slots(level, start, last) {
+        let mut at = start;
+        loop {
+            let (index, end, whole) = first_slot(at, last, shift);
             match node.entry(index, pin) {
-                Entry::Empty => continue,
-                Entry::Leaf(_) => {
-                    debug_assert!(whole, "no leaf crosses the ends of an unmap");
-                    node.store(index, 0);
+                Entry::Empty => {}
+                Entry::Child(child) if !whole => {
+                    emptied |= Self::clear_node(child, shift - LEVEL_BITS, at, end, pin);
                 }
-                Entry::Child(_) if whole => node.unlink(index, pin),
-                Entry::Child(child) => {
-                    emptied |= self.clear_node(child, level - 1, start, last, pin);
-                    continue;
+                full => {
+                    match full {
+                        Entry::Child(_) => node.unlink(index, pin),
+                        Entry::Empty | Entry::Leaf(_) => {
+                            debug_assert!(whole, "no leaf crosses the ends of an unmap");
+                            node.store(index, 0);
+                        }
+                    }
+                    node.count(-1);
+                    emptied |= node.live() == 0;
                 }
             }
-            node.count(-1);
-            emptied |= node.live() == 0;
+            if end == last {
+                return emptied;
+            }
+            at = end + 1;
         }
-        emptied
     }
 
     /// Remembers that nodes around `iova` are empty, and frees the empty nodes that were remembered longest ago.
@@ -296,20 +320,6 @@ impl RadixTable {
     const fn shift(&self, level: u32) -> u32 {
         self.leaf_shift + level * LEVEL_BITS
     }
-
-    /// The slots of one node that `start` to `last` touch: index, what of the range lies in it, and whether that is
-    /// all of it.
-    fn slots(&self, level: u32, start: u64, last: u64) -> impl Iterator<Item = (usize, u64, u64, bool)> + use<> {
-        let shift = self.shift(level);
-        let mask = (1 << shift) - 1;
-        let indices = slot(start, shift)..=slot(last, shift);
-        let base = start & !mask;
-        indices.enumerate().map(move |(nth, index)| {
-            let first = base + ((nth as u64) << shift);
-            let (from, to) = (start.max(first), last.min(first | mask));
-            (index, from, to, from == first && to == first | mask)
-        })
-    }
 }
 
 /// One map call on its way down the tree.
@@ -320,11 +330,27 @@ struct Fill<'a> {
 }
 
 impl Fill<'_> {
+    /// Maps `start` to `last` to what the source has next.
+    #[inline]
+    fn range(&mut self, start: u64, last: u64, pin: &Pin) -> Result<(), TableFull> {
+        // Down to the lowest node that has the whole range.
+        let (mut node, mut shift) = (&*self.table.root, self.table.shift(self.table.top_level));
+        while shift > self.table.leaf_shift
+            && let Some(index) = part_of_slot(start, last, shift)
+        {
+            node = self.child(node, index, start, pin)?;
+            shift -= LEVEL_BITS;
+        }
+        self.node(node, shift, start, last, pin)
+    }
+
     /// Maps `start` to `last`, which lie in `node`, to what the source has next.
-    fn node(&mut self, node: &Node, level: u32, start: u64, last: u64, pin: &Pin) -> Result<(), TableFull> {
-        let shift = self.table.shift(level);
-        for (index, start, last, whole) in self.table.slots(level, start, last) {
-            if level == 0 || (whole && self.table.format.has_leaf(shift) && self.source.has_page(shift)) {
+    fn node(&mut self, node: &Node, shift: u32, start: u64, last: u64, pin: &Pin) -> Result<(), TableFull> {
+        let lowest = shift == self.table.leaf_shift;
+        let mut at = start;
+        loop {
+            let (index, end, whole) = first_slot(at, last, shift);
+            if lowest || (whole && self.table.format.has_leaf(shift) && self.source.has_page(shift)) {
                 debug_assert!(whole, "a mapping is made of whole pages");
                 match node.entry(index, pin) {
                     Entry::Empty => node.count(1),
@@ -332,15 +358,19 @@ impl Fill<'_> {
                     Entry::Leaf(_) => {}
                 }
                 node.store(index, self.source.take(1 << shift) | self.flags);
-                continue;
+            } else {
+                let child = self.child(node, index, at, pin)?;
+                self.node(child, shift - LEVEL_BITS, at, end, pin)?;
             }
-            let child = self.child(node, index, start, pin)?;
-            self.node(child, level - 1, start, last, pin)?;
+            if end == last {
+                return Ok(());
+            }
+            at = end + 1;
         }
-        Ok(())
     }
 
     /// The child in a slot, made when there is none.
+    #[inline]
     fn child<'p>(&self, node: &'p Node, index: usize, iova: u64, pin: &'p Pin) -> Result<&'p Node, TableFull> {
         loop {
             match node.entry(index, pin) {
@@ -368,6 +398,22 @@ fn node(iova: Iova) -> Result<Box<Node>, TableFull> {
 /// The slot of a level, whose slots translate 2^`shift` bytes, that `iova` falls into.
 const fn slot(iova: u64, shift: u32) -> usize {
     (iova >> shift) as usize & (FANOUT - 1)
+}
+
+/// Of `start` to `last`, what lies in the first slot: its index, the last IOVA, and whether that is all of the slot.
+#[inline]
+const fn first_slot(start: u64, last: u64, shift: u32) -> (usize, u64, bool) {
+    let mask = (1 << shift) - 1;
+    let slot_last = start | mask;
+    let end = if last < slot_last { last } else { slot_last };
+    (slot(start, shift), end, end - start == mask)
+}
+
+/// The slot that has `start` to `last` and more.
+#[inline]
+const fn part_of_slot(start: u64, last: u64, shift: u32) -> Option<usize> {
+    let (index, end, whole) = first_slot(start, last, shift);
+    if end == last && !whole { Some(index) } else { None }
 }
 
 const fn flags(access: Access) -> u64 {

@@ -74,9 +74,7 @@ pub(crate) fn user_memory(
                 let charged = file.kind != FileKind::DeviceRegion;
                 Found { backing: Backing::File(file), index, pages: stop - at, charged }
             }
-            None => {
-                Found { backing: Backing::Private(Arc::clone(memory)), index: at, pages: stop - at, charged: true }
-            }
+            None => Found { backing: Backing::Private(Arc::clone(memory)), index: at, pages: stop - at, charged: true },
         };
         all.push(found);
         at = stop;
