@@ -206,7 +206,7 @@ impl RadixTable {
         self.clear(&mut updates, range.start().0, range.last().0.min(self.last), &sys::pin());
     }
 
-    #[inline]
+    #[inline(always)]
     fn clear(&self, lingering: &mut Lingering, start: u64, last: u64, pin: &Pin) {
         if start > last {
             return;
@@ -331,7 +331,7 @@ struct Fill<'a> {
 
 impl Fill<'_> {
     /// Maps `start` to `last` to what the source has next.
-    #[inline]
+    #[inline(always)]
     fn range(&mut self, start: u64, last: u64, pin: &Pin) -> Result<(), TableFull> {
         // Down to the lowest node that has the whole range.
         let (mut node, mut shift) = (&*self.table.root, self.table.shift(self.table.top_level));
@@ -370,7 +370,7 @@ impl Fill<'_> {
     }
 
     /// The child in a slot, made when there is none.
-    #[inline]
+    #[inline(always)]
     fn child<'p>(&self, node: &'p Node, index: usize, iova: u64, pin: &'p Pin) -> Result<&'p Node, TableFull> {
         loop {
             match node.entry(index, pin) {
@@ -401,7 +401,7 @@ const fn slot(iova: u64, shift: u32) -> usize {
 }
 
 /// Of `start` to `last`, what lies in the first slot: its index, the last IOVA, and whether that is all of the slot.
-#[inline]
+#[inline(always)]
 const fn first_slot(start: u64, last: u64, shift: u32) -> (usize, u64, bool) {
     let mask = (1 << shift) - 1;
     let slot_last = start | mask;
@@ -410,7 +410,7 @@ const fn first_slot(start: u64, last: u64, shift: u32) -> (usize, u64, bool) {
 }
 
 /// The slot that has `start` to `last` and more.
-#[inline]
+#[inline(always)]
 const fn part_of_slot(start: u64, last: u64, shift: u32) -> Option<usize> {
     let (index, end, whole) = first_slot(start, last, shift);
     if end == last && !whole { Some(index) } else { None }

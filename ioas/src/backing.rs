@@ -32,6 +32,8 @@ pub struct FileBacking {
     seen_size: AtomicU64,
     /// The store that takes this one for any other of the same file, while it lives; 0 for none.
     pub(crate) adopted_by: AtomicU64,
+    /// See [`BackingRef::last_found`].
+    last_found: AtomicU64,
 }
 
 #[derive(Debug, Clone)]
@@ -101,6 +103,7 @@ impl From<ClientFile> for FileBacking {
             writable: AtomicBool::new(file.writable),
             seen_size,
             adopted_by: AtomicU64::new(0),
+            last_found: AtomicU64::new(0),
         }
     }
 }
@@ -130,10 +133,27 @@ pub(crate) enum BackingRef<'a> {
 }
 
 impl BackingRef<'_> {
+    #[inline(always)]
     pub(crate) fn key(self) -> BackingKey {
         match self {
             Self::File(file) => BackingKey::File(file.id.device, file.id.inode),
             Self::Private(memory) => BackingKey::Private(memory.id()),
+        }
+    }
+
+    /// The first frame of the extent that was found last for it: worth a look before a search.
+    #[inline(always)]
+    pub(crate) fn last_found(self) -> u64 {
+        match self {
+            Self::File(file) => file.last_found.load(Ordering::Relaxed),
+            Self::Private(_) => 0,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn found_at(self, first: u64) {
+        if let Self::File(file) = self {
+            file.last_found.store(first, Ordering::Relaxed);
         }
     }
 

@@ -22,7 +22,7 @@ pub(crate) struct CountMap {
 
 impl CountMap {
     /// Counts every frame of `run` once more, and calls `fresh` for each run that had no count before.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn add(&mut self, run: FrameRun, mut fresh: impl FnMut(FrameRun)) {
         let (start, end) = bounds(run);
         if self.extend(start, end) {
@@ -33,7 +33,7 @@ impl CountMap {
     }
 
     /// The common case: a run that nothing counts, right behind or right before a stretch of count 1, or alone.
-    #[inline]
+    #[inline(always)]
     fn extend(&mut self, start: u64, end: u64) -> bool {
         match self.stretches.floor_mut(end) {
             Some((first, before)) if first >= start || before.end > start => false,
@@ -72,11 +72,10 @@ impl CountMap {
 
     /// Counts every frame of `run` once less, and calls `gone` for each run whose count is now 0. Frames that had no
     /// count stay without.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn remove(&mut self, run: FrameRun, mut gone: impl FnMut(FrameRun)) {
         let (start, end) = bounds(run);
-        if self.stretches.get(start) == Some(&Stretch { end, count: 1 }) {
-            self.stretches.remove(start);
+        if self.stretches.remove_if(start, |stretch| *stretch == Stretch { end, count: 1 }).is_some() {
             gone(run);
         } else {
             self.remove_from(start, end, &mut gone);

@@ -15,13 +15,12 @@
 use std::io;
 use std::os::fd::AsFd;
 
-use smallvec::SmallVec;
-
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT};
 use crate::backing::{Backing, BackingKey, BackingRef};
 use crate::counts::CountMap;
 use crate::frames::{FrameSpace, GIB_PAGES, Region};
 use crate::ordered::OrderedMap;
+use crate::several::Several;
 use crate::sys::Arena;
 
 /// A file up to this many pages gets one extent for all of it.
@@ -62,21 +61,15 @@ pub(crate) struct Ended {
 }
 
 /// What several of them give up.
-pub(crate) type AllEnded = SmallVec<[Ended; 1]>;
+pub(crate) type AllEnded = Several<Ended>;
 
 impl Ended {
     /// Gives the frames back, and what is mapped there with them. May take long. Frames that cannot be cleared are
     /// never used again.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn end(self, space: &FrameSpace) {
-        if let Some((region, first, pages, mapped)) = self.frames {
-            if mapped
-                && let Some(arena) = space.arena
-                && arena.clear(first << PAGE_SHIFT, pages << PAGE_SHIFT).is_err()
-            {
-                return;
-            }
-            space.release(region, first, pages);
+        if let Some(frames) = self.frames {
+            give_back(space, frames);
         }
     }
 }
@@ -95,7 +88,7 @@ impl Extent {
     }
 
     /// Counts one more holder of `run`, which lies in it, and returns how many pages had none.
-    #[inline]
+    #[inline(always)]
     fn hold(&mut self, run: FrameRun) -> u64 {
         let mut pages = 0;
         self.holders.add(run, |fresh| pages += fresh.pages);
@@ -104,7 +97,7 @@ impl Extent {
     }
 
     /// Takes a holder of `run` off again, and returns how many pages have none now.
-    #[inline]
+    #[inline(always)]
     fn release(&mut self, run: FrameRun) -> u64 {
         let mut pages = 0;
         self.holders.remove(run, |gone| pages += gone.pages);
@@ -155,7 +148,7 @@ impl Extents {
     /// Holds `pages` pages of `backing` from `index` on, making extents where there are none, and calls `each` with
     /// the frames and how many of them nobody held before. `None` when no frames are left; what `each` has seen is held
     /// then.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn hold(
         &mut self,
         space: &FrameSpace,
@@ -167,13 +160,14 @@ impl Extents {
         let key = backing.key();
         let (mut at, end) = (index, index.checked_add(pages)?);
         while at < end {
-            let extent = match self.covering(key, at) {
-                Some(first) if self.is_ready(first, backing, at, end) => self.by_frame.get_mut(first)?,
-                _ => self.make(space, backing, (at, end), ended)?,
+            let extent = match self.ready(key, backing, at, end) {
+                Some(first) => self.by_frame.get_mut(first)?,
+                None => self.make(space, backing, (at, end), ended)?,
             };
             if extent.backing.is_none() {
                 extent.backing = Some(backing.owned());
             }
+            backing.found_at(extent.first);
             let stop = end.min(extent.index + extent.pages);
             let run = FrameRun { first: Frame(extent.first + (at - extent.index)), pages: stop - at };
             each(run, extent.hold(run));
@@ -182,17 +176,22 @@ impl Extents {
         Some(())
     }
 
-    /// An extent can be held from: it is held already, or rests and is what would be made now.
-    #[inline]
-    fn is_ready(&self, first: u64, backing: BackingRef<'_>, at: u64, end: u64) -> bool {
-        self.by_frame.get(first).is_some_and(|extent| {
-            let (from, to) = wished(backing, at, end);
-            extent.held != 0 || (extent.index <= from && to <= extent.index + extent.pages)
-        })
+    /// The extent that `at` can be held from: it is held already, or rests and is what would be made now.
+    #[inline(always)]
+    fn ready(&self, key: BackingKey, backing: BackingRef<'_>, at: u64, end: u64) -> Option<u64> {
+        let covers = |extent: &&Extent| extent.key == key && extent.index <= at && at < extent.index + extent.pages;
+        let last_found = self.by_frame.get(backing.last_found()).filter(covers);
+        let extent = match last_found {
+            Some(extent) => extent,
+            None => self.by_frame.get(self.covering(key, at)?)?,
+        };
+        let (from, to) = wished(backing, at, end);
+        let ready = extent.held != 0 || (extent.index <= from && to <= extent.index + extent.pages);
+        ready.then_some(extent.first)
     }
 
     /// Releases `run`, which is held, and returns how many of its pages nobody holds any more.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn release(&mut self, space: &FrameSpace, run: FrameRun, ended: &mut AllEnded) -> u64 {
         let (mut at, end) = (run.first.0, run.first.0 + run.pages);
         let mut pages = 0;
@@ -206,7 +205,7 @@ impl Extents {
                     ended.push(Ended { _backing: extent.backing.take(), frames: None });
                     self.rest(first, ended);
                 } else {
-                    ended.extend(self.take(first).map(Extent::end));
+                    self.end(first, ended);
                 }
             }
             at = stop.max(at + 1);
@@ -215,7 +214,7 @@ impl Extents {
     }
 
     /// Remembers that an extent rests, and ends the one that began to rest longest ago.
-    #[inline]
+    #[inline(always)]
     fn rest(&mut self, first: u64, ended: &mut AllEnded) {
         if self.resting.contains(&Some(first)) {
             return;
@@ -228,9 +227,10 @@ impl Extents {
     }
 
     /// Ends an extent if it rests.
+    #[cold]
     fn end_resting(&mut self, first: u64, ended: &mut AllEnded) {
         if self.by_frame.get(first).is_some_and(|extent| extent.held == 0) {
-            ended.extend(self.take(first).map(Extent::end));
+            self.end(first, ended);
         }
     }
 
@@ -244,10 +244,12 @@ impl Extents {
         }
     }
 
-    fn take(&mut self, first: u64) -> Option<Extent> {
-        let extent = self.by_frame.remove(first)?;
-        self.by_page.remove((extent.key, extent.index));
-        Some(extent)
+    #[cold]
+    fn end(&mut self, first: u64, ended: &mut AllEnded) {
+        if let Some(extent) = self.by_frame.remove(first) {
+            self.by_page.remove((extent.key, extent.index));
+            ended.push(extent.end());
+        }
     }
 
     /// The pages of `backing` from `at` on, before `end`, that lie in one extent and have equally many holders, or that
@@ -266,7 +268,7 @@ impl Extents {
         Stretch { pages: next - at, frame: None, holders: 0 }
     }
 
-    #[inline]
+    #[inline(never)]
     fn covering(&self, key: BackingKey, page: u64) -> Option<u64> {
         let ((found, _), first) = self.by_page.floor((key, page))?;
         let extent = self.by_frame.get(*first)?;
@@ -343,6 +345,17 @@ impl Extent {
     pub(crate) fn names(&self) -> (BackingKey, &'static str) {
         (self.key, self.backing.as_ref().map_or("", Backing::kind))
     }
+}
+
+#[cold]
+fn give_back(space: &FrameSpace, (region, first, pages, mapped): (Region, u64, u64, bool)) {
+    if mapped
+        && let Some(arena) = space.arena
+        && arena.clear(first << PAGE_SHIFT, pages << PAGE_SHIFT).is_err()
+    {
+        return;
+    }
+    space.release(region, first, pages);
 }
 
 /// The pages that are worth an extent when those from `at` to `end` are asked for.

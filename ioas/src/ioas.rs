@@ -18,8 +18,6 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use smallvec::{SmallVec, smallvec};
-
 use crate::addr::{Access, FrameRun, Iova, IovaRange, PAGE_SIZE, UserAddr};
 use crate::caller::{Caller, Capability, MemoryError, MemoryMap, Uid};
 use crate::client::Client;
@@ -34,6 +32,7 @@ use crate::request::{
     AreaMemory, AreaSnapshot, AreaView, IoasSnapshot, IovaChoice, IpcLock, MapRequest, ReservationOwner, Source,
 };
 use crate::resolve::{self, Rights};
+use crate::several::Several;
 use crate::store::PageStore;
 use crate::table::PageTable;
 use crate::windows::Windows;
@@ -156,7 +155,7 @@ impl Ioas {
         let mut tables = self.tables.lock();
         let client = tables.client(&self.store, asked);
         let pages = Pages::new(client, file, start, length, terms);
-        self.map_pieces(tables, smallvec![Piece { pages, at: 0, length }], Limit::Seen, iova, access)
+        self.map_pieces(tables, Several::one(Piece { pages, at: 0, length }), Limit::Seen, iova, access)
     }
 
     /// Maps, and asks the client no more than nearly every mapping needs: whether its kept memory map is that of now
@@ -182,7 +181,7 @@ impl Ioas {
         let client = tables.client(&self.store, asked);
         let pages = Pages::new(client, None, address.0, request.length, terms);
         let piece = Piece { pages, at: 0, length: request.length };
-        match self.map_pieces(tables, smallvec![piece], Limit::Seen, request.iova, request.access) {
+        match self.map_pieces(tables, Several::one(piece), Limit::Seen, request.iova, request.access) {
             Err(IoasError::Limit { .. }) if counted => None,
             Err(IoasError::Fault { reason: FaultReason::Memory(MemoryError::Gone), .. }) => None,
             answer => Some(answer),
@@ -190,10 +189,11 @@ impl Ioas {
     }
 
     /// Makes areas of `pieces`, one after the other, or changes nothing.
+    #[inline(always)]
     fn map_pieces(
         &self,
         mut tables: RankedGuard<'_, TABLES, Tables>,
-        pieces: SmallVec<[Piece; 1]>,
+        pieces: Several<Piece>,
         limit: Limit,
         choice: IovaChoice,
         access: Access,
@@ -202,7 +202,7 @@ impl Ioas {
         if !tables.list.is_empty()
             && let Err((filled, error)) = self.fill(&mut tables, range.start(), &pieces, limit, access)
         {
-            let undo = self.undo(&tables, range, &pieces[..filled]);
+            let undo = self.undo(&tables, range, pieces.iter().take(filled));
             drop(tables);
             drop(undo);
             return Err(error);
@@ -213,11 +213,12 @@ impl Ioas {
 
     /// Holds the memory of `pieces` and writes it into all tables, from `at` on. A failure tells how many pieces were
     /// held.
+    #[inline(always)]
     fn fill(
         &self,
         tables: &mut Tables,
         mut at: Iova,
-        pieces: &[Piece],
+        pieces: &Several<Piece>,
         limit: Limit,
         access: Access,
     ) -> Result<(), (usize, IoasError)> {
@@ -240,12 +241,14 @@ impl Ioas {
     }
 
     /// Takes `range` out of all tables; what was filled is released when the answer is dropped, without a lock.
-    fn undo(&self, tables: &Tables, range: IovaRange, filled: &[Piece]) -> Leaving {
-        if !filled.is_empty() {
+    #[cold]
+    fn undo<'a>(&self, tables: &Tables, range: IovaRange, filled: impl Iterator<Item = &'a Piece>) -> Leaving {
+        let release = |piece: &Piece| Release { pages: Arc::clone(&piece.pages), slice: piece.slice() };
+        let releases: Vec<_> = filled.map(release).collect();
+        if !releases.is_empty() {
             tables.list.iter().for_each(|entry| entry.table.unmap(range));
         }
-        let release = |piece: &Piece| Release { pages: Arc::clone(&piece.pages), slice: piece.slice() };
-        self.leaving(Vec::new(), filled.iter().map(release).collect(), 0, None)
+        self.leaving(Vec::new(), releases, 0, None)
     }
 
     fn leaving(
@@ -295,6 +298,7 @@ impl Ioas {
         self.start_taking(range, Taking::Inside)
     }
 
+    #[inline(always)]
     fn start_taking(&self, range: IovaRange, taking: Taking) -> Leaving {
         let tables = self.tables.lock();
         let Taken { areas, bytes, stopped } = self.map.lock().take(range, taking);
@@ -311,11 +315,12 @@ impl Ioas {
             return Leaving::done(bytes, stopped);
         }
         // Nobody maps there meanwhile: that takes `tables`.
+        let ranges = ranges.into_vec();
         self.map.lock().leave(&ranges);
         drop(tables);
         let release = |(start, area): (u64, Area)| Release { slice: area.slice(start), pages: area.pages };
-        let releases = if filled { areas.into_iter().map(release).collect() } else { Vec::new() };
-        self.leaving(ranges.into_vec(), releases, bytes, stopped)
+        let releases = if filled { areas.into_vec().into_iter().map(release).collect() } else { Vec::new() };
+        self.leaving(ranges, releases, bytes, stopped)
     }
 
     /// Maps the memory that `source` has at `range` here too, sharing its pages.
@@ -733,10 +738,10 @@ fn windows_of<'a>(tables: impl Iterator<Item = &'a TableEntry>) -> Windows {
 }
 
 /// The ranges of areas, those that touch joined.
-#[inline]
-fn joined(areas: &[(u64, Area)]) -> SmallVec<[IovaRange; 1]> {
-    let mut ranges: SmallVec<[IovaRange; 1]> = SmallVec::new();
-    for (start, area) in areas {
+#[inline(always)]
+fn joined(areas: &Several<(u64, Area)>) -> Several<IovaRange> {
+    let mut ranges: Several<IovaRange> = Several::new();
+    for (start, area) in areas.iter() {
         let next = area.range(*start);
         match ranges.last_mut() {
             Some(last) if last.last().0 + 1 == *start => {

@@ -9,13 +9,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use smallvec::SmallVec;
-
 use crate::addr::{Access, Iova, IovaRange, PAGE_SIZE};
 use crate::error::IoasError;
 use crate::ordered::OrderedMap;
 use crate::pages::{Pages, Slice};
 use crate::request::{AreaView, IovaChoice, ReservationOwner};
+use crate::several::Several;
 use crate::windows::Windows;
 
 /// Linux's HPAGE_SIZE: automatic IOVAs keep alignment up to it.
@@ -120,7 +119,7 @@ pub(crate) enum Taking {
 #[derive(Debug)]
 pub(crate) struct Taken {
     /// With their first IOVAs, ascending.
-    pub(crate) areas: SmallVec<[(u64, Area); 1]>,
+    pub(crate) areas: Several<(u64, Area)>,
     pub(crate) bytes: u64,
     /// What ended the taking early.
     pub(crate) stopped: Option<IoasError>,
@@ -194,7 +193,13 @@ impl IovaMap {
     }
 
     /// Where `pieces` would be mapped, after all of Linux's checks. Nothing changes.
-    pub(crate) fn place(&self, pieces: &[Piece], choice: IovaChoice, access: Access) -> Result<IovaRange, IoasError> {
+    #[inline(always)]
+    pub(crate) fn place(
+        &self,
+        pieces: &Several<Piece>,
+        choice: IovaChoice,
+        access: Access,
+    ) -> Result<IovaRange, IoasError> {
         let length: u64 = pieces.iter().map(|piece| piece.length).sum();
         let alignment = self.smallest_alignment();
         if length == 0 || length & (alignment - 1) != 0 {
@@ -207,7 +212,7 @@ impl IovaMap {
                 self.find_free(first, length)?
             }
         };
-        for piece in pieces {
+        for piece in pieces.iter() {
             if access.contains(Access::WRITE) && !piece.pages.terms().rights.writable {
                 return Err(IoasError::ReadOnly);
             }
@@ -219,6 +224,7 @@ impl IovaMap {
         Ok(range(start, start + (length - 1)))
     }
 
+    #[inline(always)]
     fn check_fixed(&self, iova: Iova, length: u64) -> Result<u64, IoasError> {
         if !iova.is_aligned(self.alignment) {
             return Err(IoasError::Misaligned { address: iova.0, alignment: self.alignment });
@@ -244,7 +250,7 @@ impl IovaMap {
     }
 
     /// Whether an area or one that leaves shares an IOVA with `wanted`: then the last that begins before its end does.
-    #[inline]
+    #[inline(always)]
     fn is_used(&self, wanted: IovaRange) -> bool {
         let (start, last) = (wanted.start().0, wanted.last().0);
         self.areas.floor(last).is_some_and(|(_, area)| area.last >= start)
@@ -300,12 +306,14 @@ impl IovaMap {
     }
 
     /// Moves `full_below` up over what is used from there on. Called after something was inserted at `start`.
+    #[inline(always)]
     fn note_used(&mut self, start: u64, last: u64) {
         if start <= self.full_below && self.full_below <= last {
             self.full_below = last.saturating_add(1);
         }
     }
 
+    #[inline(always)]
     fn note_free(&mut self, start: u64) {
         self.full_below = self.full_below.min(start.max(PAGE_SIZE));
     }
@@ -326,21 +334,21 @@ impl IovaMap {
     }
 
     /// Inserts areas for `pieces`, one after the other from `start` on, at a place that [`Self::place`] gave.
-    #[inline]
-    pub(crate) fn insert(&mut self, start: Iova, pieces: SmallVec<[Piece; 1]>, access: Access) {
+    #[inline(always)]
+    pub(crate) fn insert(&mut self, start: Iova, pieces: Several<Piece>, access: Access) {
         let mut at = start.0;
-        for piece in pieces {
+        pieces.for_each(|piece| {
             let last = at + (piece.length - 1);
             let area = Area { last, pages: piece.pages, at: piece.at, access, vaddr_valid: true, shut: false, pins: 0 };
             self.areas.insert(at, area);
             self.mapped_bytes += piece.length;
             self.note_used(at, last);
             at = last.wrapping_add(1);
-        }
+        });
     }
 
     /// The pieces of memory behind `wanted`, all of which must be mapped.
-    pub(crate) fn pieces(&self, wanted: IovaRange) -> Result<SmallVec<[Piece; 1]>, IoasError> {
+    pub(crate) fn pieces(&self, wanted: IovaRange) -> Result<Several<Piece>, IoasError> {
         let (spans, complete) = self.spans(wanted);
         if !complete {
             return Err(IoasError::NotMapped(wanted));
@@ -407,7 +415,7 @@ impl IovaMap {
     }
 
     /// Takes areas out of the map. Their IOVAs are free, unless [`Self::leave`] keeps them.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn take(&mut self, wanted: IovaRange, taking: Taking) -> Taken {
         if taking == Taking::UntilCut
             && (!self.leaving.is_empty() || self.pins != 0)
@@ -415,8 +423,13 @@ impl IovaMap {
         {
             return taken;
         }
+        self.take_plain(wanted, taking)
+    }
+
+    #[inline(always)]
+    fn take_plain(&mut self, wanted: IovaRange, taking: Taking) -> Taken {
         let (start, last) = (wanted.start().0, wanted.last().0);
-        let mut taken = Taken { areas: SmallVec::new(), bytes: 0, stopped: None };
+        let mut taken = Taken { areas: Several::new(), bytes: 0, stopped: None };
         let cut = |taken: &mut Taken, area| taken.stopped = Some(IoasError::Bisects { range: wanted, area });
         if taking == Taking::UntilCut
             && let Some((first, area)) = self.areas.last_before(start)
@@ -452,12 +465,12 @@ impl IovaMap {
     #[cold]
     fn take_before_obstacle(&mut self, wanted: IovaRange) -> Option<Taken> {
         if let Some(busy) = self.first_leaving(wanted) {
-            return Some(Taken { areas: SmallVec::new(), bytes: 0, stopped: Some(IoasError::Busy(busy)) });
+            return Some(Taken { areas: Several::new(), bytes: 0, stopped: Some(IoasError::Busy(busy)) });
         }
         let (kept, reason) = self.first_kept(wanted)?;
         let before = kept.start().0.checked_sub(1).filter(|before| *before >= wanted.start().0);
-        let taken = before.map(|before| self.take(range(wanted.start().0, before), Taking::Inside));
-        let taken = taken.unwrap_or_else(|| Taken { areas: SmallVec::new(), bytes: 0, stopped: None });
+        let taken = before.map(|before| self.take_plain(range(wanted.start().0, before), Taking::Inside));
+        let taken = taken.unwrap_or_else(|| Taken { areas: Several::new(), bytes: 0, stopped: None });
         Some(Taken { stopped: Some(reason), ..taken })
     }
 

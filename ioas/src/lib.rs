@@ -30,6 +30,7 @@ mod registered;
 mod registry;
 mod request;
 mod resolve;
+mod several;
 mod store;
 #[allow(unsafe_code)]
 mod sys;

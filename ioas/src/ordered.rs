@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::mem;
+use std::ops::Bound;
 
 /// So many entries need no tree; about what one node of a tree holds.
 const FEW: usize = 8;
@@ -44,116 +45,98 @@ impl<K, V> OrderedMap<K, V> {
 
 impl<K: Ord + Copy, V> OrderedMap<K, V> {
     /// How many of the few are before `key`.
-    #[inline]
+    #[inline(always)]
     fn before(&self, key: K) -> usize {
-        let mut index = self.few.len();
-        while index > 0 && self.few[index - 1].0 >= key {
-            index -= 1;
-        }
-        index
+        let behind = self.few.iter().rev().take_while(|(found, _)| *found >= key).count();
+        self.few.len() - behind
     }
 
     /// How many of the few are not behind `key`.
-    #[inline]
+    #[inline(always)]
     fn up_to(&self, key: K) -> usize {
-        let mut index = self.few.len();
-        while index > 0 && self.few[index - 1].0 > key {
-            index -= 1;
-        }
-        index
+        let behind = self.few.iter().rev().take_while(|(found, _)| *found > key).count();
+        self.few.len() - behind
     }
 
     /// Where the few have `key`.
-    #[inline]
+    #[inline(always)]
     fn position(&self, key: K) -> Option<usize> {
-        self.up_to(key).checked_sub(1).filter(|index| self.few[*index].0 == key)
+        self.few.iter().position(|(found, _)| *found == key)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, key: K) -> Option<&V> {
-        if self.many.is_empty() {
-            return self.position(key).map(|index| &self.few[index].1);
-        }
-        self.many.get(&key)
+        if self.is_tree() { self.get_in_tree(key) } else { self.position(key).map(|index| &self.few[index].1) }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get_mut(&mut self, key: K) -> Option<&mut V> {
-        if self.many.is_empty() {
-            return self.position(key).map(|index| &mut self.few[index].1);
+        if self.is_tree() {
+            return self.get_in_tree_mut(key);
         }
-        self.many.get_mut(&key)
+        self.few.iter_mut().find(|(found, _)| *found == key).map(|(_, value)| value)
     }
 
     /// The last entry that is not behind `key`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn floor(&self, key: K) -> Option<(K, &V)> {
-        if self.many.is_empty() {
-            let (key, value) = &self.few[self.up_to(key).checked_sub(1)?];
-            return Some((*key, value));
+        if self.is_tree() {
+            return self.floor_in_tree(Bound::Included(key));
         }
-        self.many.range(..=key).next_back().map(|(key, value)| (*key, value))
+        self.few.iter().rev().find(|(found, _)| *found <= key).map(|(key, value)| (*key, value))
     }
 
     /// As [`Self::floor`], to be changed.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn floor_mut(&mut self, key: K) -> Option<(K, &mut V)> {
-        if self.many.is_empty() {
-            let index = self.up_to(key).checked_sub(1)?;
-            let (key, value) = &mut self.few[index];
-            return Some((*key, value));
+        if self.is_tree() {
+            return self.floor_in_tree_mut(Bound::Included(key));
         }
-        self.many.range_mut(..=key).next_back().map(|(key, value)| (*key, value))
+        self.few.iter_mut().rev().find(|(found, _)| *found <= key).map(|(key, value)| (*key, value))
     }
 
     /// The last entry before `key`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn last_before(&self, key: K) -> Option<(K, &V)> {
-        if self.many.is_empty() {
-            let (key, value) = &self.few[self.before(key).checked_sub(1)?];
-            return Some((*key, value));
+        if self.is_tree() {
+            return self.floor_in_tree(Bound::Excluded(key));
         }
-        self.many.range(..key).next_back().map(|(key, value)| (*key, value))
+        self.few.iter().rev().find(|(found, _)| *found < key).map(|(key, value)| (*key, value))
     }
 
     /// As [`Self::last_before`], to be changed.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn last_before_mut(&mut self, key: K) -> Option<(K, &mut V)> {
-        if self.many.is_empty() {
-            let index = self.before(key).checked_sub(1)?;
-            let (key, value) = &mut self.few[index];
-            return Some((*key, value));
+        if self.is_tree() {
+            return self.floor_in_tree_mut(Bound::Excluded(key));
         }
-        self.many.range_mut(..key).next_back().map(|(key, value)| (*key, value))
+        self.few.iter_mut().rev().find(|(found, _)| *found < key).map(|(key, value)| (*key, value))
     }
 
     /// The first entry that is not before `key`.
-    #[inline]
     pub(crate) fn ceiling(&self, key: K) -> Option<(K, &V)> {
-        if self.many.is_empty() {
-            return self.few.get(self.before(key)).map(|(key, value)| (*key, value));
+        if self.is_tree() {
+            return self.many.range(key..).next().map(|(key, value)| (*key, value));
         }
-        self.many.range(key..).next().map(|(key, value)| (*key, value))
+        self.few.get(self.before(key)).map(|(key, value)| (*key, value))
     }
 
     /// As [`Self::ceiling`], to be changed.
-    #[inline]
     pub(crate) fn ceiling_mut(&mut self, key: K) -> Option<(K, &mut V)> {
-        if self.many.is_empty() {
-            let index = self.before(key);
-            return self.few.get_mut(index).map(|(key, value)| (*key, value));
+        if self.is_tree() {
+            return self.many.range_mut(key..).next().map(|(key, value)| (*key, value));
         }
-        self.many.range_mut(key..).next().map(|(key, value)| (*key, value))
+        let index = self.before(key);
+        self.few.get_mut(index).map(|(key, value)| (*key, value))
     }
 
     /// The first entry behind `key`.
-    #[inline]
     pub(crate) fn first_behind(&self, key: K) -> Option<(K, &V)> {
-        if self.many.is_empty() {
-            return self.few.get(self.up_to(key)).map(|(key, value)| (*key, value));
+        if self.is_tree() {
+            let behind = (Bound::Excluded(key), Bound::Unbounded);
+            return self.many.range(behind).next().map(|(key, value)| (*key, value));
         }
-        let behind = (std::ops::Bound::Excluded(key), std::ops::Bound::Unbounded);
-        self.many.range(behind).next().map(|(key, value)| (*key, value))
+        self.few.get(self.up_to(key)).map(|(key, value)| (*key, value))
     }
 
     /// The entries from `from` to `to`, both included, ascending; none when `to` is before `from`.
@@ -180,66 +163,57 @@ impl<K: Ord + Copy, V> OrderedMap<K, V> {
     }
 
     /// Inserts an entry; one of the same key is replaced.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn insert(&mut self, key: K, value: V) -> &mut V {
-        if !self.many.is_empty() || self.few.len() == FEW {
-            return self.insert_many(key, value);
+        if self.is_tree() || self.few.len() == FEW {
+            return self.insert_in_tree(key, value);
         }
-        let index = self.before(key);
-        match self.few.get(index) {
-            None => self.few.push((key, value)),
-            Some((found, _)) if *found == key => self.few[index].1 = value,
-            Some(_) => self.few.insert(index, (key, value)),
-        }
-        &mut self.few[index].1
-    }
-
-    #[cold]
-    fn insert_many(&mut self, key: K, value: V) -> &mut V {
-        self.many.extend(self.few.drain(..));
-        match self.many.entry(key) {
-            Entry::Occupied(entry) => {
-                let old = entry.into_mut();
-                *old = value;
-                old
+        if self.few.last().is_none_or(|(last, _)| *last < key) {
+            if self.few.len() == self.few.capacity() {
+                self.make_room();
             }
-            Entry::Vacant(entry) => entry.insert(value),
+            return &mut self.few.push_mut((key, value)).1;
         }
+        self.insert_between(key, value)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn remove(&mut self, key: K) -> Option<V> {
-        if self.many.is_empty() {
-            return self.position(key).map(|index| self.remove_at(index).1);
+        self.remove_if(key, |_| true)
+    }
+
+    /// Removes the entry of `key` if `go` is true of it.
+    #[inline(always)]
+    pub(crate) fn remove_if(&mut self, key: K, go: impl FnOnce(&V) -> bool) -> Option<V> {
+        if self.is_tree() {
+            return self.get_in_tree(key).filter(|value| go(value)).is_some().then(|| self.remove_from_tree(key))?;
         }
-        self.many.remove(&key)
+        let index = self.position(key).filter(|index| go(&self.few[*index].1))?;
+        Some(self.remove_at(index).1)
     }
 
     /// Removes one of the few.
-    #[inline]
+    #[inline(always)]
     fn remove_at(&mut self, index: usize) -> (K, V) {
         if index + 1 == self.few.len()
             && let Some(last) = self.few.pop()
         {
             return last;
         }
-        self.few.remove(index)
+        self.remove_between(index)
     }
 
     /// Removes the entries from `from` to `to`, both included, for which `go` is true, and gives them to `sink`,
     /// ascending.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn extract(
         &mut self,
         (from, to): (K, K),
         mut go: impl FnMut(K, &V) -> bool,
         mut sink: impl FnMut(K, V),
     ) {
-        if !self.many.is_empty() {
-            if from <= to {
-                self.many.extract_if(from..=to, |key, value| go(*key, value)).for_each(|(key, value)| sink(key, value));
-            }
-            return;
+        if self.is_tree() {
+            return self.extract_from_tree((from, to), &mut go, &mut sink);
         }
         let mut index = self.before(from);
         while let Some((key, value)) = self.few.get(index).filter(|(key, _)| *key <= to) {
@@ -262,6 +236,80 @@ impl<K: Ord + Copy, V> OrderedMap<K, V> {
     pub(crate) fn retain(&mut self, mut stay: impl FnMut(K, &mut V) -> bool) {
         self.few.retain_mut(|(key, value)| stay(*key, value));
         self.many.retain(|key, value| stay(*key, value));
+    }
+}
+
+/// What is kept out of the way of the few.
+impl<K: Ord + Copy, V> OrderedMap<K, V> {
+    #[inline(always)]
+    fn is_tree(&self) -> bool {
+        !self.many.is_empty()
+    }
+
+    #[inline(never)]
+    fn get_in_tree(&self, key: K) -> Option<&V> {
+        self.many.get(&key)
+    }
+
+    #[inline(never)]
+    fn get_in_tree_mut(&mut self, key: K) -> Option<&mut V> {
+        self.many.get_mut(&key)
+    }
+
+    #[inline(never)]
+    fn floor_in_tree(&self, to: Bound<K>) -> Option<(K, &V)> {
+        self.many.range((Bound::Unbounded, to)).next_back().map(|(key, value)| (*key, value))
+    }
+
+    #[inline(never)]
+    fn floor_in_tree_mut(&mut self, to: Bound<K>) -> Option<(K, &mut V)> {
+        self.many.range_mut((Bound::Unbounded, to)).next_back().map(|(key, value)| (*key, value))
+    }
+
+    #[inline(never)]
+    fn insert_in_tree(&mut self, key: K, value: V) -> &mut V {
+        self.many.extend(self.few.drain(..));
+        match self.many.entry(key) {
+            Entry::Occupied(entry) => {
+                let old = entry.into_mut();
+                *old = value;
+                old
+            }
+            Entry::Vacant(entry) => entry.insert(value),
+        }
+    }
+
+    #[inline(never)]
+    fn remove_from_tree(&mut self, key: K) -> Option<V> {
+        self.many.remove(&key)
+    }
+
+    #[inline(never)]
+    fn extract_from_tree(&mut self, (from, to): (K, K), go: &mut dyn FnMut(K, &V) -> bool, sink: &mut dyn FnMut(K, V)) {
+        if from <= to {
+            self.many.extract_if(from..=to, |key, value| go(*key, value)).for_each(|(key, value)| sink(key, value));
+        }
+    }
+
+    #[cold]
+    fn make_room(&mut self) {
+        self.few.reserve_exact(FEW - self.few.len());
+    }
+
+    #[inline(never)]
+    fn insert_between(&mut self, key: K, value: V) -> &mut V {
+        let index = self.before(key);
+        if self.few[index].0 == key {
+            self.few[index].1 = value;
+        } else {
+            self.few.insert(index, (key, value));
+        }
+        &mut self.few[index].1
+    }
+
+    #[inline(never)]
+    fn remove_between(&mut self, index: usize) -> (K, V) {
+        self.few.remove(index)
     }
 }
 

@@ -109,7 +109,7 @@ struct Segment {
 
 impl Pages {
     /// Memory of `length` bytes: of a file from byte offset `start` on, or at user address `start`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn new(
         client: Arc<Client>,
         file: Option<Arc<FileBacking>>,
@@ -186,9 +186,9 @@ impl Pages {
             Fill::Empty if slice == self.all() => {
                 let held = self.hold(client, store, slice, limit)?;
                 runs.extend(held.iter().map(|held| held.run));
-                *fill = match held[..] {
-                    [Held { run, charged }] => Fill::Whole { first: run.first, areas: 1, charged },
-                    _ => Fill::Parts(Box::new(segments_of(slice.first, &held))),
+                *fill = match held.single() {
+                    Some(&Held { run, charged }) => Fill::Whole { first: run.first, areas: 1, charged },
+                    None => Fill::Parts(Box::new(segments_of(slice.first, &held))),
                 };
                 return Ok(());
             }
@@ -224,7 +224,8 @@ impl Pages {
             match self.hold(client, store, gap, limit) {
                 Ok(runs) => held.push((gap.first, runs)),
                 Err(error) => {
-                    held.iter().for_each(|(_, held)| store.release(held, self.payer(client)));
+                    let held: Vec<Held> = held.iter().flat_map(|(_, held)| held.iter().copied()).collect();
+                    store.release(&held, self.payer(client));
                     return Err(error);
                 }
             }
@@ -237,13 +238,13 @@ impl Pages {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn hold(&self, client: &Client, store: &PageStore, slice: Slice, limit: Limit) -> Result<HeldRuns, IoasError> {
         self.hold_billed(client, store, (slice, limit), || self.bill(client, limit))
     }
 
     /// Holds `slice`, and charges it to whom `bill` says after the memory has been found.
-    #[inline]
+    #[inline(always)]
     fn hold_billed(
         &self,
         client: &Client,
@@ -284,11 +285,11 @@ impl Pages {
             match self.hold_billed(client, store, (gap, Limit::Now), || None) {
                 Ok(held) => {
                     let mut at = gap.first;
-                    for Held { run, .. } in &held {
+                    for Held { run, .. } in held.iter() {
                         by_page.insert(at, *run);
                         at += run.pages;
                     }
-                    lent.held.extend(held);
+                    held.for_each(|held| lent.held.push(held));
                 }
                 Err(error) => {
                     outcome = Err(error);
@@ -462,9 +463,9 @@ impl Segment {
     }
 }
 
-fn segments_of(mut at: u64, held: &[Held]) -> BTreeMap<u64, Segment> {
+fn segments_of(mut at: u64, held: &HeldRuns) -> BTreeMap<u64, Segment> {
     let mut segments = BTreeMap::new();
-    for Held { run, charged } in held {
+    for Held { run, charged } in held.iter() {
         segments.insert(at, Segment { pages: run.pages, first: run.first, areas: 1, charged: *charged });
         at += run.pages;
     }

@@ -79,6 +79,7 @@ impl Account {
 
     /// Charges all of `runs`, or nothing. `limit` is in bytes; `enforce` is false for a payer that is counted without
     /// limit.
+    #[inline(always)]
     pub(crate) fn charge(
         &mut self,
         runs: impl Iterator<Item = FrameRun> + Clone,
@@ -96,13 +97,19 @@ impl Account {
         }
         if enforce && self.pages > before && self.pages > limit / PAGE_SIZE {
             let would = self.pages * PAGE_SIZE;
-            runs.for_each(|run| self.refund(run));
+            self.refund_all(runs);
             return Err(OverLimit { would });
         }
         Ok(())
     }
 
+    #[cold]
+    fn refund_all(&mut self, runs: impl Iterator<Item = FrameRun>) {
+        runs.for_each(|run| self.refund(run));
+    }
+
     /// Takes one charge of `run` back.
+    #[inline(always)]
     pub(crate) fn refund(&mut self, run: FrameRun) {
         match self.accounting {
             Accounting::Once => {

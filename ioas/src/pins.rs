@@ -21,7 +21,7 @@ impl PageStore {
     pub fn pin(&self, memory: &Arc<dyn MemoryMap>, address: UserAddr, pages: u64) -> Result<Vec<FrameRun>, IoasError> {
         let rights = Rights { writable: true, device_regions: false };
         let found = resolve::user_memory(self, memory, address, pages, rights)?;
-        Ok(self.hold(found.iter().map(Found::wanted), None)?.into_iter().map(|held| held.run).collect())
+        Ok(self.hold(found.iter().map(Found::wanted), None)?.iter().map(|held| held.run).collect())
     }
 
     /// Lets go of frames that [`Self::pin`] has given. No DMA to them may be under way.

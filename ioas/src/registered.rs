@@ -162,8 +162,9 @@ impl RegisteredMemory {
             let bill = Bill { payer, limit: client.seen_limit(), enforced };
             self.store.hold(found.iter().map(Found::wanted), Some(bill))
         })?;
+        let held = held.into_vec();
         let (id, uses, left) = (IDS.fetch_add(1, Ordering::Relaxed), AtomicU64::new(1), AtomicBool::new(false));
-        Ok(Region { id, range, runs: runs_of(&held), held: held.into_vec(), payer, uses, left })
+        Ok(Region { id, range, runs: runs_of(&held), held, payer, uses, left })
     }
 
     /// The region that has all of `range`.

@@ -9,13 +9,12 @@
 
 use std::sync::Arc;
 
-use smallvec::SmallVec;
-
 use crate::addr::{PAGE_SHIFT, PAGE_SIZE, UserAddr};
 use crate::backing::{Backing, BackingRef, FileBacking};
 use crate::caller::{FileKind, MemoryError, MemoryMap, Vma};
 use crate::error::{FaultReason, IoasError};
 use crate::failpoint;
+use crate::several::Several;
 use crate::store::{PageStore, Wanted};
 
 /// What the pages were mapped for.
@@ -49,8 +48,8 @@ pub(crate) fn user_memory(
     address: UserAddr,
     pages: u64,
     rights: Rights,
-) -> Result<SmallVec<[Found; 1]>, IoasError> {
-    let mut all = SmallVec::new();
+) -> Result<Several<Found>, IoasError> {
+    let mut all = Several::new();
     let (mut at, end) = (address.0 >> PAGE_SHIFT, (address.0 >> PAGE_SHIFT) + pages);
     while at < end {
         let address = UserAddr(at << PAGE_SHIFT);
@@ -127,7 +126,7 @@ pub(crate) fn check_region(file: &FileBacking, offset: u64, length: u64) -> Resu
 }
 
 /// `pages` pages of a file of `size` bytes that was named by descriptor, from byte `offset` on, if they may be held.
-#[inline]
+#[inline(always)]
 pub(crate) fn file_memory(
     file: &Arc<FileBacking>,
     size: u64,

@@ -18,7 +18,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
-use smallvec::SmallVec;
 
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr, UserRange};
 use crate::backing::{Backing, BackingRef, FileBacking};
@@ -33,6 +32,7 @@ use crate::payer::{Account, Accounting, PayerName, PayerSnapshot};
 use crate::rank::{Ranked, STORE};
 use crate::registry::Registry;
 use crate::resolve::{self, Rights};
+use crate::several::Several;
 use crate::sys::CopyFault;
 
 /// Why bytes of a held page could not be reached.
@@ -110,7 +110,7 @@ pub(crate) struct Held {
 }
 
 /// Pages that are held, in order; nearly always one run.
-pub(crate) type HeldRuns = SmallVec<[Held; 1]>;
+pub(crate) type HeldRuns = Several<Held>;
 
 /// Who is charged, and up to where.
 #[derive(Debug, Clone, Copy)]
@@ -317,7 +317,7 @@ impl PageStore {
     }
 
     /// The backing of a client's file; one for all who name the same file.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn adopt_file(&self, file: Arc<FileBacking>) -> Arc<FileBacking> {
         // It stays so while it lives.
         if file.adopted_by.load(Ordering::Acquire) == self.id { file } else { self.adopt_new_file(file) }
@@ -356,7 +356,7 @@ impl PageStore {
     }
 
     /// Holds all of `wanted` and charges it, or changes nothing. The answer has the frames, in order.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn hold<'a>(
         &self,
         wanted: impl Iterator<Item = Wanted<'a>>,
@@ -364,7 +364,7 @@ impl PageStore {
     ) -> Result<HeldRuns, IoasError> {
         let mut ended = AllEnded::new();
         let result = self.inner.lock().hold(self.space, self.accounting, wanted, bill, &mut ended);
-        ended.into_iter().for_each(|extent| extent.end(self.space));
+        ended.for_each(|extent| extent.end(self.space));
         result
     }
 
@@ -398,7 +398,7 @@ impl PageStore {
     }
 
     /// Releases pages that [`Self::hold`] has given, and takes the charge back.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn release(&self, held: &[Held], payer: Option<PayerName>) {
         let mut ended = AllEnded::new();
         {
@@ -410,7 +410,7 @@ impl PageStore {
                 inner.refund(payer, held);
             }
         }
-        ended.into_iter().for_each(|extent| extent.end(self.space));
+        ended.for_each(|extent| extent.end(self.space));
     }
 }
 
@@ -418,7 +418,7 @@ impl Drop for PageStore {
     fn drop(&mut self) {
         let mut ended = AllEnded::new();
         self.inner.lock().extents.end_all_resting(&mut ended, |_| true);
-        ended.into_iter().for_each(|extent| extent.end(self.space));
+        ended.for_each(|extent| extent.end(self.space));
     }
 }
 
@@ -429,7 +429,7 @@ impl fmt::Debug for PageStore {
 }
 
 impl Inner {
-    #[inline]
+    #[inline(always)]
     fn hold<'a>(
         &mut self,
         space: &FrameSpace,
@@ -476,12 +476,12 @@ impl Inner {
         held
     }
 
-    #[inline]
+    #[inline(always)]
     fn release(&mut self, space: &FrameSpace, run: FrameRun, ended: &mut AllEnded) {
         self.held_pages -= self.extents.release(space, run, ended);
     }
 
-    #[inline]
+    #[inline(always)]
     fn charge(
         &mut self,
         accounting: Accounting,
@@ -510,7 +510,7 @@ impl Inner {
         self.accounts.insert(payer, Account::new(accounting))
     }
 
-    #[inline]
+    #[inline(always)]
     fn refund(&mut self, payer: PayerName, held: &[Held]) {
         let Some(account) = self.accounts.get_mut(payer) else { return };
         for held in held.iter().filter(|held| held.charged) {

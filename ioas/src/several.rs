@@ -1,0 +1,101 @@
+//! `Several`: a list that nearly always has one entry, and then allocates nothing.
+//!
+//! The memory of a mapping is nearly always one run, an unmap takes one area, a release ends one extent. What comes
+//! after the first entry lies in a vector. (smallvec keeps its entries in one slice, at the price of a union that the
+//! compiler cannot see through.)
+
+/// Entries in order.
+#[derive(Debug, Clone)]
+pub(crate) struct Several<T> {
+    /// `None` only when there are none at all.
+    first: Option<T>,
+    rest: Vec<T>,
+}
+
+impl<T> Several<T> {
+    #[inline(always)]
+    pub(crate) const fn new() -> Self {
+        Self { first: None, rest: Vec::new() }
+    }
+
+    #[inline(always)]
+    pub(crate) const fn one(entry: T) -> Self {
+        Self { first: Some(entry), rest: Vec::new() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn push(&mut self, entry: T) {
+        if self.first.is_none() {
+            self.first = Some(entry);
+        } else {
+            self.push_more(entry);
+        }
+    }
+
+    #[cold]
+    fn push_more(&mut self, entry: T) {
+        self.rest.push(entry);
+    }
+
+    #[inline(always)]
+    pub(crate) const fn first(&self) -> Option<&T> {
+        self.first.as_ref()
+    }
+
+    /// The entry, if there is just one.
+    #[inline(always)]
+    pub(crate) fn single(&self) -> Option<&T> {
+        self.first.as_ref().filter(|_| self.rest.is_empty())
+    }
+
+    #[inline(always)]
+    pub(crate) fn last_mut(&mut self) -> Option<&mut T> {
+        if self.rest.is_empty() { self.first.as_mut() } else { self.rest.last_mut() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> + Clone {
+        self.first.iter().chain(&self.rest)
+    }
+
+    /// Calls `each` for the entries.
+    #[inline(always)]
+    pub(crate) fn for_each(self, mut each: impl FnMut(T)) {
+        if let Some(first) = self.first {
+            each(first);
+        }
+        if !self.rest.is_empty() {
+            self.rest.into_iter().for_each(each);
+        }
+    }
+
+    pub(crate) fn into_vec(self) -> Vec<T> {
+        self.first.into_iter().chain(self.rest).collect()
+    }
+}
+
+impl<T> FromIterator<T> for Several<T> {
+    fn from_iter<I: IntoIterator<Item = T>>(entries: I) -> Self {
+        let mut entries = entries.into_iter();
+        Self { first: entries.next(), rest: entries.collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Several;
+
+    #[test]
+    fn entries_stay_in_order_however_they_came() {
+        let mut list = Several::one(0);
+        (1..4).for_each(|entry| list.push(entry));
+        assert_eq!((list.first(), list.single()), (Some(&0), None));
+        assert_eq!(list.last_mut(), Some(&mut 3));
+        assert!(list.iter().copied().eq(0..4));
+        let mut seen = Vec::new();
+        list.clone().for_each(|entry| seen.push(entry));
+        assert_eq!((seen, list.into_vec()), (vec![0, 1, 2, 3], vec![0, 1, 2, 3]));
+        assert_eq!((5..6).collect::<Several<_>>().single(), Some(&5));
+        assert_eq!(Several::<u8>::new().first(), None);
+    }
+}
