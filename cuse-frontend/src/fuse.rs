@@ -23,6 +23,7 @@ use crate::session::{Caller, Exports, Files, Session};
 use crate::tree::Tree;
 use crate::uapi::command;
 use crate::uapi::iommufd::nr;
+use crate::uapi::vfio;
 
 /// A running server of one mount.
 pub(crate) struct Fuse {
@@ -111,6 +112,15 @@ impl Fuse {
     }
 }
 
+/// The ioctls that another open file of the caller can be in the way of.
+const AFTER_CLOSE: [u8; 5] = [
+    nr::DESTROY,
+    vfio::nr::GROUP_GET_STATUS,
+    vfio::nr::GROUP_SET_CONTAINER,
+    vfio::nr::GROUP_UNSET_CONTAINER,
+    vfio::nr::DEVICE_BIND_IOMMUFD,
+];
+
 /// What the session serves: the nodes of one server.
 struct Nodes {
     server: Arc<Server>,
@@ -178,8 +188,16 @@ impl Exports for Nodes {
         self.server.open(kind, &self.client(caller))
     }
 
+    fn group(&self, kind: NodeKind) -> Option<u32> {
+        self.server.group_of(kind)
+    }
+
+    fn group_of(&self, file: &OpenFile) -> Option<u32> {
+        self.server.group_of(file.kind())
+    }
+
     fn ioctl(&self, file: &OpenFile, caller: &Caller<'_, Self>, cmd: u32, arg: u64) -> Result<i32, Errno> {
-        if cmd == command(nr::DESTROY) {
+        if AFTER_CLOSE.iter().any(|nr| cmd == command(*nr)) {
             // What the client closed before uses nothing any more.
             self.files.settle_for(caller.tgid());
         }

@@ -251,6 +251,17 @@ impl Server {
         })
     }
 
+    /// The group of devices that a node of this kind belongs to.
+    pub(crate) fn group_of(&self, kind: NodeKind) -> Option<u32> {
+        match kind {
+            NodeKind::Group(id) => Some(id),
+            NodeKind::Device(index) => {
+                self.devices.read().iter().find(|entry| entry.index == index).map(|entry| entry.group)
+            }
+            NodeKind::Iommufd | NodeKind::Container | NodeKind::Returned => None,
+        }
+    }
+
     /// The open file of a device that a group has given out.
     pub(crate) fn device_file(self: &Arc<Self>, pid: u32, device: Arc<DeviceFile>) -> Arc<OpenFile> {
         let bdf = device.device().bdf();

@@ -51,6 +51,12 @@ pub(crate) trait Exports: Send + Sync + Sized + 'static {
     /// Opens a node.
     fn open(&self, kind: NodeKind, caller: &Caller<'_, Self>) -> Result<Arc<Self::File>, Errno>;
 
+    /// The group of devices that a node belongs to: files of one group get in each other's way.
+    fn group(&self, kind: NodeKind) -> Option<u32>;
+
+    /// The group of devices that an open file belongs to.
+    fn group_of(&self, file: &Self::File) -> Option<u32>;
+
     /// Answers an ioctl: the number it returns.
     fn ioctl(&self, file: &Self::File, caller: &Caller<'_, Self>, cmd: u32, arg: u64) -> Result<i32, Errno>;
 
@@ -168,7 +174,7 @@ impl<F> Files<F> {
 
     /// Waits, at most 100 ms, until files that are known to be closed and that a client opened have gone.
     pub(crate) fn settle_for(&self, client: u32) {
-        self.opens.wait_for_releases(Some(opens::Origin { kind: None, client }));
+        self.opens.wait_for_releases(Some(opens::Origin { kind: None, group: None, client }));
     }
 
     /// Waits, at most 100 ms, until files that are known to be closed have gone.

@@ -5,7 +5,8 @@
 //! open to have gone. The kernel puts the RELEASE of a closed file before a later OPEN, and the crew takes requests
 //! one at a time; so [`Opens::begin_release`] is called while the RELEASE is taken, and an OPEN that is taken after it
 //! finds it here ([`Opens::wait_for_releases`]) and waits for it, [`PATIENCE`] at most. It waits for the releases of
-//! the same node and of its own client, not for those of others.
+//! the same node, of files of the same group of devices (a device that is open keeps its group from others) and of its own
+//! client, not for those of others.
 //!
 //! Lock order: both locks are leaves. A file is dropped, which may take long, under neither.
 
@@ -46,13 +47,17 @@ pub(crate) struct Open<F> {
 pub(crate) struct Origin {
     /// The node; `None` for a text, or a file that an ioctl returned.
     pub(crate) kind: Option<NodeKind>,
+    /// The group of devices that it belongs to.
+    pub(crate) group: Option<u32>,
     /// The process that opened it.
     pub(crate) client: u32,
 }
 
 impl Origin {
     fn concerns(&self, other: &Self) -> bool {
-        self.client == other.client || (self.kind.is_some() && self.kind == other.kind)
+        self.client == other.client
+            || (self.kind.is_some() && self.kind == other.kind)
+            || (self.group.is_some() && self.group == other.group)
     }
 }
 
@@ -156,5 +161,27 @@ impl<F> Opens<F> {
         handles.by_node.clear();
         drop(handles);
         drop(opens);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn open_waits_for_releases_of_its_node_its_group_and_its_client_alone() {
+        let origin = |kind, group, client| Origin { kind, group, client };
+        let open = origin(Some(NodeKind::Group(7)), Some(7), 1);
+        for (release, concerns) in [
+            (origin(Some(NodeKind::Group(7)), Some(7), 2), true),
+            (origin(None, Some(7), 2), true),
+            (origin(Some(NodeKind::Device(0)), Some(7), 2), true),
+            (origin(None, None, 1), true),
+            (origin(None, None, 2), false),
+            (origin(None, Some(8), 2), false),
+            (origin(Some(NodeKind::Container), None, 2), false),
+        ] {
+            assert_eq!(open.concerns(&release), concerns, "{release:?}");
+        }
     }
 }

@@ -161,7 +161,10 @@ impl<E: Exports> Engine<E> {
         // The kernel lets clients in as soon as INIT is answered, a moment before we know this.
         let mappable = *self.passthrough.wait();
         let flags = OpenFlags::DIRECT_IO | OpenFlags::NOFLUSH;
-        let origin = |kind| Origin { kind, client: call.tgid() };
+        let origin = |kind: Option<_>| {
+            let group = kind.and_then(|kind| self.exports.group(kind));
+            Origin { kind, group, client: call.tgid() }
+        };
         let (file, origin) = match self.tree.what(node)? {
             Found::Entry(Entry::Text(make)) => {
                 let open = Open { node, opened: Opened::Text(make()), backing: None, origin: origin(None) };
@@ -175,7 +178,8 @@ impl<E: Exports> Engine<E> {
             }
             Found::Offered(offer) => {
                 let file = offer.file.upgrade().ok_or(Errno(libc::ESTALE))?;
-                (file, Origin { kind: None, client: offer.client })
+                let group = self.exports.group_of(&file);
+                (file, Origin { kind: None, group, client: offer.client })
             }
             Found::Entry(_) => return Err(Errno(libc::EISDIR)),
         };

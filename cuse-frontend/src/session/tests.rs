@@ -54,6 +54,14 @@ impl Exports for Toy {
         Ok(Arc::new(ToyFile { kind, number, memory, closed: Arc::clone(&self.closed) }))
     }
 
+    fn group(&self, kind: NodeKind) -> Option<u32> {
+        if let NodeKind::Group(group) = kind { Some(group) } else { None }
+    }
+
+    fn group_of(&self, file: &ToyFile) -> Option<u32> {
+        self.group(file.kind)
+    }
+
     fn ioctl(&self, _: &ToyFile, caller: &Caller<'_, Self>, cmd: u32, arg: u64) -> Result<i32, Errno> {
         match cmd {
             DOUBLE => Ok(i32::try_from(arg * 2).expect("small")),
