@@ -168,3 +168,31 @@ fn channel_suspended_while_idle_starts_anew() {
     linux.start_chain();
     linux.driver.wait_status(Status::Done);
 }
+
+#[test]
+fn descriptors_beyond_65536_are_each_done_once() {
+    for way in WAYS {
+        let mut linux = Linux::probed(way);
+        linux.start();
+        let mut copies = 0;
+        while linux.head < 140_000 {
+            // Batches of every size that the ring allows, so that counts jump over 0 as well as meet it.
+            let (batch, mut last) = (linux.head % RING + 1, 0);
+            linux.driver.bus.put(COMPLETION, &[0; 8]);
+            for flags in (1..batch).map(|_| 0).chain([WRITES]) {
+                last = if linux.head.is_multiple_of(1000) {
+                    linux.driver.bus.put(SOURCE, &linux.head.to_le_bytes());
+                    copies += 1;
+                    linux.submit(descriptor(8, flags, SOURCE, DESTINATION + 8 * copies))
+                } else {
+                    linux.submit(null(flags))
+                };
+            }
+            linux.issue();
+            linux.wait_completed(last, Status::Done);
+        }
+        let copied = linux.driver.bus.bytes(DESTINATION + 8, 8 * copies as usize);
+        let heads = copied.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+        assert!(copies >= 139 && heads.eq((1..=copies).map(|thousand| thousand * 1000)), "{way:?}");
+    }
+}
