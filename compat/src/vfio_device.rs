@@ -11,7 +11,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Weak};
 
-use hwpt::driver::{IommuDriver, Unit};
+use hwpt::driver::{IommuDriver, NoIommu, Unit};
 use ioas::caller::Caller;
 use parking_lot::Mutex;
 
@@ -82,15 +82,22 @@ pub(crate) fn ordinary_unit(model: &dyn DeviceModel) -> Arc<dyn IommuDriver> {
     Arc::clone(&UNITS[usize::from(model.pasid_bits().min(MAX_PASID_BITS))])
 }
 
+/// What stands for the unit of devices that have none.
+fn no_unit() -> Arc<dyn IommuDriver> {
+    static NONE: LazyLock<Arc<dyn IommuDriver>> = LazyLock::new(|| Arc::new(NoIommu));
+    Arc::clone(&NONE)
+}
+
 impl VfioDevice {
     /// Whether clients can mmap device files at all.
     fn regions_mappable(&self) -> bool {
         self.vfio.upgrade().is_some_and(|vfio| vfio.regions_mappable())
     }
 
-    /// A device behind `unit`, of the group whose PE is `pe`.
+    /// A device behind `unit`, unless it has no IOMMU, of the group whose PE is `pe`.
     pub(crate) fn new(vfio: &Arc<Vfio>, unit: Arc<dyn IommuDriver>, spec: DeviceSpec, pe: Arc<Pe>) -> Arc<Self> {
-        let DeviceSpec { bdf, group, noiommu: _, properties, model } = spec;
+        let DeviceSpec { bdf, group, noiommu, properties, model } = spec;
+        let unit = if noiommu { no_unit() } else { unit };
         Arc::new(Self {
             vfio: Arc::downgrade(vfio),
             bdf,

@@ -106,7 +106,7 @@ fn lay_out(server: &Server, devices: &[DeviceEntry], view: View) -> Layout {
 
 /// `bus/pci`: as Linux's drivers/pci/pci-sysfs.c shows a function.
 fn add_device(layout: &mut Layout, device: &DeviceEntry) {
-    let (bdf, index, group) = (device.bdf, device.index, device.group);
+    let (bdf, group) = (device.bdf, device.group);
     let identity = device.model.identity();
     let PciIdentity { vendor, device: id, subsystem_vendor, subsystem_device, class, revision } = identity;
     let base = format!(".sys/bus/pci/devices/{bdf}");
@@ -124,7 +124,7 @@ fn add_device(layout: &mut Layout, device: &DeviceEntry) {
     add("driver", Entry::Link("../../drivers/vfio-pci".into()));
     add("iommu_group", Entry::Link(format!("../../../../kernel/iommu_groups/{group}")));
     // Our nodes are regular files: no device number leads to them.
-    add(&format!("vfio-dev/vfio{index}/dev"), text("0:0\n"));
+    add(&format!("vfio-dev/{}/dev", device.node_name()), text("0:0\n"));
     layout.add(&format!(".sys/bus/pci/drivers/vfio-pci/{bdf}"), Entry::Link(format!("../../devices/{bdf}")));
     layout.add(&format!("sys/{bdf}"), Entry::Link(format!("../.sys/bus/pci/devices/{bdf}")));
 }

@@ -83,12 +83,22 @@ pub struct DeviceEntry {
     pub model: Arc<dyn DeviceModel>,
 }
 
+impl DeviceEntry {
+    /// The name of its own node, in `/dev/vfio/devices` and in sysfs: `vfio0`, or `noiommu-vfio0` without an IOMMU.
+    #[must_use]
+    pub fn node_name(&self) -> String {
+        let prefix = if self.noiommu { "noiommu-" } else { "" };
+        format!("{prefix}vfio{}", self.index)
+    }
+}
+
 /// A node that a transport shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
     /// What opens behind it.
     pub kind: NodeKind,
-    /// Its path below `/dev`: `iommu`, `vfio/vfio`, `vfio/7`, `vfio/noiommu-7`, `vfio/devices/vfio0`.
+    /// Its path below `/dev`: `iommu`, `vfio/vfio`, `vfio/7`, `vfio/noiommu-7`, `vfio/devices/vfio0`,
+    /// `vfio/devices/noiommu-vfio1`.
     pub path: String,
 }
 
@@ -212,7 +222,7 @@ impl Server {
                 let prefix = if device.noiommu { "noiommu-" } else { "" };
                 nodes.push(Node { kind: group, path: format!("vfio/{prefix}{}", device.group) });
             }
-            let path = format!("vfio/devices/vfio{}", device.index);
+            let path = format!("vfio/devices/{}", device.node_name());
             nodes.push(Node { kind: NodeKind::Device(device.index), path });
         }
         nodes

@@ -584,6 +584,9 @@ impl IommuDriver for Unit {
         if pasid != 0 && self.max_pasid_log2 == 0 {
             return Err(DriverError::Unsupported("PASIDs"));
         }
+        if hwpt.driver().is_some_and(|owner| owner.is_noiommu()) {
+            return Err(DriverError::Invalid("a page table that no IOMMU walks"));
+        }
         let properties = device.properties();
         if *hwpt.format() != properties.format {
             return Err(DriverError::Invalid("a page table of another format"));
@@ -598,7 +601,11 @@ impl IommuDriver for Unit {
     }
 }
 
-/// No IOMMU: the device's DMA goes where it says, so no page table is walked. There is one for all such devices.
+/// No IOMMU: the device's DMA goes where it says, so no page table is walked, and any may be attached. A page table made
+/// for such a device holds every IOVA, and tells what IOMMU_IOAS_NOIOMMU_GET_PA asks for. There is one for all such
+/// devices.
+///
+/// Source: Linux `drivers/iommu/iommufd/hwpt_noiommu.c`.
 #[derive(Debug, Default)]
 pub struct NoIommu;
 
@@ -615,7 +622,8 @@ impl IommuDriver for NoIommu {
         if data.is_some() || !flags.is_empty() {
             return Err(DriverError::Unsupported("page tables with flags or data"));
         }
-        Ok(Paging { format: device.properties().format, tag: None })
+        let format = Format::x86(64).unwrap_or_else(|_| device.properties().format);
+        Ok(Paging { format, tag: None })
     }
 
     fn attach(&self, _: &Arc<Device>, _: u32, _: Target<'_>, _: Target<'_>) -> Result<(), DriverError> {

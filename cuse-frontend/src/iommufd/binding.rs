@@ -160,8 +160,12 @@ fn check_pasid(
     Ok(())
 }
 
-/// Brings `seat` to a page table in `hwpt`'s eyes.
-fn connect(seat: &Arc<Group>, object: &Object) -> Result<(), OpError> {
+/// Brings `seat`, the seat of `device`, to a page table in `hwpt`'s eyes. What has no IOMMU goes nowhere: no page table
+/// changes its DMA.
+fn connect(device: &Device, seat: &Arc<Group>, object: &Object) -> Result<(), OpError> {
+    if device.driver().is_noiommu() {
+        return Ok(());
+    }
     match object {
         Object::Nested(nested) if nested.nested.follows() => nested.nested.follow(seat)?,
         Object::Paging(paging) if seat.hwpt().is_some() => paging.list.replace_with(seat, &paging.hwpt)?,
@@ -413,7 +417,7 @@ fn attach(
     driver.attach(&bound.device, pasid, new, Target::Blocked)?;
     let (seat, route) = (bound.together.seat(&bound.device, pasid), route(hwpt, binding.id()));
     set_route(&seat, route.as_ref());
-    if let Err(error) = connect(&seat, hwpt) {
+    if let Err(error) = connect(&bound.device, &seat, hwpt) {
         set_route(&seat, None);
         let _ = driver.attach(&bound.device, pasid, Target::Blocked, new);
         return Err(error);
@@ -445,7 +449,7 @@ fn replace(
     let route = route(hwpt, binding.id());
     set_route(&attachment.seat, route.as_ref());
     pause(&attachment.seat, &attachment.hwpt, true);
-    if let Err(error) = connect(&attachment.seat, hwpt) {
+    if let Err(error) = connect(&bound.device, &attachment.seat, hwpt) {
         pause(&attachment.seat, &attachment.hwpt, false);
         set_route(&attachment.seat, attachment.route.as_ref());
         let _ = driver.attach(&bound.device, pasid, old, new);

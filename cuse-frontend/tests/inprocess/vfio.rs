@@ -370,7 +370,7 @@ fn noiommu_group_needs_the_capability() {
         Err(libc::ENOTTY)
     );
     let paths: Vec<String> = front.server().nodes().into_iter().map(|node| node.path).collect();
-    assert_eq!(paths, ["iommu", "vfio/vfio", "vfio/noiommu-9", "vfio/devices/vfio0"]);
+    assert_eq!(paths, ["iommu", "vfio/vfio", "vfio/noiommu-9", "vfio/devices/noiommu-vfio0"]);
 }
 
 #[test]

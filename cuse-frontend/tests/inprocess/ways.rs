@@ -5,9 +5,12 @@ use std::os::fd::AsRawFd;
 
 use cuse_frontend::InProcess;
 use cuse_frontend::files::NodeKind;
-use cuse_frontend::uapi::iommufd::{Destroy, HwptAlloc, IoasAlloc, IoasMap, IoasUnmap, VfioIoas, nr as iommu};
+use cuse_frontend::uapi::iommufd::{
+    Destroy, HwptAlloc, IoasAlloc, IoasMap, IoasUnmap, NoiommuGetPa, VfioIoas, nr as iommu,
+};
 use cuse_frontend::uapi::vfio::{AttachIommufdPt, BindIommufd, DetachIommufdPt, DmaUnmap, HotReset, HotResetInfo, nr};
 use device_shim::probe::{command, register};
+use ioas::caller::Capability;
 use nix::libc;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -128,6 +131,56 @@ fn each_of_the_five_ways_copies_data_and_gets_its_interrupt() {
         }
         assert_eq!(up.front.server().store().snapshot().held_bytes, 0, "{way:?}");
     }
+}
+
+fn get_pa(front: &InProcess, fd: i32, ioas_id: u32, iova: u64, length: u64) -> Result<(u64, u64), i32> {
+    let cmd = NoiommuGetPa { size: 40, ioas_id, iova, length, ..NoiommuGetPa::default() };
+    call(front, fd, iommu::IOAS_NOIOMMU_GET_PA, cmd).map(|cmd| (cmd.out_phys, cmd.length))
+}
+
+#[test]
+fn device_without_an_iommu_attaches_to_a_table_that_tells_addresses_and_its_dma_is_aborted() {
+    let front = front(&[(9, true)]);
+    front.pretend_capabilities(&[]);
+    assert_eq!(front.open(NodeKind::Device(0)).map_err(|errno| errno.0), Err(libc::EPERM));
+    front.pretend_capabilities(&[Capability::SysRawio, Capability::IpcLock]);
+    let (container, device) = (open(&front, NodeKind::Iommufd), open(&front, NodeKind::Device(0)));
+    let (ioas, id) = (alloc_ioas(&front, container), bind(&front, device, container).expect("free"));
+    attach(&front, device, ioas).expect("any table suits");
+    let up = Up { front, container, group: -1, device };
+    let memory = Mapping::shared(&memfd(4), 4);
+    map(&up, Some(ioas), memory.address(), 4);
+    let (start, length) = get_pa(&up.front, container, ioas, IOVA + 8, 4 * PAGE).expect("held");
+    assert_eq!((start % PAGE, length), (8, 4 * PAGE - 8), "the frames of one file are neighbours");
+    assert_eq!(get_pa(&up.front, container, ioas, IOVA + PAGE, PAGE), Ok((start - 8 + PAGE, PAGE)));
+    assert_eq!(get_pa(&up.front, container, ioas, IOVA + 4 * PAGE, PAGE), Err(libc::ENOENT));
+    up.front.write(device, CONFIG + 4, &6_u16.to_le_bytes()).expect("the command register");
+    assert!(!up.dma(command::READ, IOVA, 16), "no table is walked, and there is no memory at addresses of it");
+    let flags = HwptAlloc { size: 48, flags: 2, dev_id: id, pt_id: ioas, ..HwptAlloc::default() };
+    assert_eq!(call(&up.front, container, iommu::HWPT_ALLOC, flags).map(drop), Err(libc::EOPNOTSUPP));
+    up.front.pretend_capabilities(&[]);
+    assert_eq!(get_pa(&up.front, container, ioas, IOVA, PAGE), Err(libc::EPERM));
+    detach(&up.front, device).expect("attached");
+    [container, device].into_iter().for_each(|fd| up.front.close(fd));
+    assert_eq!(up.front.server().store().snapshot().held_bytes, 0);
+}
+
+#[test]
+fn table_of_a_device_without_an_iommu_suits_no_other_and_another_tells_no_addresses() {
+    let front = front(&[(9, true), (7, false)]);
+    front.pretend_capabilities(&[Capability::SysRawio, Capability::IpcLock]);
+    let iommufd = open(&front, NodeKind::Iommufd);
+    let (bare, other) = (open(&front, NodeKind::Device(0)), open(&front, NodeKind::Device(1)));
+    for device in [bare, other] {
+        bind(&front, device, iommufd).expect("free");
+    }
+    let (ioas, behind_iommu) = (alloc_ioas(&front, iommufd), alloc_ioas(&front, iommufd));
+    let table = attach(&front, bare, ioas).expect("any table suits");
+    assert_eq!(attach(&front, other, table), Err(libc::EINVAL));
+    attach(&front, other, behind_iommu).expect("fits");
+    let up = Up { front, container: iommufd, group: -1, device: other };
+    map(&up, Some(behind_iommu), Mapping::shared(&memfd(1), 1).address(), 1);
+    assert_eq!(get_pa(&up.front, iommufd, behind_iommu, IOVA, PAGE), Err(libc::EOPNOTSUPP));
 }
 
 #[test]
