@@ -264,6 +264,7 @@ fn stretch(
 }
 
 /// As [`stretch`], through a guest's table: up to the end of the page.
+#[inline]
 fn nested_stretch(
     attachment: &Attachment,
     nested: &NestedTable,
@@ -273,26 +274,37 @@ fn nested_stretch(
     access: Access,
 ) -> Result<Translation, Failed> {
     let (hwpt, shift) = (&*attachment.hwpt, attachment.page_shift);
-    let (page, inside) = (iova >> shift, iova & ((1 << shift) - 1));
+    let inside = iova & ((1 << shift) - 1);
     let length = length.min((1 << shift) - inside);
     tlb.obey(nested.invalidations(), shift);
     let (generation, epoch) = (hwpt.generation(), hwpt.dirty().epoch());
-    let writes = access.contains(Access::WRITE);
-    let remembered =
-        tlb.get(page, generation).filter(|entry| entry.allows(access) && (!writes || entry.marked == epoch));
-    let (address, allowed) = match remembered {
-        Some(entry) => (entry.address() + inside, entry.access()),
-        None => {
-            let (mut found, leaf_shift) = nested_walk(attachment, nested, iova, access)?;
-            let marked = if writes { epoch } else { 0 };
-            let address = found.address();
-            found.offset -= inside;
-            tlb.put(page, generation, &found, leaf_shift, marked);
-            (address, found.access)
+    let unmarked = |marked| access.contains(Access::WRITE) && marked != epoch;
+    let (address, allowed) = match tlb.get(iova >> shift, generation) {
+        Some(entry) if entry.allows(access) && !unmarked(entry.marked) => (entry.address() + inside, entry.access()),
+        _ => {
+            let found = nested_fill(attachment, nested, tlb, (iova, generation, epoch), access)?;
+            (found.address(), found.access)
         }
     };
     let (frame, offset) = (Frame(address >> PAGE_SHIFT), address & (PAGE_SIZE - 1));
     Ok(Translation { frame, offset, length, access: allowed })
+}
+
+/// Walks for one byte, and remembers its page.
+#[cold]
+fn nested_fill(
+    attachment: &Attachment,
+    nested: &NestedTable,
+    tlb: &mut Iotlb,
+    (iova, generation, epoch): (u64, u64, u64),
+    access: Access,
+) -> Result<Translation, Failed> {
+    let shift = attachment.page_shift;
+    let (found, leaf_shift) = nested_walk(attachment, nested, iova, access)?;
+    let page = Translation { offset: found.offset - (iova & ((1 << shift) - 1)), ..found };
+    let marked = if access.contains(Access::WRITE) { epoch } else { 0 };
+    tlb.put(iova >> shift, generation, &page, leaf_shift, marked);
+    Ok(found)
 }
 
 /// Both dimensions for one byte, whose page counts as written with [`Access::WRITE`]; and log2 of the bytes of the

@@ -95,16 +95,18 @@ impl<'a> Replay<'a> {
     /// The part of a table of `level`, which begins at `base`, that lies in the range.
     fn table(&mut self, table: u64, base: u64, level: u8, rights: Rights) -> Result<(), Stopped> {
         self.budget.tables = self.budget.tables.checked_sub(1).ok_or(Stopped::Budget)?;
+        let shift = level_shift(level);
+        let slot_of = |address: u64| (address.saturating_sub(base) >> shift).min(ENTRIES as u64 - 1) as usize;
+        let (first, last) = (slot_of(self.first), slot_of(self.last));
         let mut entries = [0; ENTRIES];
-        if let Err(trouble) = self.memory.read(table, &mut entries) {
+        let entries = &mut entries[..=last - first];
+        if let Err(trouble) = self.memory.read(table + first as u64 * 8, entries) {
             let is_root = level == self.stage.levels();
             let fault = if is_root { StageFault::Root(trouble) } else { StageFault::Table(trouble) };
             (self.trouble)(base.max(self.first), fault);
             return Ok(());
         }
-        let shift = level_shift(level);
-        let slot_of = |address: u64| (address.saturating_sub(base) >> shift).min(ENTRIES as u64 - 1) as usize;
-        for (slot, &raw) in entries.iter().enumerate().take(slot_of(self.last) + 1).skip(slot_of(self.first)) {
+        for (slot, &raw) in (first..).zip(&*entries) {
             let address = base | (slot as u64) << shift;
             match self.stage.decode(raw, level) {
                 Entry::Absent => {}

@@ -211,9 +211,7 @@ impl ShadowSpace {
         for &(first, last) in &changes.unmap {
             self.unmap(&mut areas, first, last);
         }
-        for new in changes.map {
-            self.map(&mut areas, new);
-        }
+        self.map(&mut areas, &changes.map);
         changes.unmap
     }
 
@@ -229,30 +227,49 @@ impl ShadowSpace {
         self.pages_unmapped.fetch_add(pages(first, last), Ordering::Relaxed);
     }
 
-    fn map(&self, areas: &mut BTreeMap<u64, Area>, new: Leaves) {
-        let count = pages(new.first, new.last);
-        let frames = [FrameRun { first: Frame(new.target >> PAGE_SHIFT), pages: count }];
-        if self.table.map(range_of(new.first, new.last), &frames, 0, new.access).is_err() {
-            tracing::error!(first = new.first, "no memory for a shadow of the guest's mapping");
-            return;
+    /// Maps runs, ascending, where nothing is mapped.
+    fn map(&self, areas: &mut BTreeMap<u64, Area>, new: &[Leaves]) {
+        let mut frames = Vec::new();
+        // Addresses that follow each other go into the table at once, wherever they lead.
+        for part in new.chunk_by(|one, next| one.last + 1 == next.first && one.access == next.access) {
+            let (first, last) = (part[0].first, part[part.len() - 1].last);
+            frames.clear();
+            frames.extend(
+                part.iter()
+                    .map(|run| FrameRun { first: Frame(run.target >> PAGE_SHIFT), pages: pages(run.first, run.last) }),
+            );
+            if self.table.map(range_of(first, last), &frames, 0, part[0].access).is_err() {
+                tracing::error!(first, last, "no memory for a shadow of the guest's mappings");
+                continue;
+            }
+            self.pages_mapped.fetch_add(pages(first, last), Ordering::Relaxed);
+            if areas.is_empty() {
+                *areas = part.iter().map(|run| (run.first, area(run))).collect();
+            } else {
+                part.iter().for_each(|run| insert(areas, run));
+            }
         }
-        self.pages_mapped.fetch_add(count, Ordering::Relaxed);
-        let mut first = new.first;
-        let mut area = Area { last: new.last, target: new.target, access: new.access };
-        // Neighbours that it continues, or that continue it, become one area with it.
-        if let Some((&before, found)) = areas.range(..first).next_back()
-            && joins(&leaves(before, found), &new)
-        {
-            (first, area.target) = (before, found.target);
-        }
-        if let Some((&after, found)) = area.last.checked_add(1).and_then(|next| areas.get_key_value(&next))
-            && joins(&leaves(first, &area), &leaves(after, found))
-        {
-            area.last = found.last;
-            areas.remove(&after);
-        }
-        areas.insert(first, area);
     }
+}
+
+/// Puts an area in, as one with neighbours that it continues or that continue it.
+fn insert(areas: &mut BTreeMap<u64, Area>, new: &Leaves) {
+    let mut all = *new;
+    let before = areas.range(..new.first).next_back().map(|(&first, area)| leaves(first, area));
+    if let Some(before) = before.filter(|before| joins(before, new)) {
+        (all.first, all.target) = (before.first, before.target);
+    }
+    let after = areas.range(new.first..).next().map(|(&first, area)| leaves(first, area));
+    if let Some(after) = after.filter(|after| joins(new, after)) {
+        all.last = after.last;
+        areas.remove(&after.first);
+    }
+    areas.insert(all.first, area(&all));
+}
+
+/// The run as an area.
+const fn area(run: &Leaves) -> Area {
+    Area { last: run.last, target: run.target, access: run.access }
 }
 
 /// The area as a run.
@@ -288,6 +305,10 @@ fn cut(areas: &mut BTreeMap<u64, Area>, at: u64) {
 /// What makes of the areas in a range those that were found.
 fn compare(areas: &BTreeMap<u64, Area>, (first, last): (u64, u64), found: Vec<Leaves>) -> Changes {
     let mut changes = Changes::default();
+    if areas.is_empty() {
+        changes.map = found;
+        return changes;
+    }
     let before = areas.range(..first).next_back().filter(|(_, area)| area.last >= first);
     let mut old = before.into_iter().chain(areas.range(first..=last)).map(|(&at, area)| clip(at, area, first, last));
     let mut new = found.into_iter();
