@@ -18,6 +18,7 @@ pub mod iommufd;
 pub mod monitor;
 pub mod nvme;
 pub mod server;
+pub mod spapr;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod vfio;

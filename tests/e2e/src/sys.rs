@@ -11,7 +11,8 @@ use iommufd_bindings::iommufd::{
 };
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_detach_iommufd_pt,
-    vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_irq_set, vfio_region_info,
+    vfio_iommu_spapr_register_memory, vfio_iommu_spapr_tce_create, vfio_iommu_spapr_tce_info,
+    vfio_iommu_spapr_tce_remove, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_irq_set, vfio_region_info,
 };
 
 /// The number of VFIO's ioctl `offset`: no direction, size 0. Those of iommufd go on where VFIO's end.
@@ -94,6 +95,10 @@ impl Argument for iommu_hwpt_set_dirty_tracking {}
 impl Argument for iommu_ioas_alloc {}
 impl Argument for iommu_ioas_map {}
 impl Argument for iommu_ioas_unmap {}
+impl Argument for vfio_iommu_spapr_register_memory {}
+impl Argument for vfio_iommu_spapr_tce_create {}
+impl Argument for vfio_iommu_spapr_tce_info {}
+impl Argument for vfio_iommu_spapr_tce_remove {}
 impl Argument for vfio_iommu_type1_dma_map {}
 impl Argument for vfio_iommu_type1_dma_unmap {}
 impl Argument for vfio_region_info {}
@@ -129,6 +134,29 @@ impl Memory {
     /// The errno of mmap.
     pub fn shared(file: BorrowedFd<'_>, length: usize) -> Result<Self> {
         Self::map(length, libc::MAP_SHARED, file.as_raw_fd())
+    }
+
+    /// Private anonymous memory, zero, whose address is a multiple of `alignment`, a power of two and as `length` of
+    /// whole pages.
+    ///
+    /// # Errors
+    /// The errno of mmap.
+    pub fn aligned(length: usize, alignment: usize) -> Result<Self> {
+        let mut memory = Self::private(length + alignment)?;
+        let before = memory.start.as_ptr().align_offset(alignment);
+        let after = alignment - before;
+        let start = memory.start;
+        // SAFETY: the aligned part lies inside the mapping.
+        memory.start = unsafe { start.add(before) };
+        memory.length = length;
+        // SAFETY: what lies before the aligned part is ours, and nobody will refer to it.
+        let unmapped = if before == 0 { 0 } else { unsafe { libc::munmap(start.as_ptr().cast(), before) } };
+        result(unmapped)?;
+        // SAFETY: the aligned part ends before the end of the mapping.
+        let end = unsafe { memory.start.add(length) };
+        // SAFETY: as what lies before it.
+        result(unsafe { libc::munmap(end.as_ptr().cast(), after) })?;
+        Ok(memory)
     }
 
     fn map(length: usize, flags: i32, fd: RawFd) -> Result<Self> {

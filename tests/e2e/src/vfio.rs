@@ -20,6 +20,7 @@ use crate::sys::{self, IrqSet, Memory};
 /// Offsets of the ioctls from VFIO_BASE (Linux's include/uapi/linux/vfio.h).
 mod offset {
     pub(super) const GET_API_VERSION: u32 = 0;
+    pub(super) const CHECK_EXTENSION: u32 = 1;
     pub(super) const SET_IOMMU: u32 = 2;
     pub(super) const GROUP_SET_CONTAINER: u32 = 4;
     pub(super) const GROUP_GET_DEVICE_FD: u32 = 6;
@@ -54,6 +55,12 @@ pub struct Device(File);
 /// The errno.
 pub(crate) fn open(path: &str) -> Result<File> {
     OpenOptions::new().read(true).write(true).open(path)
+}
+
+impl AsFd for Container {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
 }
 
 impl Container {
@@ -94,6 +101,14 @@ impl Container {
         let group = open(&format!("/dev/vfio/{number}"))?;
         sys::ioctl_struct(group.as_fd(), offset::GROUP_SET_CONTAINER, &mut self.0.as_raw_fd())?;
         Ok(Group(group))
+    }
+
+    /// Whether it has the extension, or can be an IOMMU of this kind.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn has(&self, extension: u32) -> Result<bool> {
+        sys::ioctl_value(self.0.as_fd(), offset::CHECK_EXTENSION, extension as usize).map(|answer| answer == 1)
     }
 
     /// Makes it an IOMMU of this kind, once it has a group.

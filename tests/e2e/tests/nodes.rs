@@ -117,6 +117,110 @@ fn argument_and_dma_in_silent_memory_hurt_no_other_client_and_leave_nothing() ->
     silent_memory_hurts_nobody_else("both")
 }
 
+/// A command that runs `words` with its own standard input, and ends when that does: a server that outlives its client.
+fn with_input(words: Vec<String>) -> Vec<String> {
+    let script = "\"$@\"; echo \"ended $?\"; cat >/dev/null";
+    ["sh", "-c", script, "with-input"].map(str::to_owned).into_iter().chain(words).collect()
+}
+
+/// Options of a server that is a POWER machine with one NVMe controller.
+fn power(container: &str, image: &Image) -> Vec<String> {
+    ["--container".to_owned(), container.to_owned()].into_iter().chain(nvme(BDF, image)).collect()
+}
+
+#[test]
+fn program_after_dpdks_way_uses_one_window_from_0_on() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    let mut options = power("spapr-v2", &image);
+    // A table for all of its address space would be charged with 32 GiB.
+    options.extend(["--tce-charge", "off"].map(str::to_owned));
+    let mut run = Run::start(&options, &with_input(words(&client("spapr-dpdk"), &["0", BDF])))?;
+    run.wait_for("client: bytes equal")?;
+    let status = run.status()?;
+    let container = &status["ioases"][0];
+    ensure!(container["windows"][0]["tces"] == 1 + 16 && container["windows"][1].is_null(), "{container:#}");
+    ensure!(container["registered"].as_array().is_some_and(|regions| regions.len() == 2), "{container:#}");
+    let held = (1 << 16) + (1 << 20);
+    ensure!(status["store"]["held_bytes"] == held && status["store"]["payers"][0]["charged_bytes"] == held);
+    run.tell("give back")?;
+    ensure!(run.wait_for("client: after unmap ")? == "0x0004", "Data Transfer Error");
+    run.wait_for("client: given back")?;
+    let status = run.status()?;
+    ensure!(status["ioases"][0]["windows"][0]["tces"] == 0 && status["store"]["held_bytes"] == 0, "{status:#}");
+    run.tell("end")?;
+    ensure!(run.wait_for("ended ")? == "0", "{}", run.transcript());
+    run.wait_until_empty(AFTER_KILL)
+}
+
+#[test]
+fn program_after_qemus_way_has_both_windows_and_pins_its_memory_once() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    let mut run = Run::start(&power("spapr-v2", &image), &with_input(words(&client("spapr-qemu"), &["v2", "0", BDF])))?;
+    run.wait_for("client: bytes equal")?;
+    let status = run.status()?;
+    let container = &status["ioases"][0];
+    ensure!(container["windows"][1]["iova"] == "0x800000000000000", "{container:#}");
+    ensure!(container["registered"][0]["uses"] == 6 && container["registered"][0]["holders"] == 1, "{container:#}");
+    ensure!(status["store"]["held_bytes"] == 16 << 20, "{status:#}");
+    run.tell("reset")?;
+    run.wait_for("client: reset")?;
+    let status = run.status()?;
+    let container = &status["ioases"][0];
+    ensure!(container["windows"].as_array().is_some_and(|windows| windows.len() == 1), "{container:#}");
+    ensure!(container["registered"][0]["uses"] == 0, "{container:#}");
+    run.tell("exit")?;
+    ensure!(run.wait_for("ended ")? == "0", "{}", run.transcript());
+    run.wait_until_empty(AFTER_KILL)
+}
+
+#[test]
+fn program_after_qemus_way_has_the_default_window_in_version_1() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    let mut run = Run::start(&power("spapr-v1", &image), &with_input(words(&client("spapr-qemu"), &["v1", "0", BDF])))?;
+    run.wait_for("client: bytes equal")?;
+    let status = run.status()?;
+    ensure!(status["ioases"][0]["windows"][0]["tces"] == 6, "{status:#}");
+    // The window and its table; the six pages cost nothing more.
+    let charged = (1_u64 << 30) + (16 << 18);
+    ensure!(status["store"]["held_bytes"] == 6 * 4096, "{status:#}");
+    ensure!(status["store"]["payers"][0]["charged_bytes"] == charged, "{status:#}");
+    run.tell("exit")?;
+    ensure!(run.wait_for("ended ")? == "0", "{}", run.transcript());
+    run.wait_until_empty(AFTER_KILL)
+}
+
+#[test]
+fn killed_client_of_a_power_machine_leaves_nothing() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    for (container, version) in [("spapr-v1", "v1"), ("spapr-v2", "v2")] {
+        let command = with_input(words(&client("spapr-qemu"), &[version, "0", BDF]));
+        let mut run = Run::start(&power(container, &image), &command)?;
+        let pid: i32 = run.wait_for("client: pid ")?.parse()?;
+        run.wait_for("client: bytes equal")?;
+        ensure!(run.status()?["store"]["held_bytes"] != 0, "nothing is held before the kill");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
+        run.wait_until_empty(AFTER_KILL)?;
+        ensure!(run.wait_for("ended ")? == "137", "{}", run.transcript());
+    }
+    Ok(())
+}
+
 #[test]
 fn run_passes_on_the_exit_status_of_its_command() -> Result<()> {
     if let Some(reason) = no_fuse() {

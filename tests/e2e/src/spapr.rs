@@ -1,0 +1,126 @@
+//! A container on POWER: windows of TCEs, and registered memory.
+
+use std::io::Result;
+use std::os::fd::AsFd;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, vfio_iommu_spapr_register_memory, vfio_iommu_spapr_tce_create,
+    vfio_iommu_spapr_tce_info, vfio_iommu_spapr_tce_remove, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
+};
+
+use crate::sys;
+use crate::vfio::Container;
+
+/// Offsets of the ioctls from VFIO_BASE (Linux's include/uapi/linux/vfio.h).
+mod offset {
+    pub(super) const TCE_GET_INFO: u32 = 12;
+    pub(super) const MAP_DMA: u32 = 13;
+    pub(super) const UNMAP_DMA: u32 = 14;
+    pub(super) const ENABLE: u32 = 15;
+    pub(super) const DISABLE: u32 = 16;
+    pub(super) const REGISTER_MEMORY: u32 = 17;
+    pub(super) const UNREGISTER_MEMORY: u32 = 18;
+    pub(super) const TCE_CREATE: u32 = 19;
+    pub(super) const TCE_REMOVE: u32 = 20;
+}
+
+fn size_of_argument<T>() -> u32 {
+    u32::try_from(size_of::<T>()).expect("a few bytes")
+}
+
+/// The ioctls of a container on POWER. What an ioctl returns is what its method does; an error is the errno.
+pub struct Spapr<'a>(pub &'a Container);
+
+impl Spapr<'_> {
+    /// VFIO_IOMMU_SPAPR_TCE_GET_INFO.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn info(&self) -> Result<vfio_iommu_spapr_tce_info> {
+        let argsz = size_of_argument::<vfio_iommu_spapr_tce_info>();
+        let mut info = vfio_iommu_spapr_tce_info { argsz, ..Default::default() };
+        sys::ioctl_struct(self.0.as_fd(), offset::TCE_GET_INFO, &mut info)?;
+        Ok(info)
+    }
+
+    /// VFIO_IOMMU_ENABLE.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn enable(&self) -> Result<i32> {
+        sys::ioctl_value(self.0.as_fd(), offset::ENABLE, 0)
+    }
+
+    /// VFIO_IOMMU_DISABLE.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn disable(&self) -> Result<i32> {
+        sys::ioctl_value(self.0.as_fd(), offset::DISABLE, 0)
+    }
+
+    /// VFIO_IOMMU_SPAPR_REGISTER_MEMORY.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn register(&self, vaddr: u64, size: u64) -> Result<i32> {
+        self.registration(offset::REGISTER_MEMORY, vaddr, size)
+    }
+
+    /// VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn unregister(&self, vaddr: u64, size: u64) -> Result<i32> {
+        self.registration(offset::UNREGISTER_MEMORY, vaddr, size)
+    }
+
+    fn registration(&self, offset: u32, vaddr: u64, size: u64) -> Result<i32> {
+        let argsz = size_of_argument::<vfio_iommu_spapr_register_memory>();
+        let mut range = vfio_iommu_spapr_register_memory { argsz, vaddr, size, ..Default::default() };
+        sys::ioctl_struct(self.0.as_fd(), offset, &mut range)
+    }
+
+    /// VFIO_IOMMU_SPAPR_TCE_CREATE: where the window begins.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn create(&self, page_shift: u32, window_size: u64, levels: u32) -> Result<u64> {
+        let argsz = size_of_argument::<vfio_iommu_spapr_tce_create>();
+        let mut create = vfio_iommu_spapr_tce_create { argsz, page_shift, window_size, levels, ..Default::default() };
+        sys::ioctl_struct(self.0.as_fd(), offset::TCE_CREATE, &mut create)?;
+        Ok(create.start_addr)
+    }
+
+    /// VFIO_IOMMU_SPAPR_TCE_REMOVE.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn remove(&self, start_addr: u64) -> Result<i32> {
+        let argsz = size_of_argument::<vfio_iommu_spapr_tce_remove>();
+        let mut remove = vfio_iommu_spapr_tce_remove { argsz, start_addr, ..Default::default() };
+        sys::ioctl_struct(self.0.as_fd(), offset::TCE_REMOVE, &mut remove)
+    }
+
+    /// VFIO_IOMMU_MAP_DMA, for reading and writing.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn map(&self, iova: u64, vaddr: u64, size: u64) -> Result<i32> {
+        let argsz = size_of_argument::<vfio_iommu_type1_dma_map>();
+        let flags = VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE;
+        let mut map = vfio_iommu_type1_dma_map { argsz, flags, vaddr, iova, size };
+        sys::ioctl_struct(self.0.as_fd(), offset::MAP_DMA, &mut map)
+    }
+
+    /// VFIO_IOMMU_UNMAP_DMA: what it returns, and the size that is in the structure afterwards.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn unmap(&self, iova: u64, size: u64) -> Result<(i32, u64)> {
+        let argsz = size_of_argument::<vfio_iommu_type1_dma_unmap>();
+        let mut unmap = vfio_iommu_type1_dma_unmap { argsz, iova, size, ..Default::default() };
+        let answer = sys::ioctl_struct(self.0.as_fd(), offset::UNMAP_DMA, &mut unmap)?;
+        Ok((answer, unmap.size))
+    }
+}
