@@ -160,10 +160,10 @@ impl Lease {
         while gate.inside > 0 {
             let step = until.min(Instant::now() + ABORT_AGAIN);
             if self.left.wait_until(&mut gate, step).timed_out() && gate.inside > 0 {
-                if step == until {
-                    return false;
-                }
                 MutexGuard::unlocked(&mut gate, || self.device.abort_waiting());
+                if step == until {
+                    return gate.inside == 0;
+                }
             }
         }
         true

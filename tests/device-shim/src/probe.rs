@@ -31,9 +31,8 @@ use ioas::Iova;
 use parking_lot::{Condvar, Mutex};
 
 use crate::lease::{DRAIN_LIMIT, Lease, LeaseError};
-use crate::pci::capability::{BarOffset, Capability};
-use crate::pci::config::{ConfigBuilder, ConfigError, ConfigSize, Touched};
-use crate::pci::function::Function;
+use crate::pci::config::{ConfigError, Touched};
+use crate::pci::function::{Bar0, Endpoint, Function, Reached};
 
 /// Byte offsets of the registers in BAR 0.
 pub mod register {
@@ -271,21 +270,14 @@ impl Probe {
     /// # Errors
     /// [`ConfigError`] when its configuration space cannot be built.
     pub fn new() -> Result<Arc<Self>, ConfigError> {
-        let at = |offset: u64| BarOffset { bar: 0, offset: offset as u32 };
-        let msix =
-            Capability::Msix { vectors: VECTORS, table: at(register::MSIX_TABLE), pending: at(register::MSIX_PENDING) };
-        let config = ConfigBuilder::new(IDENTITY, ConfigSize::Express)
-            .memory64(0, BAR_SIZE)
-            .interrupt_pin()
-            .capability(Capability::PowerManagement)
-            .capability(msix)
-            .capability(Capability::Express { function_level_reset: true })
-            .build()?;
-        let shared = Shared {
-            function: Function::new(IDENTITY, config, VECTORS),
-            state: Mutex::new(State::new()),
-            wake: Condvar::new(),
+        let bar0 = Bar0 {
+            size: BAR_SIZE,
+            msix_table: register::MSIX_TABLE..register::MSIX_PENDING,
+            msix_pending: register::MSIX_PENDING..register::BUFFER,
         };
+        let endpoint = Endpoint { identity: IDENTITY, bar0, vectors: VECTORS, pin: true, serial: None };
+        let shared =
+            Shared { function: Function::new(endpoint)?, state: Mutex::new(State::new()), wake: Condvar::new() };
         Ok(Arc::new(Self { shared: Arc::new(shared) }))
     }
 
@@ -374,13 +366,10 @@ impl Drop for Probe {
     }
 }
 
-/// Checks that an access lies in BAR 0; returns where in the buffer it does, if it does.
-fn place(region: Region, offset: u64, length: usize) -> Result<Option<std::ops::Range<usize>>, RegionError> {
-    let end = offset.checked_add(length as u64).filter(|end| region == Region::Bar0 && *end <= BAR_SIZE);
-    let end = end.ok_or(RegionError::Outside { region, offset })?;
-    let buffer = register::BUFFER..register::BUFFER + BUFFER_SIZE as u64;
-    let inside = buffer.contains(&offset) && end <= buffer.end;
-    Ok(inside.then(|| (offset - buffer.start) as usize..(end - buffer.start) as usize))
+/// Where in the buffer an access lies that begins there; it ends inside, as the buffer ends with the BAR.
+fn place(offset: u64, length: usize) -> Option<std::ops::Range<usize>> {
+    let start = offset.checked_sub(register::BUFFER)? as usize;
+    Some(start..start + length)
 }
 
 impl DeviceModel for Probe {
@@ -393,56 +382,34 @@ impl DeviceModel for Probe {
     }
 
     fn region(&self, region: Region) -> RegionSpec<'_> {
-        let size = match region {
-            Region::Bar0 => BAR_SIZE,
-            Region::Config => self.shared.function.config_size(),
-            _ => return RegionSpec::ABSENT,
-        };
-        RegionSpec { size, readable: true, writable: true, memory: None }
+        self.shared.function.region(region)
     }
 
     fn irqs(&self) -> IrqCounts {
-        IrqCounts { intx: 1, msi: 0, msix: u32::from(VECTORS) }
+        self.shared.function.irqs()
     }
 
     fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), RegionError> {
-        if region == Region::Config {
-            return self.shared.function.read_config(offset, data);
-        }
-        if let Some(range) = place(region, offset, data.len())? {
-            data.copy_from_slice(&self.shared.state.lock().buffer[range]);
-            return Ok(());
-        }
-        match offset {
-            register::MSIX_PENDING.. => {
-                self.shared.function.read_msix_pending(offset - register::MSIX_PENDING, data);
+        if self.shared.function.read(region, offset, data)? == Reached::Device {
+            match place(offset, data.len()) {
+                Some(range) => data.copy_from_slice(&self.shared.state.lock().buffer[range]),
+                None => self.read_dwords(offset, data),
             }
-            register::MSIX_TABLE.. => self.shared.function.read_msix_table(offset - register::MSIX_TABLE, data),
-            _ => self.read_dwords(offset, data),
         }
         Ok(())
     }
 
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), RegionError> {
-        if region == Region::Config {
-            if self.shared.function.write_config(offset, data)?.contains(Touched::FLR) {
-                self.stop(true);
-            }
-            return Ok(());
-        }
-        if let Some(range) = place(region, offset, data.len())? {
-            self.shared.state.lock().buffer[range].copy_from_slice(data);
-            return Ok(());
-        }
-        match offset {
-            register::MSIX_PENDING.. => {}
-            register::MSIX_TABLE.. => self.shared.function.write_msix_table(offset - register::MSIX_TABLE, data),
-            _ if offset.is_multiple_of(4) => {
+        match (self.shared.function.write(region, offset, data)?, place(offset, data.len())) {
+            (Reached::Function(touched), _) if touched.contains(Touched::FLR) => self.stop(true),
+            (Reached::Function(_), _) => {}
+            (Reached::Device, Some(range)) => self.shared.state.lock().buffer[range].copy_from_slice(data),
+            (Reached::Device, None) if offset.is_multiple_of(4) => {
                 for (at, dword) in (offset..).step_by(4).zip(data.as_chunks::<4>().0) {
                     self.write_register(at, u32::from_le_bytes(*dword));
                 }
             }
-            _ => {}
+            (Reached::Device, None) => {}
         }
         Ok(())
     }

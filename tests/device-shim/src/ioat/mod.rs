@@ -40,9 +40,8 @@ use self::error::IoatError;
 use self::pace::{Bell, Pace};
 use self::registers::{BAR_SIZE, CHANERR, MSIX_PENDING, MSIX_TABLE, PASID_BITS, Registers};
 use crate::lease::{DRAIN_LIMIT, Lease, TRANSACTION_MAX};
-use crate::pci::capability::{BarOffset, Capability, ExtendedCapability};
-use crate::pci::config::{ConfigBuilder, ConfigSize, Touched};
-use crate::pci::function::Function;
+use crate::pci::config::Touched;
+use crate::pci::function::{Bar0, Endpoint, Function, Reached};
 
 /// MSI-X vectors: one per channel.
 pub const VECTORS: u16 = 1;
@@ -98,17 +97,10 @@ impl Ioat {
     /// # Errors
     /// [`IoatError`].
     pub fn new() -> Result<Arc<Self>, IoatError> {
-        let at = |offset: u64| BarOffset { bar: 0, offset: offset as u32 };
-        let msix = Capability::Msix { vectors: VECTORS, table: at(MSIX_TABLE), pending: at(MSIX_PENDING) };
-        let config = ConfigBuilder::new(IDENTITY, ConfigSize::Express)
-            .memory64(0, BAR_SIZE)
-            .capability(Capability::PowerManagement)
-            .capability(msix)
-            .capability(Capability::Express { function_level_reset: true })
-            .extended(ExtendedCapability::SerialNumber(SERIAL))
-            .build()?;
+        let bar0 = Bar0 { size: BAR_SIZE, msix_table: MSIX_TABLE..MSIX_PENDING, msix_pending: MSIX_PENDING..BAR_SIZE };
+        let endpoint = Endpoint { identity: IDENTITY, bar0, vectors: VECTORS, pin: false, serial: Some(SERIAL) };
         let shared = Shared {
-            function: Function::new(IDENTITY, config, VECTORS),
+            function: Function::new(endpoint)?,
             channel: Channel::new(Registers::new()?),
             bell: Bell::default(),
         };
@@ -144,11 +136,10 @@ impl Ioat {
         self.shared.channel.power_on();
     }
 
-    fn write_config(&self, offset: u64, data: &[u8]) -> Result<(), RegionError> {
-        let touched = self.shared.function.write_config(offset, data)?;
+    /// Acts on a write to configuration space that the function has taken.
+    fn configured(&self, touched: Touched, offset: u64, data: &[u8]) {
         if touched.contains(Touched::FLR) {
-            self.stop(true);
-            return Ok(());
+            return self.stop(true);
         }
         if let Some((range, byte)) = aliased(offset, data.len()) {
             self.shared.channel.registers.write(CHANERR.offset() + byte, &data[range]);
@@ -160,7 +151,6 @@ impl Ioat {
             self.arm();
             self.shared.bell.ring();
         }
-        Ok(())
     }
 }
 
@@ -177,11 +167,6 @@ fn aliased(offset: u64, length: usize) -> Option<(std::ops::Range<usize>, u64)> 
     (first < end).then(|| ((first - offset) as usize..(end - offset) as usize, first - CHANERR_INT))
 }
 
-fn check_bar(region: Region, offset: u64, length: usize) -> Result<(), RegionError> {
-    let end = offset.checked_add(length as u64).filter(|end| region == Region::Bar0 && *end <= BAR_SIZE);
-    end.map(drop).ok_or(RegionError::Outside { region, offset })
-}
-
 impl DeviceModel for Ioat {
     fn kind(&self) -> &'static str {
         "ioat"
@@ -192,16 +177,12 @@ impl DeviceModel for Ioat {
     }
 
     fn region(&self, region: Region) -> RegionSpec<'_> {
-        let (size, memory) = match region {
-            Region::Bar0 => (BAR_SIZE, Some((self.shared.channel.registers.memory().file(), 0))),
-            Region::Config => (self.shared.function.config_size(), None),
-            _ => return RegionSpec::ABSENT,
-        };
-        RegionSpec { size, readable: true, writable: true, memory }
+        let memory = (region == Region::Bar0).then(|| (self.shared.channel.registers.memory().file(), 0));
+        RegionSpec { memory, ..self.shared.function.region(region) }
     }
 
     fn irqs(&self) -> IrqCounts {
-        IrqCounts { intx: 0, msi: 0, msix: u32::from(VECTORS) }
+        self.shared.function.irqs()
     }
 
     fn pasid_bits(&self) -> u8 {
@@ -209,32 +190,22 @@ impl DeviceModel for Ioat {
     }
 
     fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), RegionError> {
-        let (function, registers) = (&self.shared.function, &self.shared.channel.registers);
-        if region == Region::Config {
-            function.read_config(offset, data)?;
-            if let Some((range, byte)) = aliased(offset, data.len()) {
-                registers.read(CHANERR.offset() + byte, &mut data[range]);
-            }
-            return Ok(());
-        }
-        check_bar(region, offset, data.len())?;
-        match offset {
-            MSIX_PENDING.. => function.read_msix_pending(offset - MSIX_PENDING, data),
-            MSIX_TABLE.. => function.read_msix_table(offset - MSIX_TABLE, data),
-            _ => registers.read(offset, data),
+        let registers = &self.shared.channel.registers;
+        if self.shared.function.read(region, offset, data)? == Reached::Device {
+            registers.read(offset, data);
+        } else if region == Region::Config
+            && let Some((range, byte)) = aliased(offset, data.len())
+        {
+            registers.read(CHANERR.offset() + byte, &mut data[range]);
         }
         Ok(())
     }
 
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), RegionError> {
-        if region == Region::Config {
-            return self.write_config(offset, data);
-        }
-        check_bar(region, offset, data.len())?;
-        match offset {
-            MSIX_PENDING.. => {}
-            MSIX_TABLE.. => self.shared.function.write_msix_table(offset - MSIX_TABLE, data),
-            _ => {
+        match self.shared.function.write(region, offset, data)? {
+            Reached::Function(touched) if region == Region::Config => self.configured(touched, offset, data),
+            Reached::Function(_) => {}
+            Reached::Device => {
                 self.shared.channel.registers.write(offset, data);
                 self.shared.channel.written();
                 self.shared.bell.ring();

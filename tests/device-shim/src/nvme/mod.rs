@@ -57,9 +57,8 @@ use self::queue::Doors;
 use self::registers::{BAR_SIZE, Configuration, ControllerStatus, DOORBELLS, MSIX_PENDING, MSIX_TABLE, Registers};
 use self::session::Session;
 use crate::lease::DRAIN_LIMIT;
-use crate::pci::capability::{BarOffset, Capability, ExtendedCapability};
-use crate::pci::config::{ConfigBuilder, ConfigSize, Touched};
-use crate::pci::function::Function;
+use crate::pci::config::Touched;
+use crate::pci::function::{Bar0, Endpoint, Function, Reached};
 
 /// The most I/O queues that a controller can have, of each kind.
 pub const MAX_IO_QUEUES: u16 = 64;
@@ -208,18 +207,11 @@ impl Nvme {
             }
         }
         let namespace = Namespace::open(&options.file, options.block_size, options.read_only)?;
-        let vectors = options.io_queues + 1;
-        let at = |offset: u64| BarOffset { bar: 0, offset: offset as u32 };
-        let config = ConfigBuilder::new(IDENTITY, ConfigSize::Express)
-            .memory64(0, BAR_SIZE)
-            .interrupt_pin()
-            .capability(Capability::PowerManagement)
-            .capability(Capability::Msix { vectors, table: at(MSIX_TABLE), pending: at(MSIX_PENDING) })
-            .capability(Capability::Express { function_level_reset: true })
-            .extended(ExtendedCapability::SerialNumber(u64::from(IDENTITY.device)))
-            .build()?;
+        let bar0 = Bar0 { size: BAR_SIZE, msix_table: MSIX_TABLE..MSIX_PENDING, msix_pending: MSIX_PENDING..BAR_SIZE };
+        let serial = Some(u64::from(IDENTITY.device));
+        let endpoint = Endpoint { identity: IDENTITY, bar0, vectors: options.io_queues + 1, pin: true, serial };
         let shared = Shared {
-            function: Arc::new(Function::new(IDENTITY, config, vectors)),
+            function: Arc::new(Function::new(endpoint)?),
             namespace,
             identity: Identity {
                 vendor: IDENTITY.vendor,
@@ -371,15 +363,6 @@ impl Drop for Nvme {
     }
 }
 
-fn outside(region: Region, offset: u64) -> RegionError {
-    RegionError::Outside { region, offset }
-}
-
-fn check_bar(region: Region, offset: u64, length: usize) -> Result<(), RegionError> {
-    let end = offset.checked_add(length as u64).filter(|end| region == Region::Bar0 && *end <= BAR_SIZE);
-    end.map(|_| ()).ok_or(outside(region, offset))
-}
-
 impl DeviceModel for Nvme {
     fn kind(&self) -> &'static str {
         "nvme"
@@ -390,63 +373,49 @@ impl DeviceModel for Nvme {
     }
 
     fn region(&self, region: Region) -> RegionSpec<'_> {
-        let size = match region {
-            Region::Bar0 => BAR_SIZE,
-            Region::Config => self.shared.function.config_size(),
-            _ => return RegionSpec::ABSENT,
-        };
-        RegionSpec { size, readable: true, writable: true, memory: None }
+        self.shared.function.region(region)
     }
 
     fn irqs(&self) -> IrqCounts {
-        IrqCounts { intx: 1, msi: 0, msix: u32::from(self.shared.io_queues) + 1 }
+        self.shared.function.irqs()
     }
 
     fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), RegionError> {
-        if region == Region::Config {
-            return self.shared.function.read_config(offset, data);
+        if self.shared.function.read(region, offset, data)? != Reached::Device {
+            return Ok(());
         }
-        check_bar(region, offset, data.len())?;
-        match offset {
-            MSIX_PENDING.. => self.shared.function.read_msix_pending(offset - MSIX_PENDING, data),
-            MSIX_TABLE.. => self.shared.function.read_msix_table(offset - MSIX_TABLE, data),
-            // Doorbells read as 0: their value is undefined to the host.
-            DOORBELLS.. => data.fill(0),
-            _ => {
-                let mut dword = (u64::MAX, [0; 4]);
-                for (at, byte) in (offset..).zip(data) {
-                    if dword.0 != at & !3 {
-                        dword = (at & !3, self.read_register(at & !3).to_le_bytes());
-                    }
-                    *byte = dword.1[(at & 3) as usize];
-                }
+        if offset >= DOORBELLS {
+            // Their value is undefined to the host.
+            data.fill(0);
+            return Ok(());
+        }
+        let mut dword = (u64::MAX, [0; 4]);
+        for (at, byte) in (offset..).zip(data) {
+            if dword.0 != at & !3 {
+                dword = (at & !3, self.read_register(at & !3).to_le_bytes());
             }
+            *byte = dword.1[(at & 3) as usize];
         }
         Ok(())
     }
 
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), RegionError> {
-        if region == Region::Config {
-            let touched = self.shared.function.write_config(offset, data)?;
-            if touched.contains(Touched::FLR) {
-                self.stop(true);
-            } else if touched.contains(Touched::COMMAND) {
+        match self.shared.function.write(region, offset, data)? {
+            Reached::Function(touched) if touched.contains(Touched::FLR) => self.stop(true),
+            Reached::Function(touched) if touched.contains(Touched::COMMAND) => {
                 // The thread looks whether it is bus master now.
                 let session = self.shared.core.lock().session.clone();
                 session.into_iter().for_each(|session| session.wake());
             }
-            return Ok(());
-        }
-        check_bar(region, offset, data.len())?;
-        match offset {
-            MSIX_PENDING.. => {}
-            MSIX_TABLE.. => self.shared.function.write_msix_table(offset - MSIX_TABLE, data),
-            _ if offset.is_multiple_of(4) => {
+            Reached::Function(_) => {}
+            Reached::Device if offset.is_multiple_of(4) => {
                 for (at, dword) in (offset..).step_by(4).zip(data.as_chunks::<4>().0) {
                     self.write_register(at, u32::from_le_bytes(*dword));
                 }
             }
-            _ => tracing::debug!(offset, length = data.len(), "nvme: write that is no aligned dword dropped"),
+            Reached::Device => {
+                tracing::debug!(offset, length = data.len(), "nvme: write that is no aligned dword dropped")
+            }
         }
         Ok(())
     }
