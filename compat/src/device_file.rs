@@ -18,7 +18,7 @@ use ioas::Iova;
 use ioas::caller::Caller;
 
 use crate::device::{Bdf, Region, RegionSpec};
-use crate::dma_log::{LogReport, MAX_LOG_RANGES};
+use crate::dma_log::{LogReport, MAX_LOG_RANGES, checked_ranges};
 use crate::error::VfioError;
 use crate::group::{Group, GroupFile};
 use crate::iommufd::{Bound, Iommufd};
@@ -366,6 +366,15 @@ impl DeviceFile {
             1..=MAX_LOG_RANGES => Ok(()),
             _ => Err(VfioError::TooManyRanges(count)),
         }
+    }
+
+    /// The ranges of a DMA_LOGGING_START as far as they could be read: each has to be right by itself and beside those
+    /// before it.
+    ///
+    /// # Errors
+    /// [`VfioError::BadLogRange`], [`VfioError::Overflow`].
+    pub fn check_log_order(&self, page_size: u64, ranges: &[(Iova, u64)]) -> Result<(), VfioError> {
+        checked_ranges(page_size, ranges).map(drop)
     }
 
     /// DMA_LOGGING_START: logs what the device writes in `ranges`, each an IOVA and bytes. Returns the page size in

@@ -170,7 +170,7 @@ impl DmaLog {
 }
 
 /// The checks of `vfio_ioctl_device_feature_logging_start`, in its order.
-fn checked_ranges(page_size: u64, ranges: &[(Iova, u64)]) -> Result<Vec<IovaRange>, VfioError> {
+pub(crate) fn checked_ranges(page_size: u64, ranges: &[(Iova, u64)]) -> Result<Vec<IovaRange>, VfioError> {
     let mut checked: Vec<IovaRange> = Vec::with_capacity(ranges.len());
     for &(iova, length) in ranges {
         let refused = || VfioError::BadLogRange { iova, length, page_size };

@@ -245,9 +245,26 @@ impl Hwpt {
     /// # Errors
     /// ENOMEM ([`AttachError::Injected`]) without memory for the set; nothing has changed.
     pub fn set_dirty_tracking(&self, on: bool) -> Result<(), AttachError> {
-        self.dirty.track(on).map_err(|_| AttachError::Injected("dirty set"))?;
+        self.switch_dirty_tracking(on)?;
         self.readers().wait();
         Ok(())
+    }
+
+    /// As [`Self::set_dirty_tracking`], but does not wait: DMA that began before may still land without a mark, until
+    /// [`Self::wait_for_dma`] has returned.
+    ///
+    /// # Errors
+    /// As [`Self::set_dirty_tracking`].
+    pub fn switch_dirty_tracking(&self, on: bool) -> Result<(), AttachError> {
+        self.dirty.track(on).map_err(|_| AttachError::Injected("dirty set"))
+    }
+
+    /// Waits, unless interrupted, until every DMA through the IOAS that began before has ended.
+    ///
+    /// # Errors
+    /// [`Interrupted`]; some may still be under way.
+    pub fn wait_for_dma(&self, interrupt: &dyn Interrupt) -> Result<(), Interrupted> {
+        self.readers().wait_unless(interrupt)
     }
 
     /// Whether an unmap leaves its range in the dirty set: for who reports what was dirty after it has unmapped, and

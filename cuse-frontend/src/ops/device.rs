@@ -238,8 +238,20 @@ fn start_logging(call: &Call<'_, Device>) -> Result<(), OpError> {
     let mut control: LoggingControl = call.get_behind(size_of::<Feature>())?;
     call.file.check_log_ranges(control.num_ranges)?;
     let mut ranges = vec![LoggingRange::new_zeroed(); control.num_ranges as usize];
-    call.read_at(Some(control.ranges), ranges.as_mut_bytes())?;
-    let ranges: Vec<(Iova, u64)> = ranges.iter().map(|range| (Iova(range.iova), range.length)).collect();
+    let plain = |ranges: &[LoggingRange]| -> Vec<(Iova, u64)> {
+        ranges.iter().map(|range| (Iova(range.iova), range.length)).collect()
+    };
+    if let Err(unreadable) = call.read_at(Some(control.ranges), ranges.as_mut_bytes()) {
+        // Linux looks at each range before it reads the next: a wrong one comes before one that cannot be read.
+        let at = |nth: usize| control.ranges.checked_add((nth * size_of::<LoggingRange>()) as u64);
+        let mut whole = 0;
+        while whole < ranges.len() && call.read_at(at(whole), ranges[whole].as_mut_bytes()).is_ok() {
+            whole += 1;
+        }
+        call.file.check_log_order(control.page_size, &plain(&ranges[..whole]))?;
+        return Err(unreadable);
+    }
+    let ranges = plain(&ranges);
     control.page_size = call.file.start_logging(control.page_size, &ranges)?;
     let answered = call.write(size_of::<Feature>() as u64, control.as_bytes());
     if answered.is_err() {

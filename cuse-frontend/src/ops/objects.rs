@@ -122,7 +122,8 @@ pub(super) fn set_dirty_tracking(call: &ContextCall<'_>) -> OpResult {
                 hwpt.read_dirty_unless(&call.interrupt(), IovaRange::everything(), 4096, true, &mut |_, _| {})?;
                 return Ok(());
             }
-            Ok(hwpt.set_dirty_tracking(on)?)
+            hwpt.switch_dirty_tracking(on)?;
+            Ok(hwpt.wait_for_dma(&call.interrupt())?)
         },
     )?;
     done()

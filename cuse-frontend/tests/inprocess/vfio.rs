@@ -374,6 +374,26 @@ fn noiommu_group_needs_the_capability() {
 }
 
 #[test]
+fn logging_looks_at_each_range_before_it_reads_the_next() {
+    let up = up();
+    // The second page is beyond the end of the file: the kernel cannot read it.
+    let memory = Mapping::shared(&memfd(1), 2);
+    let start = |iova: u64| {
+        let range = [iova, PAGE].map(u64::to_le_bytes).concat();
+        range.iter().enumerate().for_each(|(at, byte)| memory.set(PAGE as usize - 16 + at, *byte));
+        // argsz, SET of DMA_LOGGING_START; page size, two ranges, where they are.
+        let cmd = [32 | (1 << 17 | 6) << 32, PAGE, 2, memory.address() + PAGE - 16];
+        let mut bytes = cmd.map(u64::to_le_bytes).concat();
+        up.front
+            .ioctl_on(up.device, cuse_frontend::uapi::command(nr::DEVICE_FEATURE), &mut bytes)
+            .map_err(|errno| errno.0)
+    };
+    assert_eq!(start(1), Err(libc::EINVAL), "the first is wrong");
+    assert_eq!(start(u64::MAX - PAGE + 1), Err(libc::EOVERFLOW), "the first is too long");
+    assert_eq!(start(0x1000), Err(libc::EFAULT), "the second cannot be read");
+}
+
+#[test]
 fn closing_everything_in_any_order_leaves_nothing_held() {
     for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2]] {
         let up = up();
