@@ -46,6 +46,7 @@ numbers! {
     IOMMU_OPTION = 0x87;
     IOMMU_VFIO_IOAS = 0x88;
     IOMMU_HWPT_ALLOC = 0x89;
+    IOMMU_GET_HW_INFO = 0x8a;
     IOMMU_IOAS_MAP_FILE = 0x8f;
 }
 

@@ -10,6 +10,8 @@
 //! The comparing test holds each line against the recorded one. A line may differ only if `divergences.txt` names
 //! it, with the reason in docs/divergences.md.
 //!
+//! Rows about our own uAPI, which no Linux has, say themselves what is right ([`windows`]).
+//!
 //! The rows trust nothing of the code under test: numbers and structs are written by hand from Linux's headers
 //! ([`arg`]). What they refuse to know: how a file is reached ([`way`]) and on which machine they are ([`place`]).
 
@@ -25,5 +27,6 @@ pub mod script;
 #[allow(unsafe_code)]
 mod sys;
 pub mod way;
+pub mod windows;
 
 pub use sys::{Mapping, Memory, in_child};

@@ -2,21 +2,18 @@
 //!
 //! The devices' threads live in this process, so rows that fork are left to the other ways.
 
-use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use conformance::place::{Device, Place};
 use conformance::rows::SUITES;
 use conformance::script::{Flavour, Script};
-use conformance::way::{Node, Way};
-use cuse_frontend::files::{Errno, NodeKind};
 use cuse_frontend::{DeviceSpec, InProcess, Server, ServerOptions};
 use device_shim::nvme::{Nvme, Options};
 use hwpt::{DeviceProperties, Format};
 use ioas::{Accounting, Iova, IovaRange};
-use nix::errno::Errno as Number;
 
+use crate::front::Front;
 use crate::{CHOICES, Tally};
 
 /// Runs the rows with Linux's accounting and dirty bits, then those that depend on them with the defaults.
@@ -74,43 +71,4 @@ fn add(server: &Arc<Server>, nth: u32, noiommu: bool, disk: &std::path::Path) ->
     let spec = DeviceSpec { bdf: bdf.parse()?, group, noiommu, properties, model: Nvme::new(Options::new(disk))? };
     let node = server.add_device(spec)?;
     Ok(Device { bdf, group, noiommu, node: Some(node) })
-}
-
-/// A front end as a way in.
-struct Front(InProcess);
-
-fn number(errno: Errno) -> Number {
-    Number::from_raw(errno.0)
-}
-
-impl Way for Front {
-    fn open(&self, node: Node) -> Result<RawFd, Number> {
-        let kind = match node {
-            Node::Iommufd => NodeKind::Iommufd,
-            Node::Container => NodeKind::Container,
-            Node::Group(number) | Node::NoIommuGroup(number) => NodeKind::Group(number),
-            Node::Device(number) => NodeKind::Device(number),
-        };
-        self.0.open(kind).map_err(number)
-    }
-
-    fn ioctl(&self, file: RawFd, request: u32, argument: u64) -> Result<i32, Number> {
-        self.0.ioctl(file, request, argument).map_err(number)
-    }
-
-    fn read(&self, file: RawFd, offset: u64, data: &mut [u8]) -> Result<usize, Number> {
-        self.0.read(file, offset, data).map_err(number)
-    }
-
-    fn write(&self, file: RawFd, offset: u64, data: &[u8]) -> Result<usize, Number> {
-        self.0.write(file, offset, data).map_err(number)
-    }
-
-    fn close(&self, file: RawFd) {
-        self.0.close(file);
-    }
-
-    fn forks(&self) -> bool {
-        false
-    }
 }

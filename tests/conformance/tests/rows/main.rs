@@ -3,6 +3,7 @@
 //! One process without threads, so that rows may fork: this is not the usual test harness, but it prints as one, a
 //! line per row and way. An argument picks rows: `cargo test -p conformance --test rows -- type1v2/map`.
 
+mod front;
 mod fuse;
 mod in_process;
 
