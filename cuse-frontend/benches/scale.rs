@@ -6,8 +6,6 @@
 //!
 //! What a leaf costs is measured by one mapping of a million pages, and taken off what a mapping costs.
 
-#[path = "sys/counting.rs"]
-mod counting;
 #[path = "sys/mapping.rs"]
 mod mapping;
 
@@ -15,7 +13,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-use counting::Counting;
+use bounds::Counting;
 use cuse_frontend::files::NodeKind;
 use cuse_frontend::uapi::command;
 use cuse_frontend::uapi::vfio::{DmaMap, DmaUnmap, map_flags, nr};

@@ -5,11 +5,11 @@
 //! of an IOAS. In the second bound two windows become two others: the low one has another page size, the high one with
 //! its million TCEs is in both, and a thread reads through it all the time; a fault ends the bench.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use bounds::Counting;
 use fake_client::{FakeClient, map_file, memfd};
 use hwpt::spapr::{Tce, TceTable, View, WindowRules, WindowShape, Windows};
 use hwpt::{Device, DeviceProperties, Dma, Group, HwptList, IgnoreFaults};
@@ -18,28 +18,8 @@ use ioas::{Access, Accounting, Frame, FrameRun, Ioas, Iova, PAGE_SIZE, PageStore
 const HIGH: u64 = 1 << 59;
 const TCES: u64 = 1_000_000;
 
-/// The system's allocator, counting bytes.
-struct Counting;
-
-static BYTES: AtomicIsize = AtomicIsize::new(0);
-
-// SAFETY: every call is passed on unchanged to the system's allocator, which keeps the trait's promises.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        BYTES.fetch_add(layout.size() as isize, Ordering::Relaxed);
-        // SAFETY: the caller keeps the promises of `alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        BYTES.fetch_sub(layout.size() as isize, Ordering::Relaxed);
-        // SAFETY: the caller keeps the promises of `dealloc`.
-        unsafe { System.dealloc(memory, layout) };
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: Counting = Counting::new();
 
 const fn shape(base: u64, size: u64, page_shift: u8, levels: u8) -> WindowShape {
     WindowShape { base: Iova(base), size, page_shift, levels }
@@ -106,18 +86,18 @@ fn empty() {
     let machine = machine();
     let low = TceTable::new(LOW[0]).expect("memory");
     machine.go(&[Arc::clone(&low)]);
-    let before = BYTES.load(Ordering::Relaxed);
+    let before = ALLOCATOR.allocated();
     let create = || machine.go(&[Arc::clone(&low), TceTable::new(LARGE).expect("memory")]);
     create();
-    let bytes = BYTES.load(Ordering::Relaxed) - before;
+    let bytes = ALLOCATOR.allocated() - before;
     bounds::at_most_bytes("empty window of 2^40 bytes, TCEs", bytes as f64, 65536.0);
     bounds::at_most("create a window of 2^40 bytes, TCEs", bounds::median(15, 50, create), None, 100_000.0);
 
     let machine = self::machine();
     machine.go_areas(&LOW[..1]);
-    let before = BYTES.load(Ordering::Relaxed);
+    let before = ALLOCATOR.allocated();
     machine.go_areas(&[LOW[0], LARGE]);
-    let bytes = BYTES.load(Ordering::Relaxed) - before;
+    let bytes = ALLOCATOR.allocated() - before;
     bounds::at_most_bytes("empty window of 2^40 bytes, areas", bytes as f64, 65536.0);
     let both = bounds::median(15, 50, || {
         machine.go_areas(&LOW[..1]);
@@ -128,20 +108,23 @@ fn empty() {
 
 /// The median time of `replace` in nanoseconds, while a device reads through the high window.
 fn replacing(dma: &Dma, mut replace: impl FnMut(usize)) -> f64 {
-    let over = AtomicBool::new(false);
+    let (over, reads) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
-            let mut page = 0;
             while !over.load(Ordering::Relaxed) {
-                page = (page + 7919) % TCES;
+                let page = (reads.fetch_add(1, Ordering::Relaxed) * 7919) % TCES;
                 black_box(dma.translate(Iova(HIGH + page * PAGE_SIZE), 64, Access::READ).expect("no gap"));
             }
         });
-        let mut round = 0;
-        let time = bounds::median(15, 2, || {
+        while reads.load(Ordering::Relaxed) == 0 {
+            std::hint::spin_loop();
+        }
+        let (mut round, before) = (0, reads.load(Ordering::Relaxed));
+        let time = bounds::median(15, 2_000, || {
             round += 1;
             replace(round % 2);
         });
+        println!("{} reads beside {round} replaces", reads.load(Ordering::Relaxed) - before);
         over.store(true, Ordering::Relaxed);
         reader.join().expect("no gap");
         time

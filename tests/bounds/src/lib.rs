@@ -6,8 +6,15 @@
 //!
 //! Times are in nanoseconds per operation, as `f64`: a quotient of a span of time and a count.
 
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)]
+mod sys;
+
 use std::hint::black_box;
 use std::time::Instant;
+
+pub use sys::Counting;
 
 /// The word that begins a line for `tools/bench`.
 pub const MARK: &str = "bound:";

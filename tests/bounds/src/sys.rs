@@ -1,20 +1,29 @@
-//! An allocator that counts, for a bench of sizes.
+//! An allocator that counts, for a bench of sizes: `#[global_allocator]` makes it the program's.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicI64, Ordering};
 
 /// The system's allocator with a count of the bytes that are allocated.
-pub(crate) struct Counting(AtomicI64);
+#[derive(Debug)]
+pub struct Counting(AtomicI64);
 
 impl Counting {
     /// Nothing allocated yet.
-    pub(crate) const fn new() -> Self {
+    #[must_use]
+    pub const fn new() -> Self {
         Self(AtomicI64::new(0))
     }
 
     /// Bytes that are allocated now, in the whole process.
-    pub(crate) fn allocated(&self) -> i64 {
+    #[must_use]
+    pub fn allocated(&self) -> i64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Default for Counting {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
