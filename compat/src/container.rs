@@ -40,6 +40,8 @@ pub mod extension {
     pub const TYPE1V2: u32 = 3;
     /// VFIO_DMA_CC_IOMMU: all domains are cache coherent.
     pub const DMA_CC: u32 = 4;
+    /// VFIO_EEH: PEs can be frozen, thawed and reset.
+    pub const EEH: u32 = 5;
     /// VFIO_SPAPR_TCE_v2_IOMMU.
     pub const SPAPR_TCE_V2: u32 = 7;
     /// VFIO_NOIOMMU_IOMMU.
@@ -207,7 +209,7 @@ impl Container {
         let iommu = self.iommu.read().clone();
         let supported = match &iommu {
             Driver::Type1(type1) => type1.supports(number),
-            Driver::Spapr(_) => self.spapr_type() == Some(number),
+            Driver::Spapr(_) => self.has_on_power(number),
             Driver::NoIommu => number == extension::NOIOMMU && self.vfio.has_noiommu(),
             Driver::Unset => self.could_support(number),
         };
@@ -222,7 +224,7 @@ impl Container {
             extension::TYPE1 | extension::TYPE1V2 | extension::UNMAP_ALL => {
                 self.spapr_type().is_none() && (undecided || !members.noiommu)
             }
-            number if self.spapr_type() == Some(number) => undecided || !members.noiommu,
+            number if self.has_on_power(number) => undecided || !members.noiommu,
             extension::NOIOMMU => (undecided || members.noiommu) && self.vfio.has_noiommu(),
             _ => false,
         }
@@ -291,6 +293,11 @@ impl Container {
             Personality::Spapr(SpaprVersion::V1) => Some(extension::SPAPR_TCE),
             Personality::Spapr(SpaprVersion::V2) => Some(extension::SPAPR_TCE_V2),
         }
+    }
+
+    /// Whether an extension is one of POWER's that it has or can get.
+    fn has_on_power(&self, number: u32) -> bool {
+        self.spapr_type() == Some(number) || (self.is_spapr() && number == extension::EEH)
     }
 
     /// Whether it has the ioctls of POWER's containers.

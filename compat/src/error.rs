@@ -144,6 +144,9 @@ pub enum VfioError {
     #[error("the caller was killed while the call waited")]
     Interrupted,
 
+    /// VFIO_EEH_PE_OP with a number that is none.
+    #[error("EEH operation {0} is not among 0 to 9")]
+    NoSuchPeOp(u32),
     /// An error to be injected that has no such type.
     #[error("error type {0} is neither 0 (32 bits of address) nor 1 (64 bits)")]
     BadErrorType(u32),
@@ -457,6 +460,7 @@ impl VfioError {
             | Self::AlreadyBound
             | Self::NotBound
             | Self::UnwantedToken(_)
+            | Self::NoSuchPeOp(_)
             | Self::BadErrorFunction(_)
             | Self::NoDynamicWindows(_)
             | Self::NoWindowToRemove(_)

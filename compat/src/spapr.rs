@@ -83,6 +83,8 @@ pub enum SpaprOp {
     CreateWindow,
     /// VFIO_IOMMU_SPAPR_TCE_REMOVE.
     RemoveWindow,
+    /// VFIO_EEH_PE_OP.
+    Eeh,
     /// Any other number.
     Other,
 }
@@ -235,7 +237,7 @@ impl Spapr {
             check_owner(owner, caller)?;
         }
         let of_version = match op {
-            SpaprOp::GetInfo | SpaprOp::MapDma | SpaprOp::UnmapDma => true,
+            SpaprOp::GetInfo | SpaprOp::MapDma | SpaprOp::UnmapDma | SpaprOp::Eeh => true,
             SpaprOp::Enable | SpaprOp::Disable => self.version == SpaprVersion::V1,
             SpaprOp::Register | SpaprOp::Unregister | SpaprOp::CreateWindow | SpaprOp::RemoveWindow => {
                 self.version == SpaprVersion::V2

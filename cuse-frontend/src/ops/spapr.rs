@@ -12,8 +12,8 @@ use std::mem::offset_of;
 use std::sync::Arc;
 
 use compat::{
-    API_VERSION, Container, CreateWindow, DynamicWindows, MapDma, SpaprInfo, SpaprOp, TceAnswer, UnmapDma, UnmapFlags,
-    VfioError,
+    API_VERSION, Container, CreateWindow, DynamicWindows, MapDma, PeError, PeOp, SpaprInfo, SpaprOp, TceAnswer,
+    UnmapDma, UnmapFlags, VfioError,
 };
 use ioas::Iova;
 use zerocopy::IntoBytes;
@@ -22,8 +22,8 @@ use super::{Argument, Call, Op, OpResult, Ready, Table, done};
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
 use crate::uapi::vfio::{
-    DmaMap, DmaUnmap, SpaprRegisterMemory, SpaprTceCreate, SpaprTceDdwInfo, SpaprTceInfo, SpaprTceRemove, nr,
-    spapr_info_flags,
+    DmaMap, DmaUnmap, EEH_PE_ERR_OFFSET, EehPeErr, EehPeOp, SpaprRegisterMemory, SpaprTceCreate, SpaprTceDdwInfo,
+    SpaprTceInfo, SpaprTceRemove, eeh_op, nr, spapr_info_flags,
 };
 
 const SLOTS: usize = (nr::EEH_PE_OP - nr::GET_API_VERSION) as usize + 1;
@@ -109,6 +109,13 @@ pub(crate) static TABLE: Table<File, SLOTS> = Table::new(
             size_of::<SpaprTceRemove>(),
             |c, caller| ready(c, caller, SpaprOp::RemoveWindow),
             remove_window,
+        ),
+        op(
+            nr::EEH_PE_OP,
+            "VFIO_EEH_PE_OP",
+            size_of::<EehPeOp>(),
+            |c, caller| ready(c, caller, SpaprOp::Eeh),
+            eeh_pe_op,
         ),
     ],
 );
@@ -219,4 +226,26 @@ fn remove_window(call: &Call<'_, File>) -> OpResult {
     no_flags(flags)?;
     call.file.remove_window(&call.interrupt(), Iova(start_addr))?;
     done()
+}
+
+fn eeh_pe_op(call: &Call<'_, File>) -> OpResult {
+    let EehPeOp { flags, op, .. } = call.get();
+    no_flags(flags)?;
+    let op = match op {
+        eeh_op::DISABLE => PeOp::Disable,
+        eeh_op::ENABLE => PeOp::Enable,
+        eeh_op::UNFREEZE_IO => PeOp::UnfreezeIo,
+        eeh_op::UNFREEZE_DMA => PeOp::UnfreezeDma,
+        eeh_op::GET_STATE => PeOp::GetState,
+        eeh_op::RESET_DEACTIVATE => PeOp::Deactivate,
+        eeh_op::RESET_HOT | eeh_op::RESET_FUNDAMENTAL => PeOp::Reset,
+        eeh_op::CONFIGURE => PeOp::Configure,
+        eeh_op::INJECT_ERR => {
+            let EehPeErr { kind, func, addr, mask } = call.get_behind(EEH_PE_ERR_OFFSET)?;
+            PeOp::Inject(PeError { kind, function: func, address: addr, mask })
+        }
+        _ => return Err(VfioError::NoSuchPeOp(op).into()),
+    };
+    let answer = call.file.eeh(&call.interrupt(), op)?;
+    Ok(IoctlReply::Value(answer as i32))
 }

@@ -53,6 +53,33 @@ pub mod info_flags {
     pub const CAPS: u32 = 2;
 }
 
+/// `op` of [`EehPeOp`].
+pub mod eeh_op {
+    /// VFIO_EEH_PE_DISABLE.
+    pub const DISABLE: u32 = 0;
+    /// VFIO_EEH_PE_ENABLE.
+    pub const ENABLE: u32 = 1;
+    /// VFIO_EEH_PE_UNFREEZE_IO.
+    pub const UNFREEZE_IO: u32 = 2;
+    /// VFIO_EEH_PE_UNFREEZE_DMA.
+    pub const UNFREEZE_DMA: u32 = 3;
+    /// VFIO_EEH_PE_GET_STATE.
+    pub const GET_STATE: u32 = 4;
+    /// VFIO_EEH_PE_RESET_DEACTIVATE.
+    pub const RESET_DEACTIVATE: u32 = 5;
+    /// VFIO_EEH_PE_RESET_HOT.
+    pub const RESET_HOT: u32 = 6;
+    /// VFIO_EEH_PE_RESET_FUNDAMENTAL.
+    pub const RESET_FUNDAMENTAL: u32 = 7;
+    /// VFIO_EEH_PE_CONFIGURE.
+    pub const CONFIGURE: u32 = 8;
+    /// VFIO_EEH_PE_INJECT_ERR.
+    pub const INJECT_ERR: u32 = 9;
+}
+
+/// Where the [`EehPeErr`] of a VFIO_EEH_PE_OP begins.
+pub const EEH_PE_ERR_OFFSET: usize = 16;
+
 /// `flags` of [`SpaprTceInfo`].
 pub mod spapr_info_flags {
     /// VFIO_IOMMU_SPAPR_INFO_DDW: windows can be created.
@@ -303,6 +330,19 @@ wire! {
         4 flags: u32,
         8 start_addr: u64,
     }
+    /// VFIO_EEH_PE_OP, before the [`EehPeErr`] that INJECT_ERR has.
+    EehPeOp: 12 {
+        0 argsz: u32,
+        4 flags: u32,
+        8 op: u32,
+    }
+    /// What VFIO_EEH_PE_INJECT_ERR injects, 16 bytes behind the start.
+    EehPeErr: 24 {
+        0 kind: u32,
+        4 func: u32,
+        8 addr: u64,
+        16 mask: u64,
+    }
     /// VFIO_DEVICE_GET_INFO.
     DeviceInfo: 24 {
         0 argsz: u32,
@@ -428,6 +468,7 @@ mod tests {
                 argsz, flags, page_shift, window_size, levels, start_addr; resv1 = __resv1; resv2 = __resv2
             }
             SpaprTceRemove = linux::vfio_iommu_spapr_tce_remove { argsz, flags, start_addr }
+            EehPeErr = linux::vfio_eeh_pe_err { func, addr, mask; kind = type_ }
             DeviceInfo = linux::vfio_device_info { argsz, flags, num_regions, num_irqs, cap_offset }
             RegionInfo = linux::vfio_region_info { argsz, flags, index, cap_offset, size, offset }
             IrqInfo = linux::vfio_irq_info { argsz, flags, index, count }
@@ -442,6 +483,13 @@ mod tests {
             LoggingRange = linux::vfio_device_feature_dma_logging_range { iova, length }
             LoggingReport = linux::vfio_device_feature_dma_logging_report { iova, length, page_size, bitmap }
         }
+    }
+
+    #[test]
+    fn error_to_be_injected_lies_where_the_kernels_header_has_it() {
+        assert_eq!(std::mem::offset_of!(linux::vfio_eeh_pe_op, op), std::mem::offset_of!(EehPeOp, op));
+        assert_eq!(std::mem::offset_of!(linux::vfio_eeh_pe_op, __bindgen_anon_1), EEH_PE_ERR_OFFSET);
+        assert_eq!(size_of::<linux::vfio_eeh_pe_op>(), EEH_PE_ERR_OFFSET + size_of::<EehPeErr>());
     }
 
     #[test]

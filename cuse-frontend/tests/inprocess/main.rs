@@ -1,5 +1,6 @@
 //! The ops through the in-process front end, as a client uses them: real memory, real descriptors, no transport.
 
+mod eeh;
 mod iommufd;
 #[allow(unsafe_code)]
 mod sys;

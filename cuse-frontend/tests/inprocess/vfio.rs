@@ -88,7 +88,7 @@ impl Up {
         call(&self.front, self.container, nr::IOMMU_UNMAP_DMA, cmd).map(|cmd| cmd.size)
     }
 
-    fn register(&self, at: u64) -> u32 {
+    pub(crate) fn register(&self, at: u64) -> u32 {
         let mut bytes = [0; 4];
         self.front.read(self.device, BAR0 + at, &mut bytes).expect("a register");
         u32::from_le_bytes(bytes)
