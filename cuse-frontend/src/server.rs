@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use compat::device::{Bdf, DeviceModel};
-use compat::{Container, DeviceFile, DirtyMode, Flavour, Personality, Vfio, VfioOptions};
-use hwpt::{DmaFault, FaultSink};
+use compat::{Container, DeviceFile, DirtyMode, Flavour, Personality, Vfio, VfioDevice, VfioError, VfioOptions};
+use hwpt::{DmaFault, FaultSink, IommuDriver};
 use ioas::caller::{Capability, Uid};
 use ioas::{Accounting, Failures, PageStore};
 use parking_lot::{Mutex, RwLock};
@@ -190,13 +190,31 @@ impl Server {
     /// EEXIST when the PCI address is taken, EINVAL when its group is of the other kind, and what attaching it to
     /// the address space of a group in use meets. Nothing has changed.
     pub fn add_device(&self, spec: DeviceSpec) -> Result<u32, Errno> {
+        match &spec.properties.windows {
+            None => self.add(spec, |spec| self.vfio.add_device(spec)),
+            Some(rules) => {
+                let unit = Arc::new(WindowUnit::new(rules.clone(), self.strict));
+                self.add_device_behind(unit, spec)
+            }
+        }
+    }
+
+    /// As [`Self::add_device`], behind an IOMMU unit that other devices may be behind too.
+    ///
+    /// # Errors
+    /// As [`Self::add_device`].
+    pub fn add_device_behind(&self, unit: Arc<dyn IommuDriver>, spec: DeviceSpec) -> Result<u32, Errno> {
+        self.add(spec, |spec| self.vfio.add_device_behind(unit, spec))
+    }
+
+    fn add(
+        &self,
+        spec: DeviceSpec,
+        add: impl FnOnce(DeviceSpec) -> Result<Arc<VfioDevice>, VfioError>,
+    ) -> Result<u32, Errno> {
         let mut devices = self.devices.write();
         let (bdf, group, noiommu, model) = (spec.bdf, spec.group, spec.noiommu, Arc::clone(&spec.model));
-        let added = match &spec.properties.windows {
-            None => self.vfio.add_device(spec),
-            Some(rules) => self.vfio.add_device_behind(Arc::new(WindowUnit::new(rules.clone(), self.strict)), spec),
-        };
-        added.map_err(|error| Errno(error.errno()))?;
+        add(spec).map_err(|error| Errno(error.errno()))?;
         devices.retain(|entry| self.vfio.device(entry.bdf).is_some() && entry.bdf != bdf);
         let index = (0..).find(|index| devices.iter().all(|entry| entry.index != *index)).unwrap_or(u32::MAX);
         devices.push(DeviceEntry { index, bdf, group, noiommu, model });

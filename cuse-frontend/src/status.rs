@@ -4,6 +4,9 @@
 //! parts come from the rooms that own them; here they are only put together. Its shape is a contract with scripts
 //! (docs/abi.md).
 
+use std::sync::Arc;
+
+use hwpt::HwptList;
 use ioas::{Failure, Ioas};
 use serde_json::{Map, Value, json};
 
@@ -19,6 +22,7 @@ pub(crate) fn of(server: &Server) -> Value {
     json!({
         "pid": std::process::id(),
         "command": command.join(" "),
+        "shadows": files.iter().flat_map(|file| shadows(file)).collect::<Vec<_>>(),
         "ioases": files.iter().flat_map(|file| ioases(file)).collect::<Vec<_>>(),
         "store": server.store().snapshot(),
         "devices": server.vfio().snapshot(),
@@ -35,6 +39,14 @@ fn object_count(file: &OpenFile) -> usize {
     }
 }
 
+/// The guest domains that a file's virtual IOMMUs shadow.
+fn shadows(file: &OpenFile) -> Vec<Value> {
+    match file.file() {
+        File::Iommufd(context) => context.shadows().into_iter().map(|shadow| json!(shadow)).collect(),
+        _ => Vec::new(),
+    }
+}
+
 fn ioases(file: &OpenFile) -> Vec<Value> {
     let (serial, pid) = (file.serial(), file.opener());
     match file.file() {
@@ -48,11 +60,11 @@ fn ioases(file: &OpenFile) -> Vec<Value> {
             vec![status]
         }
         File::Iommufd(context) => {
-            let each = |(id, ioas): (u32, std::sync::Arc<Ioas>)| {
-                let list = object(json!({ "tables": [], "hwpts": [] }));
-                ioas_status(&format!("iommufd {serial} IOAS {id} (pid {pid})"), &ioas, list)
+            let each = |(id, list): (u32, Arc<HwptList>)| {
+                let owner = format!("iommufd {serial} IOAS {id} (pid {pid})");
+                ioas_status(&owner, list.ioas(), object(json!(list.snapshot())))
             };
-            context.ioases().into_iter().map(each).collect()
+            context.page_tables().into_iter().map(each).collect()
         }
         _ => Vec::new(),
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use fake_client::{FakeClient, map_file, memfd};
 use hwpt::driver::{Exposed, IommuDriver, Nested, UserArray, UserData, Viommu, ViommuHost};
-use hwpt::vtd::{Capability, ShadowCounters, ShadowViommu, VtdUnit, kind};
+use hwpt::vtd::{Capability, ShadowCounters, VtdUnit, kind};
 use hwpt::{Device, DeviceProperties, DriverError, EventSink, Format, Group, Hwpt, HwptFlags, HwptList, IgnoreFaults};
 use ioas::caller::Caller;
 use ioas::{Access, Accounting, Ioas, Iova, PAGE_SIZE, PageStore, UserAddr};
@@ -145,8 +145,7 @@ fn device(driver: &Arc<dyn IommuDriver>, function: u64) -> Arc<Device> {
 }
 
 fn counters(viommu: &dyn Viommu) -> ShadowCounters {
-    let viommu: &dyn std::any::Any = viommu.as_any();
-    viommu.downcast_ref::<ShadowViommu>().expect("its own").snapshot()[0].counters
+    viommu.shadows()[0].counters
 }
 
 /// A page of a million in an order that no cache foresees; a permutation.

@@ -28,6 +28,7 @@ use crate::group::Group;
 use crate::hwpt::{Hwpt, HwptFlags};
 use crate::nested::NestedTable;
 use crate::spapr::WindowError;
+use crate::vtd::ShadowSnapshot;
 
 /// Why a driver refuses. The text is for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -422,6 +423,11 @@ pub trait Viommu: Any + Send + Sync {
     /// A device has lost its virtual id.
     fn remove_device(&self, device: &Arc<Device>, virtual_id: u64) {
         let _ = (device, virtual_id);
+    }
+
+    /// The guest's domains that it shadows, for `uiommufd status`.
+    fn shadows(&self) -> Vec<ShadowSnapshot> {
+        Vec::new()
     }
 
     /// Whether it has hardware queues of a kind.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use hwpt::driver::{Paging, UserData};
+use hwpt::vtd::ShadowSnapshot;
 use hwpt::{Device, Group, Hwpt, HwptFlags, HwptList};
 use ioas::{Ioas, ObjectError, ObjectRef, ObjectTable, PageStore, PayerMode, RemovedObject, Reservation};
 use parking_lot::{Mutex, MutexGuard};
@@ -294,7 +295,25 @@ impl Context {
         context
     }
 
-    /// The IOASes and their ids, for the status.
+    /// The lists of page tables of its IOASes, by the IOAS's id, for the status.
+    pub(crate) fn page_tables(&self) -> Vec<(u32, Arc<HwptList>)> {
+        let list = |id| match &*self.get(id)? {
+            Object::Ioas(ioas) => Some((id, Arc::clone(&ioas.list))),
+            _ => None,
+        };
+        self.objects.ids().into_iter().filter_map(list).collect()
+    }
+
+    /// The guest domains that its virtual IOMMUs shadow, for the status.
+    pub(crate) fn shadows(&self) -> Vec<ShadowSnapshot> {
+        let shadows = |id| match &*self.get(id)? {
+            Object::Viommu(viommu) => Some(viommu.viommu.shadows()),
+            _ => None,
+        };
+        self.objects.ids().into_iter().filter_map(shadows).flatten().collect()
+    }
+
+    /// The IOASes and their ids.
     pub(crate) fn ioases(&self) -> Vec<(u32, Arc<Ioas>)> {
         self.objects.ids().into_iter().filter_map(|id| Some((id, Arc::clone(&*self.ioas(id).ok()?)))).collect()
     }

@@ -46,7 +46,7 @@ pub use shadow::{BUDGET, FaultListener, Replayed, ShadowCounters, ShadowSpace, T
 pub use stage::{Entry, Rights, Stage, StageFault};
 pub use tables::{Binding, ContextTables, Domain, Requester, Structures, TableFault};
 pub use unit::VtdUnit;
-pub use viommu::{ShadowSnapshot, ShadowViommu, kind};
+pub use viommu::{ShadowArea, ShadowSnapshot, ShadowViommu, kind};
 pub use walk::{Leaf, Request, walk};
 
 /// log2 of the bytes of a page, and of every table.

@@ -53,19 +53,27 @@ bitflags::bitflags! {
 pub struct VtdUnit {
     capability: Capability,
     budget: Budget,
+    /// It has no type of virtual IOMMU of our own.
+    strict: bool,
 }
 
 impl VtdUnit {
     /// A unit that can do what `capability` says.
     #[must_use]
     pub const fn new(capability: Capability) -> Self {
-        Self { capability, budget: BUDGET }
+        Self { capability, budget: BUDGET, strict: false }
     }
 
     /// The same, whose replays of a guest's tables may do less.
     #[must_use]
     pub const fn with_budget(self, budget: Budget) -> Self {
         Self { budget, ..self }
+    }
+
+    /// The same; with `strict` it has nothing that a unit of Linux has not.
+    #[must_use]
+    pub const fn strict(self, strict: bool) -> Self {
+        Self { strict, ..self }
     }
 
     /// What it can do.
@@ -129,7 +137,7 @@ impl IommuDriver for VtdUnit {
     }
 
     fn has_viommu(&self, _device: &Device, wanted: u32) -> bool {
-        wanted == kind::VIOMMU
+        wanted == kind::VIOMMU && !self.strict
     }
 
     fn viommu(

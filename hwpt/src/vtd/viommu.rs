@@ -34,7 +34,7 @@ use super::capability::Capability;
 use super::descriptor::{ContextScope, Descriptor, IotlbScope};
 use super::reason::{FaultReason, Mode};
 use super::record::FaultRecord;
-use super::replay::Budget;
+use super::replay::{Budget, Leaves};
 use super::shadow::{FaultListener, Replayed, ShadowCounters, ShadowSpace};
 use super::stage::Stage;
 use super::tables::{ContextTables, Domain, Requester, Structures};
@@ -113,6 +113,34 @@ struct Followed {
     paused: bool,
 }
 
+/// One area of a guest domain, as `uiommufd status` shows it; addresses are hexadecimal numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ShadowArea {
+    /// The first address.
+    pub first: String,
+    /// The last address.
+    pub last: String,
+    /// The guest address that the first leads to.
+    pub guest: String,
+    /// `r`, `w` or `rw`.
+    pub access: &'static str,
+}
+
+impl From<Leaves> for ShadowArea {
+    fn from(run: Leaves) -> Self {
+        let hex = |address: u64| format!("{address:#x}");
+        let access = match (run.access.contains(Access::READ), run.access.contains(Access::WRITE)) {
+            (true, true) => "rw",
+            (true, false) => "r",
+            _ => "w",
+        };
+        Self { first: hex(run.first), last: hex(run.last), guest: hex(run.target), access }
+    }
+}
+
+/// Areas that a snapshot shows.
+const SHOWN: usize = 64;
+
 /// A guest domain, as `uiommufd status` shows it.
 #[derive(Debug, Clone, Serialize)]
 pub struct ShadowSnapshot {
@@ -124,6 +152,8 @@ pub struct ShadowSnapshot {
     pub levels: u8,
     /// The devices in it.
     pub devices: Vec<String>,
+    /// Its first areas, at most 64: first and last address, guest address, and what a device may do.
+    pub areas: Vec<ShadowArea>,
     /// What has been done to its shadow.
     pub counters: ShadowCounters,
 }
@@ -157,19 +187,9 @@ impl ShadowViommu {
         Ok(Self { shared })
     }
 
-    /// The guest domains that devices are in.
-    #[must_use]
-    pub fn snapshot(&self) -> Vec<ShadowSnapshot> {
-        let state = self.shared.state.lock();
-        let mut snapshots: Vec<_> =
-            state.places.iter().filter_map(|(place, shadow)| shadow.snapshot(place, &state)).collect();
-        snapshots.sort_by_key(|snapshot| (snapshot.domain, snapshot.table));
-        snapshots
-    }
-
     /// The areas of a guest domain, ascending, if devices are in it.
     #[must_use]
-    pub fn areas(&self, domain: u16) -> Option<Vec<super::Leaves>> {
+    pub fn areas(&self, domain: u16) -> Option<Vec<Leaves>> {
         let state = self.shared.state.lock();
         let mut places = state.places.iter();
         places.find_map(|(place, shadow)| match place {
@@ -241,6 +261,15 @@ impl Viommu for ShadowViommu {
             array.done += 1;
         }
         Ok(self.shared.parent.drain(array.interrupt())?)
+    }
+
+    /// Those that devices are in, by domain id.
+    fn shadows(&self) -> Vec<ShadowSnapshot> {
+        let state = self.shared.state.lock();
+        let places = state.places.iter();
+        let mut snapshots: Vec<_> = places.filter_map(|(place, shadow)| shadow.snapshot(place, &state)).collect();
+        snapshots.sort_by_key(|snapshot| (snapshot.domain, snapshot.table));
+        snapshots
     }
 
     fn remove_device(&self, _device: &Arc<Device>, virtual_id: u64) {
@@ -531,6 +560,7 @@ impl Shadow {
                 .flat_map(|followed| followed.group.devices())
                 .map(|device| device.name().to_string())
                 .collect(),
+            areas: space.areas().into_iter().take(SHOWN).map(ShadowArea::from).collect(),
             counters: space.counters(),
         })
     }

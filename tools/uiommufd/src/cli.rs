@@ -19,6 +19,7 @@ KIND is nvme; ioat, an I/OAT DMA engine; or dma-probe, which does the DMA that a
   aperture=BITS        IOVAs from 0 to 2^BITS-1 (48)
   page-sizes=4K|2M|1G  sizes of I/O pages, joined by '|' or '+' (4K|2M|1G)
   reserved=FIRST-LAST  IOVAs that cannot be mapped; may be repeated; 'none' for none (0xfee00000-0xfeefffff)
+  vtd=on|off           the IOMMU is one of VT-d: nested page tables of a guest, and shadows of them (off)
   windows=none|dynamic|BASE|BASE...   an IOMMU as POWER has it: the default window alone, or windows that a client
                        creates, from these IOVAs on (0|0x800000000000000); '--container spapr-v1' and 'spapr-v2'
                        give it to every device
@@ -82,7 +83,7 @@ pub(crate) struct ServerOptions {
     /// Adds IOMMU_TEST_CMD and the mock devices of Linux's selftest.
     #[arg(long)]
     pub(crate) selftest: bool,
-    /// Answers as Linux does where ours is more: page tables of windows cannot be described through iommufd.
+    /// Answers as Linux does where ours is more: no page tables of windows, no shadows of a guest's tables through iommufd.
     #[arg(long)]
     pub(crate) strict: bool,
     /// How many mappings a container may hold.

@@ -3,6 +3,7 @@
 //! This is the one place that knows which word makes which device. Everything that can fail about a device fails
 //! here, before a server exists.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -11,16 +12,23 @@ use cuse_frontend::DeviceSpec;
 use device_shim::ioat::Ioat;
 use device_shim::nvme::{Nvme, Options};
 use device_shim::probe::Probe;
-use hwpt::{DeviceProperties, Format};
+use hwpt::vtd::{Capability, VtdUnit};
+use hwpt::{DeviceProperties, Format, IommuDriver};
 
 use crate::spec::{Kind, Spec};
 
-/// A device for each SPEC, in their order.
+/// A device for each SPEC, in their order, and the IOMMU unit it is behind, where that is none of the server's own.
+/// Devices behind a unit of VT-d with the same name share it; with `strict` such a unit has nothing that Linux's has not.
 ///
 /// # Errors
 /// The first device that cannot be made; the message is one line.
-pub(crate) fn make(specs: Vec<Spec>) -> Result<Vec<DeviceSpec>> {
-    specs.into_iter().map(device).collect()
+pub(crate) fn make(specs: Vec<Spec>, strict: bool) -> Result<Vec<(Option<Arc<dyn IommuDriver>>, DeviceSpec)>> {
+    let mut units: BTreeMap<String, Arc<dyn IommuDriver>> = BTreeMap::new();
+    let mut unit_of = |spec: &Spec| {
+        let made = || Arc::new(VtdUnit::new(Capability::FULL).strict(strict)) as Arc<dyn IommuDriver>;
+        spec.vtd.then(|| Arc::clone(units.entry(spec.unit.clone()).or_insert_with(made)))
+    };
+    specs.into_iter().map(|spec| Ok((unit_of(&spec), device(spec)?))).collect()
 }
 
 fn device(spec: Spec) -> Result<DeviceSpec> {

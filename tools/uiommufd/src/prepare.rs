@@ -67,10 +67,15 @@ impl Prepared {
     /// # Errors
     /// The first device that cannot be made, in one line.
     pub(crate) fn server(self) -> Result<Arc<Server>> {
+        let made = devices::make(self.specs, self.options.strict)?;
         let server = Server::new(self.options);
-        for device in devices::make(self.specs)? {
+        for (unit, device) in made {
             let bdf = device.bdf;
-            server.add_device(device).map_err(|errno| anyhow!("--device {bdf}: {errno}"))?;
+            let added = match unit {
+                Some(unit) => server.add_device_behind(unit, device),
+                None => server.add_device(device),
+            };
+            added.map_err(|errno| anyhow!("--device {bdf}: {errno}"))?;
         }
         Ok(server)
     }

@@ -61,6 +61,8 @@ pub(crate) struct Spec {
     /// The windows of an IOMMU as POWER has them; `None` for one that is not of that kind. Then aperture and page sizes
     /// mean nothing.
     pub(crate) windows: Option<WindowRules>,
+    /// The IOMMU is one of VT-d, which a guest can have page tables of its own on.
+    pub(crate) vtd: bool,
     /// The device has no IOMMU at all.
     pub(crate) noiommu: bool,
 }
@@ -104,6 +106,8 @@ enum Cause {
     GroupUnit { group: u32, other: String, unit: String },
     #[error("group {0} has devices with and without an IOMMU")]
     GroupNoiommu(u32),
+    #[error("IOMMU '{0}' is of VT-d for one device and not for another")]
+    UnitVtd(String),
 }
 
 /// A SPEC as written, before a group number is chosen for it.
@@ -144,10 +148,14 @@ fn assign_groups(drafts: &mut [Draft]) {
 fn check_together(drafts: &[Draft]) -> Result<(), SpecError> {
     let mut addresses = BTreeSet::new();
     let mut groups: BTreeMap<u32, &Spec> = BTreeMap::new();
+    let mut units: BTreeMap<&str, bool> = BTreeMap::new();
     for Draft { text, spec, .. } in drafts {
         let refuse = |cause| Err(SpecError { spec: text.clone(), cause });
         if !addresses.insert(spec.bdf) {
             return refuse(Cause::BdfTwice(spec.bdf));
+        }
+        if *units.entry(&spec.unit).or_insert(spec.vtd) != spec.vtd {
+            return refuse(Cause::UnitVtd(spec.unit.clone()));
         }
         let first = *groups.entry(spec.group).or_insert(spec);
         if first.unit != spec.unit {
@@ -185,6 +193,7 @@ fn parse(text: &str, power: bool) -> Result<Draft, Cause> {
             .parsed("page-sizes", "powers of two from 2K up with K, M or G, joined by '|'", page_sizes)?
             .unwrap_or(DEFAULT_PAGE_SIZES),
         reserved: reserved(&mut keys, windows.is_some())?,
+        vtd: vtd(&mut keys, windows.is_some())?,
         windows,
         noiommu: keys.switch("noiommu")?.unwrap_or(false),
     };
@@ -254,6 +263,11 @@ fn nvme_file(value: Option<&str>) -> Result<PathBuf, Cause> {
 fn unit(value: &str) -> Option<String> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     (!value.is_empty() && value.bytes().all(plain)).then(|| value.to_owned())
+}
+
+fn vtd(keys: &mut Keys<'_>, windows: bool) -> Result<bool, Cause> {
+    let vtd = keys.switch("vtd")?.unwrap_or(false);
+    if vtd && windows { Err(Cause::NotOfWindows("vtd")) } else { Ok(vtd) }
 }
 
 fn full(bits: u32) -> IovaRange {
