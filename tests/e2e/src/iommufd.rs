@@ -10,9 +10,11 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use iommufd_bindings::iommufd::{
     IOMMUFD_CMD_DESTROY, IOMMUFD_CMD_FAULT_QUEUE_ALLOC, IOMMUFD_CMD_GET_HW_INFO, IOMMUFD_CMD_HWPT_ALLOC,
-    IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP, IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING, IOMMUFD_CMD_IOAS_ALLOC,
-    IOMMUFD_CMD_IOAS_MAP, IOMMUFD_CMD_IOAS_UNMAP, iommu_destroy, iommu_hw_info, iommu_hwpt_alloc,
-    iommu_hwpt_get_dirty_bitmap, iommu_hwpt_set_dirty_tracking, iommu_ioas_alloc, iommu_ioas_map, iommu_ioas_unmap,
+    IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP, IOMMUFD_CMD_HWPT_INVALIDATE, IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING,
+    IOMMUFD_CMD_IOAS_ALLOC, IOMMUFD_CMD_IOAS_MAP, IOMMUFD_CMD_IOAS_UNMAP, IOMMUFD_CMD_VDEVICE_ALLOC,
+    IOMMUFD_CMD_VEVENTQ_ALLOC, IOMMUFD_CMD_VIOMMU_ALLOC, iommu_destroy, iommu_hw_info, iommu_hwpt_alloc,
+    iommu_hwpt_get_dirty_bitmap, iommu_hwpt_invalidate, iommu_hwpt_set_dirty_tracking, iommu_ioas_alloc,
+    iommu_ioas_map, iommu_ioas_unmap, iommu_vdevice_alloc, iommu_viommu_alloc,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as FIXED,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE as READABLE,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as WRITEABLE,
@@ -24,6 +26,7 @@ use vfio_bindings::bindings::vfio::{
 
 pub use iommufd_bindings::iommufd::{
     iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_DIRTY_TRACKING as HWPT_DIRTY_TRACKING,
+    iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_NEST_PARENT as HWPT_NEST_PARENT,
     iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_PASID as HWPT_PASID,
     iommufd_hwpt_alloc_flags_IOMMU_HWPT_FAULT_ID_VALID as HWPT_FAULT_QUEUE,
 };
@@ -157,6 +160,81 @@ impl Iommufd {
         };
         self.call(IOMMUFD_CMD_HWPT_ALLOC, &mut alloc)?;
         Ok(alloc.out_hwpt_id)
+    }
+
+    /// A page table described by data of a kind, over an IOAS, a page table or a virtual IOMMU: its id.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn alloc_described(&self, hwpt: &Hwpt, kind: u32, data: &Memory) -> Result<u32> {
+        let mut alloc = iommu_hwpt_alloc {
+            size: size::<iommu_hwpt_alloc>(),
+            flags: hwpt.flags,
+            dev_id: hwpt.device,
+            pt_id: hwpt.ioas,
+            data_type: kind,
+            data_len: data.len() as u32,
+            data_uptr: data.address(),
+            ..Default::default()
+        };
+        self.call(IOMMUFD_CMD_HWPT_ALLOC, &mut alloc)?;
+        Ok(alloc.out_hwpt_id)
+    }
+
+    /// A virtual IOMMU of a kind over the page table `parent`: its id.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn alloc_viommu(&self, device: u32, parent: u32, kind: u32, data: &Memory) -> Result<u32> {
+        let mut alloc = iommu_viommu_alloc {
+            size: size::<iommu_viommu_alloc>(),
+            type_: kind,
+            dev_id: device,
+            hwpt_id: parent,
+            data_len: data.len() as u32,
+            data_uptr: data.address(),
+            ..Default::default()
+        };
+        self.call(IOMMUFD_CMD_VIOMMU_ALLOC, &mut alloc)?;
+        Ok(alloc.out_viommu_id)
+    }
+
+    /// A device of a virtual IOMMU, by the guest's id for it: its object's id.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn alloc_vdevice(&self, viommu_id: u32, device: u32, virt_id: u64) -> Result<u32> {
+        let size = size::<iommu_vdevice_alloc>();
+        let mut alloc = iommu_vdevice_alloc { size, viommu_id, dev_id: device, virt_id, ..Default::default() };
+        self.call(IOMMUFD_CMD_VDEVICE_ALLOC, &mut alloc)?;
+        Ok(alloc.out_vdevice_id)
+    }
+
+    /// Events of a kind of a virtual IOMMU, to be read.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn alloc_events(&self, viommu_id: u32, kind: u32, depth: u32) -> Result<File> {
+        let offset = IOMMUFD_CMD_VEVENTQ_ALLOC - VFIO_BASE;
+        sys::event_queue(self.0.as_fd(), offset, viommu_id, kind, depth).map(File::from)
+    }
+
+    /// Hands over the first `count` entries of `entry_len` bytes in `entries`; returns how many were handled.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn invalidate(&self, id: u32, kind: u32, entries: &Memory, entry_len: u32, count: u32) -> Result<u32> {
+        let mut invalidate = iommu_hwpt_invalidate {
+            size: size::<iommu_hwpt_invalidate>(),
+            hwpt_id: id,
+            data_uptr: entries.address(),
+            data_type: kind,
+            entry_len,
+            entry_num: count,
+            ..Default::default()
+        };
+        self.call(IOMMUFD_CMD_HWPT_INVALIDATE, &mut invalidate)?;
+        Ok(invalidate.entry_num)
     }
 
     /// A new fault queue: its id, and its file.

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fen
 
 use iommufd_bindings::iommufd::{
     iommu_destroy, iommu_fault_alloc, iommu_hw_info, iommu_hwpt_alloc, iommu_hwpt_get_dirty_bitmap,
-    iommu_hwpt_set_dirty_tracking, iommu_ioas_alloc, iommu_ioas_map, iommu_ioas_unmap,
+    iommu_hwpt_invalidate, iommu_hwpt_set_dirty_tracking, iommu_ioas_alloc, iommu_ioas_map, iommu_ioas_unmap,
+    iommu_vdevice_alloc, iommu_veventq_alloc, iommu_viommu_alloc,
 };
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_detach_iommufd_pt,
@@ -71,6 +72,18 @@ pub fn fault_queue(iommufd: BorrowedFd<'_>, offset: u32) -> Result<(u32, OwnedFd
     Ok((alloc.out_fault_id, unsafe { OwnedFd::from_raw_fd(alloc.out_fault_fd as RawFd) }))
 }
 
+/// IOMMU_VEVENTQ_ALLOC: the descriptor of a queue for events of `kind` of a virtual IOMMU.
+///
+/// # Errors
+/// The errno.
+pub fn event_queue(iommufd: BorrowedFd<'_>, offset: u32, viommu_id: u32, kind: u32, depth: u32) -> Result<OwnedFd> {
+    let size = u32::try_from(size_of::<iommu_veventq_alloc>()).expect("a few bytes");
+    let mut alloc = iommu_veventq_alloc { size, viommu_id, type_: kind, veventq_depth: depth, ..Default::default() };
+    ioctl_struct(iommufd, offset, &mut alloc)?;
+    // SAFETY: the ioctl has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(alloc.out_veventq_fd as RawFd) })
+}
+
 /// VFIO_DEVICE_SET_IRQS with one eventfd.
 #[repr(C)]
 pub struct IrqSet {
@@ -92,6 +105,10 @@ impl Argument for iommu_hw_info {}
 impl Argument for iommu_hwpt_alloc {}
 impl Argument for iommu_hwpt_get_dirty_bitmap {}
 impl Argument for iommu_hwpt_set_dirty_tracking {}
+impl Argument for iommu_hwpt_invalidate {}
+impl Argument for iommu_vdevice_alloc {}
+impl Argument for iommu_veventq_alloc {}
+impl Argument for iommu_viommu_alloc {}
 impl Argument for iommu_ioas_alloc {}
 impl Argument for iommu_ioas_map {}
 impl Argument for iommu_ioas_unmap {}
