@@ -25,6 +25,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use ioas::{Access, Iova, PageStore, Reader};
 use parking_lot::Mutex;
@@ -137,6 +138,9 @@ impl From<Leaves> for ShadowArea {
         Self { first: hex(run.first), last: hex(run.last), guest: hex(run.target), access }
     }
 }
+
+/// How long a snapshot waits for a replay, which reads memory that may never answer.
+const SHOWN_WITHIN: Duration = Duration::from_millis(100);
 
 /// Areas that a snapshot shows.
 const SHOWN: usize = 64;
@@ -263,9 +267,9 @@ impl Viommu for ShadowViommu {
         Ok(self.shared.parent.drain(array.interrupt())?)
     }
 
-    /// Those that devices are in, by domain id.
+    /// Those that devices are in, by domain id; none while a replay takes long.
     fn shadows(&self) -> Vec<ShadowSnapshot> {
-        let state = self.shared.state.lock();
+        let Some(state) = self.shared.state.try_lock_for(SHOWN_WITHIN) else { return Vec::new() };
         let places = state.places.iter();
         let mut snapshots: Vec<_> = places.filter_map(|(place, shadow)| shadow.snapshot(place, &state)).collect();
         snapshots.sort_by_key(|snapshot| (snapshot.domain, snapshot.table));
@@ -449,6 +453,12 @@ impl Shared {
             areas = after.areas,
             "walked"
         );
+        if tracing::enabled!(target: "uiommufd::replay", tracing::Level::TRACE) {
+            for area in space.areas().into_iter().filter(|area| area.first <= range.1 && area.last >= range.0) {
+                let ShadowArea { first, last, guest, access } = area.into();
+                tracing::trace!(target: "uiommufd::replay", domain = domain.0, first, last, guest, access, "area");
+            }
+        }
         if let Some(stopped) = stopped {
             tracing::warn!(
                 domain = domain.0,
