@@ -1,6 +1,7 @@
 //! The ops through the in-process front end, as a client uses them: real memory, real descriptors, no transport.
 
 mod eeh;
+mod failing;
 mod iommufd;
 #[allow(unsafe_code)]
 mod sys;
