@@ -4,7 +4,8 @@ use std::io::Result;
 use std::os::fd::AsFd;
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, vfio_iommu_spapr_register_memory, vfio_iommu_spapr_tce_create,
+    VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_EEH_PE_INJECT_ERR, vfio_eeh_pe_err, vfio_eeh_pe_op,
+    vfio_eeh_pe_op__bindgen_ty_1, vfio_iommu_spapr_register_memory, vfio_iommu_spapr_tce_create,
     vfio_iommu_spapr_tce_info, vfio_iommu_spapr_tce_remove, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
 
@@ -22,6 +23,7 @@ mod offset {
     pub(super) const UNREGISTER_MEMORY: u32 = 18;
     pub(super) const TCE_CREATE: u32 = 19;
     pub(super) const TCE_REMOVE: u32 = 20;
+    pub(super) const EEH_PE_OP: u32 = 21;
 }
 
 fn size_of_argument<T>() -> u32 {
@@ -122,5 +124,29 @@ impl Spapr<'_> {
         let mut unmap = vfio_iommu_type1_dma_unmap { argsz, iova, size, ..Default::default() };
         let answer = sys::ioctl_struct(self.0.as_fd(), offset::UNMAP_DMA, &mut unmap)?;
         Ok((answer, unmap.size))
+    }
+
+    /// VFIO_EEH_PE_OP but INJECT_ERR: what it returns.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn eeh(&self, op: u32) -> Result<i32> {
+        self.eeh_pe_op(op, vfio_eeh_pe_err::default())
+    }
+
+    /// VFIO_EEH_PE_INJECT_ERR of 64 bits: the next access of the kind `func` to an address that is `addr` in the bits of
+    /// `mask` fails.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn inject(&self, func: u32, addr: u64, mask: u64) -> Result<i32> {
+        self.eeh_pe_op(VFIO_EEH_PE_INJECT_ERR, vfio_eeh_pe_err { type_: 1, func, addr, mask })
+    }
+
+    fn eeh_pe_op(&self, op: u32, err: vfio_eeh_pe_err) -> Result<i32> {
+        let argsz = size_of_argument::<vfio_eeh_pe_op>();
+        let mut argument =
+            vfio_eeh_pe_op { argsz, flags: 0, op, __bindgen_anon_1: vfio_eeh_pe_op__bindgen_ty_1 { err } };
+        sys::ioctl_struct(self.0.as_fd(), offset::EEH_PE_OP, &mut argument)
     }
 }

@@ -12,7 +12,7 @@ use iommufd_bindings::iommufd::{
 };
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_detach_iommufd_pt,
-    vfio_iommu_spapr_register_memory, vfio_iommu_spapr_tce_create, vfio_iommu_spapr_tce_info,
+    vfio_eeh_pe_op, vfio_iommu_spapr_register_memory, vfio_iommu_spapr_tce_create, vfio_iommu_spapr_tce_info,
     vfio_iommu_spapr_tce_remove, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_irq_set, vfio_region_info,
 };
 
@@ -112,6 +112,7 @@ impl Argument for iommu_viommu_alloc {}
 impl Argument for iommu_ioas_alloc {}
 impl Argument for iommu_ioas_map {}
 impl Argument for iommu_ioas_unmap {}
+impl Argument for vfio_eeh_pe_op {}
 impl Argument for vfio_iommu_spapr_register_memory {}
 impl Argument for vfio_iommu_spapr_tce_create {}
 impl Argument for vfio_iommu_spapr_tce_info {}

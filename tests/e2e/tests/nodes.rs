@@ -202,6 +202,21 @@ fn program_after_qemus_way_has_the_default_window_in_version_1() -> Result<()> {
 }
 
 #[test]
+fn injected_error_freezes_the_controller_which_is_reset_and_goes_on() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let image = Image::random(DISK_MEGABYTES)?;
+    let report = Run::start(&power("spapr-v2", &image), &words(&client("eeh-recover"), &["0", BDF]))?.finish()?;
+    ensure!(report.status.success(), "{}\n{}", report.lines.join("\n"), report.stderr);
+    // VFIO_EEH_PE_STATE_NORMAL, STOPPED, STOPPED_DMA, RESET, NORMAL.
+    let steps = ["enabled 0", "frozen 2", "thawed for registers 4", "reset 1", "released 0", "bytes equal"];
+    ensure!(report.values("client:") == steps, "{}", report.lines.join("\n"));
+    Ok(())
+}
+
+#[test]
 fn killed_client_of_a_power_machine_leaves_nothing() -> Result<()> {
     if let Some(reason) = no_fuse() {
         skipped(reason);
