@@ -8,7 +8,7 @@
 //! page of leaves over and over: no such tree is deeper than its levels, but its leaves may be more than anybody can
 //! map. A [`Budget`] of tables and of results ends the walk.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, RangeInclusive};
 
 use ioas::Access;
 
@@ -37,6 +37,9 @@ impl Leaves {
             && self.target.checked_add(next.first - self.first) == Some(next.target)
     }
 }
+
+/// So few entries of a table have a small room of their own.
+const FEW: usize = 8;
 
 /// How much one replay may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,9 +101,27 @@ impl<'a> Replay<'a> {
         let shift = level_shift(level);
         let slot_of = |address: u64| (address.saturating_sub(base) >> shift).min(ENTRIES as u64 - 1) as usize;
         let (first, last) = (slot_of(self.first), slot_of(self.last));
-        let mut entries = [0; ENTRIES];
-        let entries = &mut entries[..=last - first];
-        if let Err(trouble) = self.memory.read(table + first as u64 * 8, entries) {
+        let (at, slots) = (table + first as u64 * 8, first..=last);
+        // Room for 512 entries costs more to clear than a few of them cost to read.
+        if last - first < FEW {
+            self.entries(at, base, level, rights, (slots, &mut [0; FEW]))
+        } else {
+            self.entries(at, base, level, rights, (slots, &mut [0; ENTRIES]))
+        }
+    }
+
+    /// The entries in `slots` of a table, the first of which lies at `at`.
+    fn entries(
+        &mut self,
+        at: u64,
+        base: u64,
+        level: u8,
+        rights: Rights,
+        (slots, room): (RangeInclusive<usize>, &mut [u64]),
+    ) -> Result<(), Stopped> {
+        let (first, shift) = (*slots.start(), level_shift(level));
+        let entries = &mut room[..=slots.end() - first];
+        if let Err(trouble) = self.memory.read(at, entries) {
             let is_root = level == self.stage.levels();
             let fault = if is_root { StageFault::Root(trouble) } else { StageFault::Table(trouble) };
             (self.trouble)(base.max(self.first), fault);

@@ -218,11 +218,14 @@ impl ShadowSpace {
     /// No leaf of the table crosses the range's ends.
     fn unmap(&self, areas: &mut BTreeMap<u64, Area>, first: u64, last: u64) {
         self.table.unmap(range_of(first, last));
-        cut(areas, first);
-        cut(areas, last + 1);
-        let gone: Vec<u64> = areas.range(first..=last).map(|(&at, _)| at).collect();
-        for at in gone {
-            areas.remove(&at);
+        for there in overlapping(areas, first, last) {
+            areas.remove(&there.first);
+            if there.first < first {
+                areas.insert(there.first, Area { last: first - 1, ..area(&there) });
+            }
+            if let Some(behind) = rest(there, last) {
+                areas.insert(behind.first, area(&behind));
+            }
         }
         self.pages_unmapped.fetch_add(pages(first, last), Ordering::Relaxed);
     }
@@ -252,19 +255,31 @@ impl ShadowSpace {
     }
 }
 
-/// Puts an area in, as one with neighbours that it continues or that continue it.
+/// Puts an area in, as one with neighbours that it continues or that continue it. Nothing is mapped where it is.
 fn insert(areas: &mut BTreeMap<u64, Area>, new: &Leaves) {
     let mut all = *new;
-    let before = areas.range(..new.first).next_back().map(|(&first, area)| leaves(first, area));
+    let mut below = areas.range(..=new.last + 1).rev().map(|(&first, area)| leaves(first, area));
+    let mut before = below.next();
+    let after = before.filter(|found| found.first > new.last);
+    if after.is_some() {
+        before = below.next();
+    }
     if let Some(before) = before.filter(|before| joins(before, new)) {
         (all.first, all.target) = (before.first, before.target);
     }
-    let after = areas.range(new.first..).next().map(|(&first, area)| leaves(first, area));
     if let Some(after) = after.filter(|after| joins(new, after)) {
         all.last = after.last;
         areas.remove(&after.first);
     }
     areas.insert(all.first, area(&all));
+}
+
+/// The areas that have something of a range, ascending.
+fn overlapping(areas: &BTreeMap<u64, Area>, first: u64, last: u64) -> Vec<Leaves> {
+    let below = areas.range(..=last).rev().take_while(|(_, area)| area.last >= first);
+    let mut found: Vec<_> = below.map(|(&at, area)| leaves(at, area)).collect();
+    found.reverse();
+    found
 }
 
 /// The run as an area.
@@ -292,16 +307,6 @@ fn joins(one: &Leaves, next: &Leaves) -> bool {
         && one.target.checked_add(next.first - one.first) == Some(next.target)
 }
 
-/// Makes an area begin at `at` where one crosses it.
-fn cut(areas: &mut BTreeMap<u64, Area>, at: u64) {
-    let Some((&first, area)) = areas.range_mut(..at).next_back() else { return };
-    if area.last >= at {
-        let behind = Area { target: area.target + (at - first), ..*area };
-        area.last = at - 1;
-        areas.insert(at, behind);
-    }
-}
-
 /// What makes of the areas in a range those that were found.
 fn compare(areas: &BTreeMap<u64, Area>, (first, last): (u64, u64), found: Vec<Leaves>) -> Changes {
     let mut changes = Changes::default();
@@ -309,8 +314,7 @@ fn compare(areas: &BTreeMap<u64, Area>, (first, last): (u64, u64), found: Vec<Le
         changes.map = found;
         return changes;
     }
-    let before = areas.range(..first).next_back().filter(|(_, area)| area.last >= first);
-    let mut old = before.into_iter().chain(areas.range(first..=last)).map(|(&at, area)| clip(at, area, first, last));
+    let mut old = overlapping(areas, first, last).into_iter().map(|area| clip(area, first, last));
     let mut new = found.into_iter();
     let (mut left, mut right) = (old.next(), new.next());
     loop {
@@ -350,9 +354,9 @@ fn compare(areas: &BTreeMap<u64, Area>, (first, last): (u64, u64), found: Vec<Le
 }
 
 /// The part of an area that lies in `first..=last`.
-fn clip(at: u64, area: &Area, first: u64, last: u64) -> Leaves {
-    let start = at.max(first);
-    Leaves { first: start, last: area.last.min(last), target: area.target + (start - at), access: area.access }
+fn clip(area: Leaves, first: u64, last: u64) -> Leaves {
+    let start = area.first.max(first);
+    Leaves { first: start, last: area.last.min(last), target: area.target + (start - area.first), ..area }
 }
 
 /// What of a run lies behind `end`.
