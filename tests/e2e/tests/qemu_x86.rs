@@ -13,26 +13,32 @@ use e2e::skipped;
 const AFTER_KILL: Duration = Duration::from_secs(5);
 
 /// The guest reads the disk as the host wrote it, writes a pattern, and the host finds it.
-fn disk_is_the_same_from_both_sides(kind: &'static str, ram: Ram) -> Result<()> {
+fn disk_is_the_same_from_both_sides(kind: &'static str, ram: Ram, options: &[&str]) -> Result<()> {
     if let Some(reason) = missing(Arch::X86_64) {
         skipped(&reason);
         return Ok(());
     }
     let image = Image::random(DISK_MEGABYTES)?;
     let before = image.sha256()?;
-    let report = boot(&Machine::new(kind, ram, "read,write,read,errors"), &image, &[], "")?;
+    let report = boot(&Machine::new(kind, ram, "read,write,read,errors"), &image, options, "")?;
     same_from_both_sides(&report, &image, &before)?;
     no_complaints(&report, &image)
 }
 
 #[test]
 fn pc_with_private_ram_reads_and_writes_the_disk() -> Result<()> {
-    disk_is_the_same_from_both_sides("pc", Ram::Private)
+    disk_is_the_same_from_both_sides("pc", Ram::Private, &[])
 }
 
 #[test]
 fn q35_with_memfd_ram_reads_and_writes_the_disk() -> Result<()> {
-    disk_is_the_same_from_both_sides("q35", Ram::Memfd)
+    disk_is_the_same_from_both_sides("q35", Ram::Memfd, &[])
+}
+
+/// As on a kernel whose /dev/vfio/vfio is iommufd's (CONFIG_IOMMUFD_VFIO_CONTAINER).
+#[test]
+fn pc_on_a_container_of_the_iommufd_flavour_reads_and_writes_the_disk() -> Result<()> {
+    disk_is_the_same_from_both_sides("pc", Ram::Memfd, &["--container", "iommufd"])
 }
 
 #[test]
