@@ -100,6 +100,12 @@ impl Format {
         }
     }
 
+    /// True when its apertures are windows.
+    #[must_use]
+    pub const fn has_windows(&self) -> bool {
+        self.windows.is_some()
+    }
+
     /// The windows and the page of each in bytes, if that is what its apertures are.
     #[must_use]
     pub fn window_pages(&self) -> Option<Vec<(IovaRange, u64)>> {

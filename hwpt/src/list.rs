@@ -131,7 +131,9 @@ impl Needs {
 
     /// Why the HWPT cannot serve the group at all.
     fn mismatch(&self, hwpt: &Hwpt) -> Option<&'static str> {
-        if hwpt.driver().is_some() {
+        if hwpt.format().has_windows() != self.windows.is_some() {
+            Some("windows, or none")
+        } else if hwpt.driver().is_some() {
             // Its driver was asked.
             None
         } else if let Some(windows) = hwpt.windows() {
@@ -497,7 +499,11 @@ impl HwptList {
             Some(reason) => Err(AttachError::Incompatible { group: group.id(), hwpt: hwpt.id(), reason }),
             None => Ok(()),
         };
-        mismatch(&Needs::of_device(device))?;
+        let needs = Needs::of_device(device);
+        mismatch(&needs)?;
+        if group.devices().iter().any(|other| other.properties().windows != needs.windows) {
+            return Err(AttachError::NoWindows(Arc::clone(device.name())));
+        }
         let mut way = Way::default();
         let arrived = self.bring(group.id(), &one, hwpt, &mut way).and_then(|_| mismatch(&Needs::of_device(device)));
         arrived.inspect_err(|_| way.back(None))

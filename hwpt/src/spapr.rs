@@ -11,7 +11,7 @@
 //!   slot, and never changes: to grow, shrink, add or remove a window is to make another set, which shares the tables
 //!   that stay, and to replace one HWPT by another.
 //! - **By areas of an IOAS** (iommufd). Then a window is an aperture with a page size of its own in the table's format
-//!   ([`crate::Format::windows`]); the IOAS keeps areas within one window each and aligned to its page (`areas`).
+//!   ([`crate::Format::window_pages`]); the IOAS keeps areas within one window each and aligned to its page (`areas`).
 //!
 //! A TCE translates a page of the window's size onto *user memory*, which is frames of 4 KiB: one run of them nearly
 //! always, several where the memory of one TCE spans two mappings of the client.

@@ -127,7 +127,7 @@ impl Table {
 impl PageTable for Table {
     fn min_page_size(&self) -> u64 {
         // What holds in every window; more is said by `windows`.
-        let all = if self.format().window_pages().is_some() { PAGE_SIZE } else { u64::MAX };
+        let all = if self.format().has_windows() { PAGE_SIZE } else { u64::MAX };
         self.format().min_page_size().min(all)
     }
 

@@ -449,6 +449,31 @@ fn windows_that_do_not_suit_the_areas_are_eaddrinuse_and_change_nothing() {
 }
 
 #[test]
+fn late_device_with_other_windows_than_its_group_is_refused() {
+    let world = World::new();
+    let (group, _) = world.attached(&power(&[0, HIGH]));
+    let (_, late) = world.group(&[power(&[0, 1 << 60])]);
+    let error = group.add_device(&late[0]).expect_err("the same default window, but others to come");
+    assert!(matches!(error, AttachError::NoWindows(_)), "{error}");
+    assert_eq!((late[0].hwpt().is_none(), group.devices().len()), (true, 1));
+}
+
+#[test]
+fn split_in_a_window_is_at_its_page_only() {
+    let world = World::new();
+    let set = [shape(0, 1 << 30, 12), shape(HIGH, 1 << 30, 16)];
+    let (_group, device) = world.attached(&with_windows(&power(&[0, HIGH]), &set));
+    let _files = [world.map_shared(0, MIB, rw()), world.map_shared(HIGH, MIB, rw())];
+    assert_eq!(world.ioas.split(Iova(HIGH + 0x1000)).expect_err("within a page").errno(), errno::EINVAL);
+    world.ioas.split(Iova(0x1000)).expect("a page");
+    world.ioas.split(Iova(HIGH + 0x1_0000)).expect("a page");
+    world.ioas.unmap(bounds(HIGH, HIGH + 0xffff)).expect("an area now");
+    device.dma().read(Iova(HIGH), &mut [0]).expect_err("unmapped");
+    device.dma().read(Iova(HIGH + 0x1_0000), &mut [0]).expect("still there");
+    assert_eq!(world.ioas.area_count(), 3);
+}
+
+#[test]
 fn area_across_windows_that_touch_is_eaddrinuse_for_the_attach() {
     let world = World::new();
     world.map_private((1 << 30) - 0x1_0000, 0x2_0000, rw()).expect("no table yet");
