@@ -23,7 +23,7 @@ choose_guest() {
       guest_packages=(qemu-system-x86 cpio)
       guest_machine=(-machine pc -cpu max)
       guest_console=ttyS0
-      guest_drivers+=(ioatdma)
+      guest_drivers+=(ioatdma vfio_iommu_type1 vfio-pci)
       ;;
     ppc64le)
       guest_debian=ppc64el

@@ -93,6 +93,8 @@ pub struct Machine {
     pub traced: bool,
     /// PCI addresses of vfio-pci devices.
     pub devices: Vec<String>,
+    /// The guest has an IOMMU of its own (VT-d) in front of its devices, which QEMU shadows. See [`SHADOWED`].
+    pub shadowed: bool,
     /// A program of this crate that the guest finds as `/bin/program`.
     pub program: Option<&'static str>,
     /// Further words for QEMU.
@@ -100,6 +102,14 @@ pub struct Machine {
     /// QEMU has a monitor, and does not end when the guest reboots.
     pub monitored: bool,
 }
+
+/// What makes QEMU follow the page tables of the guest's IOMMU: caching mode has the guest invalidate also what becomes
+/// present. The device has to come before those that are behind it.
+pub const SHADOWED: &str = "-device intel-iommu,caching-mode=on";
+
+/// Words for a guest's kernel that uses its IOMMU, and invalidates what it unmaps at once. Its check of the timer panics
+/// where interrupts are remapped and the host is too busy for it.
+const SHADOWED_KERNEL: &str = " intel_iommu=on iommu.strict=1 no_timer_check";
 
 /// The guest's RAM, in MiB.
 pub const RAM_MEGABYTES: u32 = 256;
@@ -109,7 +119,7 @@ impl Machine {
     #[must_use]
     pub fn new(kind: &'static str, ram: Ram, jobs: &'static str) -> Self {
         let devices = vec![BDF.to_owned()];
-        Self { kind, ram, jobs, traced: false, devices, program: None, words: "", monitored: false }
+        Self { kind, ram, jobs, traced: false, devices, shadowed: false, program: None, words: "", monitored: false }
     }
 
     /// Its architecture.
@@ -136,11 +146,14 @@ impl Machine {
         add(&format!("-machine {} -accel tcg -smp 1 -nodefaults -display none -serial stdio", self.kind));
         add(arch.words());
         add(&self.ram.words());
+        if self.shadowed {
+            add(SHADOWED);
+        }
         for (index, bdf) in self.devices.iter().enumerate() {
             add(&format!("-device vfio-pci,host={bdf},id=device{index}"));
         }
         if self.traced {
-            add(&format!("-trace vfio_* -D {}", Self::trace_log(image).display()));
+            add(&format!("-trace vfio_* -trace vtd_page_walk_one* -D {}", Self::trace_log(image).display()));
         }
         match self.monitored {
             true => add(&format!("-qmp unix:{},server=on,wait=off", Self::monitor(image).display())),
@@ -148,7 +161,8 @@ impl Machine {
         }
         add(self.words);
         add(&format!("-kernel {} -initrd {} -append", kernel.display(), initramfs.display()));
-        words.push(format!("console={} quiet panic=-1 uiommufd.jobs={}", arch.console(), self.jobs));
+        let iommu = if self.shadowed { SHADOWED_KERNEL } else { "" };
+        words.push(format!("console={} quiet panic=-1{iommu} uiommufd.jobs={}", arch.console(), self.jobs));
         Ok(redirect_stderr(&Self::qemu_log(image), words))
     }
 

@@ -17,6 +17,7 @@ pub mod ioat;
 pub mod iommufd;
 pub mod monitor;
 pub mod nvme;
+pub mod pagemap;
 pub mod server;
 pub mod spapr;
 #[allow(unsafe_code)]

@@ -5,12 +5,13 @@
 //! status of a good read after all that. Physical addresses come from `/proc/self/pagemap`, registers from the
 //! function's `resource0`; both need root.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::Result;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use e2e::nvme::{MEMORY_AND_MASTER, Nvme, Opcode, PAGE, PCI_COMMAND, QUEUE_PAGES, Registers};
+use e2e::nvme::{MEMORY_AND_MASTER, Nvme, Opcode, PCI_COMMAND, QUEUE_PAGES, Registers};
+use e2e::pagemap::physical;
 use e2e::sys::Memory;
 
 /// Above the guest's RAM and below the windows of PCI: nothing answers there.
@@ -34,14 +35,6 @@ impl Registers for Bar0 {
         self.0.write_u32(register as usize, value);
         Ok(())
     }
-}
-
-/// The guest-physical address of the page at `offset` of `memory`.
-fn physical(memory: &Memory, offset: u64) -> Result<u64> {
-    let mut entry = [0; 8];
-    File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, (memory.address() + offset) / PAGE * 8)?;
-    // Bits 0 to 54 are the frame (Linux's Documentation/admin-guide/mm/pagemap.rst).
-    Ok((u64::from_le_bytes(entry) & ((1 << 55) - 1)) * PAGE)
 }
 
 fn main() -> anyhow::Result<()> {
