@@ -3,6 +3,7 @@
 mod eeh;
 mod failing;
 mod iommufd;
+mod spapr;
 #[allow(unsafe_code)]
 mod sys;
 mod vfio;
