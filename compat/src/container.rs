@@ -274,6 +274,7 @@ impl Container {
         let options = self.vfio.options();
         let version = match options.personality {
             Personality::Spapr(version) if self.spapr_type() == Some(number) => version,
+            Personality::Spapr(_) if number == extension::EEH => return Err(VfioError::NotAnIommuType(number)),
             _ => return Err(VfioError::NoSuchIommu(number)),
         };
         let spapr = Spapr::new(options, version);
