@@ -167,7 +167,8 @@ fn draw_server(out: &mut String, server: &Server) -> fmt::Result {
 fn draw_ioas(out: &mut String, ioas: &Ioas) -> fmt::Result {
     writeln!(out, "\n  ┌ address space of {}", or_dash(&ioas.owner))?;
     writeln!(out, "  │ {}, {} mapped", count(ioas.areas, "area"), Bytes(ioas.mapped_bytes))?;
-    for (first, last) in &ioas.ranges {
+    // Where there are windows of TCEs, nothing else can be mapped.
+    for (first, last) in ioas.ranges.iter().filter(|_| ioas.windows.is_empty()) {
         writeln!(out, "  │ window  {} - {}", wide(first), wide(last))?;
     }
     if let Some(bar) = bar(&ioas.area_list) {
@@ -352,6 +353,27 @@ mod tests {
         ] {
             assert!(picture.contains(part), "{part:?} is not in\n{picture}");
         }
+    }
+
+    #[test]
+    fn picture_of_a_container_on_power_shows_its_windows_and_regions() {
+        let answer = json!({
+            "pid": 42,
+            "ioases": [{
+                "ranges": [["0x0", "0xffffffffffffffff"]],
+                "windows": [{"iova": "0x800000000000000", "last": "0x80000000fffffff", "page_shift": 16, "levels": 2,
+                             "tces": 4096}],
+                "registered": [{"user": "0x7f0000000000", "last": "0x7f000fffffff", "holders": 1, "uses": 4096}],
+            }],
+        });
+        let picture = draw(vec![answer]).expect("drawn");
+        for part in [
+            "TCEs    0x0800000000000000 - 0x080000000fffffff  pages of 64 KiB, 2 levels, 4096 TCEs",
+            "registered  user 0x7f0000000000 - 0x7f000fffffff  1 holder, 4096 TCEs",
+        ] {
+            assert!(picture.contains(part), "{part:?} is not in\n{picture}");
+        }
+        assert!(!picture.contains("window  "), "the range of all addresses is shown:\n{picture}");
     }
 
     #[test]
