@@ -368,6 +368,34 @@ mod tests {
                 size, flags, dev_id, pt_id, out_hwpt_id, data_type, data_len, data_uptr, fault_id;
                 reserved = __reserved; reserved2 = __reserved2
             }
+            HwInfo = linux::iommu_hw_info {
+                size, flags, dev_id, data_len, data_uptr, out_max_pasid_log2, out_capabilities;
+                reserved = __reserved; data_type = __bindgen_anon_1
+            }
+            SetDirtyTracking = linux::iommu_hwpt_set_dirty_tracking { size, flags, hwpt_id; reserved = __reserved }
+            GetDirtyBitmap = linux::iommu_hwpt_get_dirty_bitmap {
+                size, hwpt_id, flags, iova, length, page_size, data; reserved = __reserved
+            }
+            Invalidate = linux::iommu_hwpt_invalidate {
+                size, hwpt_id, data_uptr, data_type, entry_len, entry_num; reserved = __reserved
+            }
+            FaultAlloc = linux::iommu_fault_alloc { size, flags, out_fault_id, out_fault_fd }
+            PageFault = linux::iommu_hwpt_pgfault {
+                flags, dev_id, pasid, grpid, perm, addr, length, cookie; reserved = __reserved
+            }
+            PageResponse = linux::iommu_hwpt_page_response { cookie, code }
+            ViommuAlloc = linux::iommu_viommu_alloc {
+                size, flags, dev_id, hwpt_id, out_viommu_id, data_len, data_uptr; reserved = __reserved; kind = type_
+            }
+            VdeviceAlloc = linux::iommu_vdevice_alloc { size, viommu_id, dev_id, out_vdevice_id, virt_id }
+            VeventqAlloc = linux::iommu_veventq_alloc {
+                size, flags, viommu_id, veventq_depth, out_veventq_id, out_veventq_fd;
+                reserved = __reserved; kind = type_
+            }
+            EventHeader = linux::iommufd_vevent_header { flags, sequence }
+            HwQueueAlloc = linux::iommu_hw_queue_alloc {
+                size, flags, viommu_id, index, out_hw_queue_id, nesting_parent_iova, length; kind = type_
+            }
         }
     }
 
@@ -385,11 +413,22 @@ mod tests {
             (nr::VFIO_IOAS, linux::IOMMUFD_CMD_VFIO_IOAS),
             (nr::HWPT_ALLOC, linux::IOMMUFD_CMD_HWPT_ALLOC),
             (nr::IOAS_MAP_FILE, linux::IOMMUFD_CMD_IOAS_MAP_FILE),
+            (nr::GET_HW_INFO, linux::IOMMUFD_CMD_GET_HW_INFO),
+            (nr::HWPT_SET_DIRTY_TRACKING, linux::IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING),
+            (nr::HWPT_GET_DIRTY_BITMAP, linux::IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP),
+            (nr::HWPT_INVALIDATE, linux::IOMMUFD_CMD_HWPT_INVALIDATE),
+            (nr::FAULT_QUEUE_ALLOC, linux::IOMMUFD_CMD_FAULT_QUEUE_ALLOC),
+            (nr::VIOMMU_ALLOC, linux::IOMMUFD_CMD_VIOMMU_ALLOC),
+            (nr::VDEVICE_ALLOC, linux::IOMMUFD_CMD_VDEVICE_ALLOC),
+            (nr::IOAS_CHANGE_PROCESS, linux::IOMMUFD_CMD_IOAS_CHANGE_PROCESS),
+            (nr::VEVENTQ_ALLOC, linux::IOMMUFD_CMD_VEVENTQ_ALLOC),
+            (nr::HW_QUEUE_ALLOC, linux::IOMMUFD_CMD_HW_QUEUE_ALLOC),
         ];
         for (ours, theirs) in pairs {
             assert_eq!(u32::from(ours), theirs);
         }
-        // Not in the bindings of 7.1: include/uapi/linux/iommufd.h of 7.3, enum after IOMMUFD_CMD_BASE.
-        assert_eq!(nr::LAST, 0x95);
+        // Not in the bindings of 7.1: include/uapi/linux/iommufd.h of 7.3, enum after IOMMUFD_CMD_BASE, and
+        // struct iommu_ioas_noiommu_get_pa, whose layout `NoiommuGetPa` states.
+        assert_eq!((nr::LAST, size_of::<NoiommuGetPa>()), (0x95, 40));
     }
 }

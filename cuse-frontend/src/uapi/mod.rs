@@ -65,3 +65,46 @@ macro_rules! same_layout {
 }
 #[cfg(test)]
 use same_layout;
+
+/// Claims about headers for clients, as a C compiler judges them.
+#[cfg(test)]
+mod headers {
+    use std::process::Command;
+
+    use hwpt::vtd::kind;
+
+    /// Compiles `claims` (constant expressions of C) behind an include of docs/include/`header`.
+    pub(super) fn agree(header: &str, claims: &[String]) {
+        let mut text = format!("#include <stddef.h>\n#include \"{header}\"\n");
+        claims.iter().for_each(|claim| text += &format!("_Static_assert({claim}, \"{claim}\");\n"));
+        let directory = tempfile::tempdir().expect("a directory");
+        let source = directory.path().join("layout.c");
+        std::fs::write(&source, text).expect("room");
+        let include = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/include");
+        let mut compiler = Command::new("cc");
+        compiler.args(["-std=c11", "-Wall", "-Werror", "-fsyntax-only", "-I", include]).arg(&source);
+        let output = compiler.output().expect("the linker of Rust's programs is a C compiler");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// The structs of a VT-d unit have no twin here: the unit reads them as rows of words (`hwpt::vtd`).
+    #[test]
+    fn header_of_vtd_has_its_numbers_and_rows_of_words() {
+        let numbers = [
+            ("UIOMMUFD_VIOMMU_TYPE_VTD_SHADOW", kind::VIOMMU),
+            ("UIOMMUFD_HWPT_DATA_VTD_FOLLOWED", kind::FOLLOWED),
+            ("UIOMMUFD_VIOMMU_INVALIDATE_DATA_VTD", kind::DESCRIPTORS),
+            ("UIOMMUFD_VEVENTQ_TYPE_VTD_FAULT", kind::FAULT_RECORDS),
+        ];
+        let mut claims: Vec<_> = numbers.iter().map(|(name, number)| format!("{name} == {number:#x}")).collect();
+        for (name, second) in [
+            ("uiommufd_viommu_vtd_shadow", "flags"),
+            ("uiommufd_hwpt_vtd_followed", "pasid"),
+            ("uiommufd_vtd_descriptor", "words[1]"),
+            ("uiommufd_vtd_fault", "words[1]"),
+        ] {
+            claims.push(format!("sizeof(struct {name}) == 16 && offsetof(struct {name}, {second}) == 8"));
+        }
+        agree("uiommufd_vtd.h", &claims);
+    }
+}
