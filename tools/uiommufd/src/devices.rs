@@ -17,12 +17,15 @@ use hwpt::{DeviceProperties, Format, IommuDriver};
 
 use crate::spec::{Kind, Spec};
 
+/// A device, and the IOMMU unit it is behind, where that is none of the server's own.
+pub(crate) type Made = (Option<Arc<dyn IommuDriver>>, DeviceSpec);
+
 /// A device for each SPEC, in their order, and the IOMMU unit it is behind, where that is none of the server's own.
 /// Devices behind a unit of VT-d with the same name share it; with `strict` such a unit has nothing that Linux's has not.
 ///
 /// # Errors
 /// The first device that cannot be made; the message is one line.
-pub(crate) fn make(specs: Vec<Spec>, strict: bool) -> Result<Vec<(Option<Arc<dyn IommuDriver>>, DeviceSpec)>> {
+pub(crate) fn make(specs: Vec<Spec>, strict: bool) -> Result<Vec<Made>> {
     let mut units: BTreeMap<String, Arc<dyn IommuDriver>> = BTreeMap::new();
     let mut unit_of = |spec: &Spec| {
         let made = || Arc::new(VtdUnit::new(Capability::FULL).strict(strict)) as Arc<dyn IommuDriver>;
