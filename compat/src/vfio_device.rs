@@ -98,11 +98,13 @@ impl VfioDevice {
     pub(crate) fn new(vfio: &Arc<Vfio>, unit: Arc<dyn IommuDriver>, spec: DeviceSpec, pe: Arc<Pe>) -> Arc<Self> {
         let DeviceSpec { bdf, group, noiommu, properties, model } = spec;
         let unit = if noiommu { no_unit() } else { unit };
+        let hwpt = hwpt::Device::behind(unit, bdf.to_string(), properties, Arc::clone(vfio.faults()));
+        hwpt.set_pasid_bits(model.pasid_bits());
         Arc::new(Self {
             vfio: Arc::downgrade(vfio),
             bdf,
             group_id: group,
-            hwpt: hwpt::Device::behind(unit, bdf.to_string(), properties, Arc::clone(vfio.faults())),
+            hwpt,
             irqs: Irqs::new(model.irqs(), Arc::clone(vfio.watcher())),
             log: Arc::default(),
             pe,

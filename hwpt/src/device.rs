@@ -8,7 +8,7 @@
 //! know who drives it; faults go to a sink it was given.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Weak};
 
 use ioas::{
@@ -113,6 +113,8 @@ pub struct Device {
     driver: Arc<dyn IommuDriver>,
     /// The PASID it stands for, 0 for the device itself.
     pasid: u32,
+    /// log2 of the number of PASIDs that its requests can carry.
+    pasid_bits: AtomicU8,
     /// Guarded by itself; a leaf lock.
     properties: Mutex<DeviceProperties>,
     /// What stands for its DMA with a PASID, as long as somebody attaches it or does such DMA. A leaf lock.
@@ -175,6 +177,7 @@ impl Device {
             hook,
             driver,
             pasid,
+            pasid_bits: AtomicU8::new(0),
             properties: Mutex::new(properties),
             pasids: Mutex::default(),
             current: Current::nothing(),
@@ -198,6 +201,17 @@ impl Device {
     /// Changes its properties. Attachments that were made with the old ones stay.
     pub fn set_properties(&self, properties: DeviceProperties) {
         *self.properties.lock() = properties;
+    }
+
+    /// log2 of the number of PASIDs that its requests can carry; 0 for none, and unless it was set.
+    #[must_use]
+    pub fn pasid_bits(&self) -> u8 {
+        self.pasid_bits.load(Ordering::Relaxed)
+    }
+
+    /// Says how many PASIDs its requests can carry, before anybody attaches it.
+    pub fn set_pasid_bits(&self, bits: u8) {
+        self.pasid_bits.store(bits, Ordering::Relaxed);
     }
 
     /// The driver of the unit it sits behind.

@@ -102,7 +102,11 @@ impl IommuDriver for VtdUnit {
         Capabilities {
             dirty_tracking: properties.dirty_tracking,
             enforces_coherency: properties.coherent,
-            max_pasid_log2: if self.capability.scalable { self.capability.pasid_bits } else { 0 },
+            max_pasid_log2: if self.capability.scalable {
+                device.pasid_bits().min(self.capability.pasid_bits)
+            } else {
+                0
+            },
             ..Capabilities::default()
         }
     }
