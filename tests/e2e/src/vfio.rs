@@ -243,6 +243,28 @@ impl Device {
         Ok(eventfd)
     }
 
+    /// Resets the function as a guest does, by the Device Control register of its PCI Express capability (PCI Express
+    /// Base 4.0, section 7.5.3.4).
+    ///
+    /// # Errors
+    /// The errno; `Unsupported` without such a capability.
+    pub fn function_level_reset(&self) -> Result<()> {
+        const CAPABILITIES: usize = 0x34;
+        const EXPRESS: u8 = 0x10;
+        const INITIATE: u16 = 1 << 15;
+        let (config, mut space) = (self.region(7)?, [0; 256]);
+        self.read(config, &mut space)?;
+        let mut at = usize::from(space[CAPABILITIES]);
+        while at != 0 && space[at] != EXPRESS {
+            at = usize::from(space[at + 1]);
+        }
+        if at == 0 {
+            return Err(std::io::ErrorKind::Unsupported.into());
+        }
+        let control = u16::from_le_bytes([space[at + 8], space[at + 9]]) | INITIATE;
+        self.write(config + at as u64 + 8, &control.to_le_bytes())
+    }
+
     /// Resets the function.
     ///
     /// # Errors

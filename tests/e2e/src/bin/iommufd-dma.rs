@@ -15,7 +15,7 @@ use e2e::iommufd::{
     PageResponse,
 };
 use e2e::sys::Memory;
-use e2e::vfio::Allowed;
+use e2e::vfio::{Allowed, Device};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 const PAGE: u64 = 4096;
@@ -184,20 +184,23 @@ fn faults() -> Result<()> {
         let outcome = engine.finish()?;
         ensure!(outcome == Outcome::Halted(error), "{outcome:?}");
     }
-    ends_of_waiting(&bench, hwpt, &engine, &mut queue)
+    ends_of_waiting(&bench, hwpt, &mut queue)
 }
 
-/// What ends a DMA that waits for a page without an answer: a reset, a move elsewhere, a detach.
-fn ends_of_waiting(bench: &Bench, hwpt: u32, engine: &Ioat, queue: &mut FaultQueue) -> Result<()> {
+/// What ends a DMA that waits for a page without an answer: a reset of either kind, a move elsewhere, a detach.
+fn ends_of_waiting(bench: &Bench, hwpt: u32, queue: &mut FaultQueue) -> Result<()> {
     let missing = Copy { from: SOURCE, to: TARGET + 64 * PAGE, length: 8 };
     let nobody_waits = |queue: &mut FaultQueue, cookie| match queue.respond(cookie, PageResponse::Success) {
         Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
         other => bail!("a response that nobody waits for: {other:?}"),
     };
-    engine.begin(&[missing])?;
-    let request = next(queue)?;
-    engine.device().reset()?;
-    nobody_waits(queue, request.cookie)?;
+    for reset in [Device::reset, Device::function_level_reset] {
+        let engine = bench.engine()?;
+        engine.begin(&[missing])?;
+        let request = next(queue)?;
+        reset(engine.device())?;
+        nobody_waits(queue, request.cookie)?;
+    }
 
     let engine = bench.engine()?;
     engine.begin(&[missing])?;
