@@ -25,6 +25,9 @@ pub enum WindowError {
     /// The size is no power of two (EINVAL).
     #[error("window size {0:#x} is no power of two")]
     Size(u64),
+    /// The default window has 4 GiB or more (EINVAL).
+    #[error("a default window of {0:#x} bytes: it is below 4 GiB")]
+    DefaultSize(u64),
     /// The window is smaller than its page (EINVAL).
     #[error("window size {size:#x} is less than one page of 2^{page_shift} bytes")]
     SmallerThanPage {
@@ -107,6 +110,7 @@ impl WindowError {
     pub const fn errno(&self) -> i32 {
         match self {
             Self::Size(_)
+            | Self::DefaultSize(_)
             | Self::SmallerThanPage { .. }
             | Self::PageShift { .. }
             | Self::Levels { .. }
@@ -219,8 +223,11 @@ impl WindowRules {
     /// The format of a table that has the default window alone.
     ///
     /// # Errors
-    /// When the default window breaks a rule.
+    /// When the default window breaks a rule; its size is a u32 for clients, so [`WindowError::DefaultSize`] is one.
     pub fn default_format(&self) -> Result<Format, WindowError> {
+        if self.default_size > u32::MAX.into() {
+            return Err(WindowError::DefaultSize(self.default_size));
+        }
         self.format(&[self.default_window()])
     }
 
@@ -338,5 +345,8 @@ mod tests {
     fn default_window_of_the_default_rules_is_a_window() {
         let format = WindowRules::default().default_format().expect("no rule is broken");
         assert_eq!(format.to_string(), "windows 0x0-0x3fffffff:4K");
+        let large = WindowRules { default_size: 1 << 32, ..WindowRules::default() };
+        assert_eq!(large.default_format(), Err(WindowError::DefaultSize(1 << 32)));
+        assert!(large.check(&large.default_window()).is_ok(), "a window that somebody creates there may have any size");
     }
 }

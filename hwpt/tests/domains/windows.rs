@@ -459,6 +459,41 @@ fn late_device_with_other_windows_than_its_group_is_refused() {
 }
 
 #[test]
+fn dirty_pages_of_windows_are_told_up_to_the_last_address() {
+    let world = World::new();
+    let set = [shape(1 << 60, 1 << 40, 16), shape(TOP, 1 << 30, 12)];
+    let (group, device) = world.attached(&with_windows(&power(&[1 << 60, TOP]), &set));
+    let _files = [world.map_shared(1 << 60, MIB, rw()), world.map_shared(u64::MAX - (MIB - 1), MIB, rw())];
+    let hwpt = group.hwpt().expect("attached");
+    hwpt.set_dirty_tracking(true).expect("memory");
+    for iova in [(1 << 60) + 0x1_0000, u64::MAX] {
+        device.dma().write(Iova(iova), &[1]).expect("mapped");
+    }
+    for (range, page) in [(bounds(1 << 60, (1 << 60) + (MIB - 1)), 16), (bounds(u64::MAX - (MIB - 1), u64::MAX), 255)] {
+        let mut dirty = Vec::new();
+        hwpt.read_dirty(range, 4096, true, &mut |first, count| dirty.push((first, count)));
+        assert_eq!(dirty, [(page, 1)], "{range}");
+    }
+}
+
+#[test]
+fn areas_suit_windows_and_a_table_without_them_at_once() {
+    let world = World::new();
+    let (_plain, server) = world.attached(&server());
+    let file = world.map_shared(0, MIB, rw());
+    let (power, windowed) = world.attached(&with_windows(&power(&[0, HIGH]), &[shape(0, 1 << 30, 16)]));
+    for (mark, device) in [(1, &server), (2, &windowed)] {
+        device.dma().write(Iova(7), &[mark]).expect("mapped");
+        assert_eq!(byte(&file, 7), mark);
+    }
+    assert_eq!((world.held(), world.ioas.iova_ranges()), (MIB, vec![bounds(0, (1 << 30) - 1)]));
+    assert_eq!(world.map_private(MIB, 0x1000, rw()).expect_err("no page of the window").errno(), errno::EINVAL);
+    world.list.detach(&power).expect("attached");
+    world.map_private(MIB, 0x1000, rw()).expect("no window any more");
+    server.dma().read(Iova(7), &mut [0]).expect("still mapped");
+}
+
+#[test]
 fn split_in_a_window_is_at_its_page_only() {
     let world = World::new();
     let set = [shape(0, 1 << 30, 12), shape(HIGH, 1 << 30, 16)];
