@@ -66,6 +66,11 @@ impl Client {
 }
 
 impl Memory {
+    /// While it lives, whoever reads or writes the memory waits.
+    pub(crate) fn hold(&self) -> impl Sized + '_ {
+        self.pages.lock()
+    }
+
     fn access(
         &self,
         address: UserAddr,

@@ -6,7 +6,7 @@ use super::*;
 use crate::container::{MapDma, extension};
 use crate::device::{Bus, Region};
 use crate::device_file::REGION_SHIFT;
-use crate::errno::{EINVAL, ERANGE};
+use crate::errno::{EINTR, EINVAL, ERANGE};
 use crate::testing::{Client, MEMORY, Machine, Model};
 use crate::{Container, DeviceFile, GroupFile};
 
@@ -250,6 +250,32 @@ fn next_client_finds_a_healthy_pe() {
     world.device = Some(world.group.device(&world.client, "0000:c1:00.0").expect("its device"));
     assert_eq!(world.state(), PeState::Normal);
     assert_eq!(world.load(Region::Config, 0), 0x36);
+}
+
+#[test]
+fn reset_whose_caller_is_killed_stays_asserted_while_dma_waits_for_memory() {
+    let world = World::new();
+    let (bus, memory) = (world.model.bus(), Arc::clone(&world.client.memory));
+    let held = memory.hold();
+    world.client.killed.store(true, Ordering::Relaxed);
+    std::thread::scope(|scope| {
+        // A DMA that comes while the reset is asserted is aborted; one that was there before waits for the memory.
+        let dma = scope.spawn(|| while bus.read(Iova(0), &mut [0; 4]).is_err() {});
+        let errno = loop {
+            match world.container.eeh(&world.client, PeOp::Reset) {
+                Ok(_) => world.eeh(PeOp::Deactivate),
+                Err(error) => break error.errno(),
+            };
+        };
+        assert_eq!((errno, world.state()), (EINTR, PeState::Reset));
+        assert!(bus.write(Iova(0), &[1]).is_err());
+        drop(held);
+        dma.join().expect("the DMA ends");
+    });
+    world.client.killed.store(false, Ordering::Relaxed);
+    assert_eq!(world.eeh(PeOp::Reset), 0);
+    world.eeh(PeOp::Deactivate);
+    assert_eq!((world.state(), world.reached()), (PeState::Normal, ALL));
 }
 
 #[test]
