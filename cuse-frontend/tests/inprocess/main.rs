@@ -2,6 +2,7 @@
 
 mod eeh;
 mod failing;
+mod guest_tables;
 mod iommufd;
 mod spapr;
 #[allow(unsafe_code)]
