@@ -213,21 +213,33 @@ impl RadixTable {
         }
         // Down to the lowest node that has the whole range.
         let (mut node, mut shift) = (&*self.root, self.shift(self.top_level));
-        while shift > self.leaf_shift
-            && let Some(index) = part_of_slot(start, last, shift)
-        {
-            match node.entry(index, pin) {
+        while shift > self.leaf_shift && is_part_of_slot(start, last, shift) {
+            match node.entry(slot(start, shift), pin) {
                 Entry::Child(child) => (node, shift) = (child, shift - LEVEL_BITS),
                 Entry::Empty => return,
                 Entry::Leaf(_) => break,
             }
         }
-        if Self::clear_node(node, shift, start, last, pin) {
+        let index = slot(start, shift);
+        let emptied = if shift == self.leaf_shift && last - start == (1 << shift) - 1 {
+            matches!(node.entry(index, pin), Entry::Leaf(_)) && Self::clear_leaf(node, index)
+        } else {
+            Self::clear_node(node, shift, start, last, pin)
+        };
+        if emptied {
             self.linger(lingering, start, pin);
             if start >> self.shift(1) != last >> self.shift(1) {
                 self.linger(lingering, last, pin);
             }
         }
+    }
+
+    /// Clears a leaf; true when its node has become empty.
+    #[inline(always)]
+    fn clear_leaf(node: &Node, index: usize) -> bool {
+        node.store(index, 0);
+        node.count(-1);
+        node.live() == 0
     }
 
     /// Clears `start` to `last`, which lie in `node`; true when a node on the way has become empty.
@@ -241,16 +253,14 @@ impl RadixTable {
                 Entry::Child(child) if !whole => {
                     emptied |= Self::clear_node(child, shift - LEVEL_BITS, at, end, pin);
                 }
-                full => {
-                    match full {
-                        Entry::Child(_) => node.unlink(index, pin),
-                        Entry::Empty | Entry::Leaf(_) => {
-                            debug_assert!(whole, "no leaf crosses the ends of an unmap");
-                            node.store(index, 0);
-                        }
-                    }
+                Entry::Child(_) => {
+                    node.unlink(index, pin);
                     node.count(-1);
                     emptied |= node.live() == 0;
+                }
+                Entry::Leaf(_) => {
+                    debug_assert!(whole, "no leaf crosses the ends of an unmap");
+                    emptied |= Self::clear_leaf(node, index);
                 }
             }
             if end == last {
@@ -335,13 +345,26 @@ impl Fill<'_> {
     fn range(&mut self, start: u64, last: u64, pin: &Pin) -> Result<(), TableFull> {
         // Down to the lowest node that has the whole range.
         let (mut node, mut shift) = (&*self.table.root, self.table.shift(self.table.top_level));
-        while shift > self.table.leaf_shift
-            && let Some(index) = part_of_slot(start, last, shift)
-        {
-            node = self.child(node, index, start, pin)?;
+        while shift > self.table.leaf_shift && is_part_of_slot(start, last, shift) {
+            node = self.child(node, slot(start, shift), start, pin)?;
             shift -= LEVEL_BITS;
         }
+        if shift == self.table.leaf_shift && last - start == (1 << shift) - 1 {
+            self.leaf(node, slot(start, shift), shift, pin);
+            return Ok(());
+        }
         self.node(node, shift, start, last, pin)
+    }
+
+    /// Writes a leaf.
+    #[inline(always)]
+    fn leaf(&mut self, node: &Node, index: usize, shift: u32, pin: &Pin) {
+        match node.entry(index, pin) {
+            Entry::Empty => node.count(1),
+            Entry::Child(_) => node.unlink(index, pin), // empty, and lingering
+            Entry::Leaf(_) => {}
+        }
+        node.store(index, self.source.take(1 << shift) | self.flags);
     }
 
     /// Maps `start` to `last`, which lie in `node`, to what the source has next.
@@ -352,12 +375,7 @@ impl Fill<'_> {
             let (index, end, whole) = first_slot(at, last, shift);
             if lowest || (whole && self.table.format.has_leaf(shift) && self.source.has_page(shift)) {
                 debug_assert!(whole, "a mapping is made of whole pages");
-                match node.entry(index, pin) {
-                    Entry::Empty => node.count(1),
-                    Entry::Child(_) => node.unlink(index, pin), // empty, and lingering
-                    Entry::Leaf(_) => {}
-                }
-                node.store(index, self.source.take(1 << shift) | self.flags);
+                self.leaf(node, index, shift, pin);
             } else {
                 let child = self.child(node, index, at, pin)?;
                 self.node(child, shift - LEVEL_BITS, at, end, pin)?;
@@ -409,11 +427,10 @@ const fn first_slot(start: u64, last: u64, shift: u32) -> (usize, u64, bool) {
     (slot(start, shift), end, end - start == mask)
 }
 
-/// The slot that has `start` to `last` and more.
+/// Whether one slot has `start` to `last` and more.
 #[inline(always)]
-const fn part_of_slot(start: u64, last: u64, shift: u32) -> Option<usize> {
-    let (index, end, whole) = first_slot(start, last, shift);
-    if end == last && !whole { Some(index) } else { None }
+const fn is_part_of_slot(start: u64, last: u64, shift: u32) -> bool {
+    (start ^ last) >> shift == 0 && last - start != (1 << shift) - 1
 }
 
 const fn flags(access: Access) -> u64 {

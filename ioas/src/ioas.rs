@@ -222,22 +222,24 @@ impl Ioas {
         limit: Limit,
         access: Access,
     ) -> Result<(), (usize, IoasError)> {
-        for (done, piece) in pieces.iter().enumerate() {
+        let mut done = 0;
+        pieces.try_each(|piece| {
             tables.runs.clear();
             piece.pages.fill(&self.store, piece.slice(), limit, &mut tables.runs).map_err(|error| (done, error))?;
+            done += 1;
             let overflow = IoasError::Overflow { start: at.0, length: piece.length };
-            let part = IovaRange::new(at, piece.length).map_err(|_| (done + 1, overflow))?;
+            let part = IovaRange::new(at, piece.length).map_err(|_| (done, overflow))?;
             let offset = piece.pages.address(piece.at) & (PAGE_SIZE - 1);
             if access.is_empty() {
-                return Err((done + 1, IoasError::NoDirection(part)));
+                return Err((done, IoasError::NoDirection(part)));
             }
             for entry in &tables.list {
                 let mapped = entry.table.map(part, &tables.runs, offset, access);
-                mapped.map_err(|full| (done + 1, full.into()))?;
+                mapped.map_err(|full| (done, full.into()))?;
             }
             at = Iova(part.last().0.wrapping_add(1));
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Takes `range` out of all tables; what was filled is released when the answer is dropped, without a lock.
@@ -304,13 +306,13 @@ impl Ioas {
         let Taken { areas, bytes, stopped } = self.map.lock().take(range, taking);
         let ranges = joined(&areas);
         for entry in &tables.list {
-            ranges.iter().for_each(|range| entry.table.unmap(*range));
+            ranges.each(|range| entry.table.unmap(*range));
         }
         let filled = !tables.list.is_empty();
         if self.readers.is_quiet() {
             drop(tables);
             if filled {
-                areas.iter().for_each(|(start, area)| area.pages.release(&self.store, area.slice(*start)));
+                areas.each(|(start, area)| area.pages.release(&self.store, area.slice(*start)));
             }
             return Leaving::done(bytes, stopped);
         }
@@ -741,7 +743,7 @@ fn windows_of<'a>(tables: impl Iterator<Item = &'a TableEntry>) -> Windows {
 #[inline(always)]
 fn joined(areas: &Several<(u64, Area)>) -> Several<IovaRange> {
     let mut ranges: Several<IovaRange> = Several::new();
-    for (start, area) in areas.iter() {
+    areas.each(|(start, area)| {
         let next = area.range(*start);
         match ranges.last_mut() {
             Some(last) if last.last().0 + 1 == *start => {
@@ -749,7 +751,7 @@ fn joined(areas: &Several<(u64, Area)>) -> Several<IovaRange> {
             }
             _ => ranges.push(next),
         }
-    }
+    });
     ranges
 }
 

@@ -200,7 +200,8 @@ impl IovaMap {
         choice: IovaChoice,
         access: Access,
     ) -> Result<IovaRange, IoasError> {
-        let length: u64 = pieces.iter().map(|piece| piece.length).sum();
+        let mut length = 0;
+        pieces.each(|piece| length += piece.length);
         let alignment = self.smallest_alignment();
         if length == 0 || length & (alignment - 1) != 0 {
             return Err(IoasError::BadLength { length, alignment });
@@ -212,7 +213,7 @@ impl IovaMap {
                 self.find_free(first, length)?
             }
         };
-        for piece in pieces.iter() {
+        pieces.try_each(|piece| {
             if access.contains(Access::WRITE) && !piece.pages.terms().rights.writable {
                 return Err(IoasError::ReadOnly);
             }
@@ -220,7 +221,8 @@ impl IovaMap {
             if address & (PAGE_SIZE - 1) & (self.alignment - 1) != 0 {
                 return Err(IoasError::Misaligned { address, alignment: self.alignment });
             }
-        }
+            Ok(())
+        })?;
         Ok(range(start, start + (length - 1)))
     }
 
@@ -337,7 +339,7 @@ impl IovaMap {
     #[inline(always)]
     pub(crate) fn insert(&mut self, start: Iova, pieces: Several<Piece>, access: Access) {
         let mut at = start.0;
-        pieces.for_each(|piece| {
+        pieces.into_each(|piece| {
             let last = at + (piece.length - 1);
             let area = Area { last, pages: piece.pages, at: piece.at, access, vaddr_valid: true, shut: false, pins: 0 };
             self.areas.insert(at, area);

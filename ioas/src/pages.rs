@@ -185,7 +185,7 @@ impl Pages {
         match fill {
             Fill::Empty if slice == self.all() => {
                 let held = self.hold(client, store, slice, limit)?;
-                runs.extend(held.iter().map(|held| held.run));
+                held.each(|held| runs.push(held.run));
                 *fill = match held.single() {
                     Some(&Held { run, charged }) => Fill::Whole { first: run.first, areas: 1, charged },
                     None => Fill::Parts(Box::new(segments_of(slice.first, &held))),
@@ -289,7 +289,7 @@ impl Pages {
                         by_page.insert(at, *run);
                         at += run.pages;
                     }
-                    held.for_each(|held| lent.held.push(held));
+                    held.into_each(|held| lent.held.push(held));
                 }
                 Err(error) => {
                     outcome = Err(error);

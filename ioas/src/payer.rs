@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::addr::{FrameRun, PAGE_SIZE};
 use crate::caller::{MmId, Uid};
 use crate::counts::CountMap;
+use crate::store::HeldRuns;
 
 /// How often a page is charged to one payer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,35 +78,32 @@ impl Account {
         Self { accounting, pages: 0, holders: CountMap::default(), limit: u64::MAX }
     }
 
-    /// Charges all of `runs`, or nothing. `limit` is in bytes; `enforce` is false for a payer that is counted without
-    /// limit.
+    /// Charges what of `held` is to be charged, or nothing. `limit` is in bytes; `enforce` is false for a payer that is
+    /// counted without limit.
     #[inline(always)]
-    pub(crate) fn charge(
-        &mut self,
-        runs: impl Iterator<Item = FrameRun> + Clone,
-        limit: u64,
-        enforce: bool,
-    ) -> Result<(), OverLimit> {
+    pub(crate) fn charge(&mut self, held: &HeldRuns, limit: u64, enforce: bool) -> Result<(), OverLimit> {
         self.limit = limit;
         let before = self.pages;
-        for run in runs.clone() {
+        held.each(|held| {
             let pages = &mut self.pages;
-            match self.accounting {
-                Accounting::Once => self.holders.add(run, |fresh| *pages += fresh.pages),
-                Accounting::Linux => *pages += run.pages,
+            match (held.charged, self.accounting) {
+                (true, Accounting::Once) => self.holders.add(held.run, |fresh| *pages += fresh.pages),
+                (true, Accounting::Linux) => *pages += held.run.pages,
+                (false, _) => {}
             }
-        }
+        });
         if enforce && self.pages > before && self.pages > limit / PAGE_SIZE {
-            let would = self.pages * PAGE_SIZE;
-            self.refund_all(runs);
-            return Err(OverLimit { would });
+            return Err(self.give_up(held));
         }
         Ok(())
     }
 
+    /// Takes a charge back that is too much.
     #[cold]
-    fn refund_all(&mut self, runs: impl Iterator<Item = FrameRun>) {
-        runs.for_each(|run| self.refund(run));
+    fn give_up(&mut self, held: &HeldRuns) -> OverLimit {
+        let would = self.pages * PAGE_SIZE;
+        held.iter().filter(|held| held.charged).for_each(|held| self.refund(held.run));
+        OverLimit { would }
     }
 
     /// Takes one charge of `run` back.
@@ -150,14 +148,19 @@ impl Account {
 mod tests {
     use super::*;
     use crate::addr::Frame;
+    use crate::store::Held;
 
     const RUN: FrameRun = FrameRun { first: Frame(8), pages: 4 };
+
+    fn held() -> HeldRuns {
+        HeldRuns::one(Held { run: RUN, charged: true })
+    }
 
     #[test]
     fn charge_twice_once_counts_once() {
         let mut account = Account::new(Accounting::Once);
-        account.charge([RUN].into_iter(), 4 * PAGE_SIZE, true).expect("fits");
-        account.charge([RUN].into_iter(), 4 * PAGE_SIZE, true).expect("already charged");
+        account.charge(&held(), 4 * PAGE_SIZE, true).expect("fits");
+        account.charge(&held(), 4 * PAGE_SIZE, true).expect("already charged");
         account.refund(RUN);
         assert_eq!(account.pages, 4);
         account.refund(RUN);
@@ -167,9 +170,9 @@ mod tests {
     #[test]
     fn charge_twice_as_linux_is_over_the_limit() {
         let mut account = Account::new(Accounting::Linux);
-        account.charge([RUN].into_iter(), 4 * PAGE_SIZE, true).expect("fits");
-        assert_eq!(account.charge([RUN].into_iter(), 4 * PAGE_SIZE, true), Err(OverLimit { would: 8 * PAGE_SIZE }));
-        account.charge([RUN].into_iter(), 4 * PAGE_SIZE, false).expect("not enforced");
+        account.charge(&held(), 4 * PAGE_SIZE, true).expect("fits");
+        assert_eq!(account.charge(&held(), 4 * PAGE_SIZE, true), Err(OverLimit { would: 8 * PAGE_SIZE }));
+        account.charge(&held(), 4 * PAGE_SIZE, false).expect("not enforced");
         assert_eq!(account.pages, 8);
     }
 }

@@ -9,18 +9,19 @@
 pub(crate) struct Several<T> {
     /// `None` only when there are none at all.
     first: Option<T>,
-    rest: Vec<T>,
+    #[expect(clippy::box_collection, reason = "one word to look at where there is nothing more")]
+    rest: Option<Box<Vec<T>>>,
 }
 
 impl<T> Several<T> {
     #[inline(always)]
     pub(crate) const fn new() -> Self {
-        Self { first: None, rest: Vec::new() }
+        Self { first: None, rest: None }
     }
 
     #[inline(always)]
     pub(crate) const fn one(entry: T) -> Self {
-        Self { first: Some(entry), rest: Vec::new() }
+        Self { first: Some(entry), rest: None }
     }
 
     #[inline(always)]
@@ -34,7 +35,7 @@ impl<T> Several<T> {
 
     #[cold]
     fn push_more(&mut self, entry: T) {
-        self.rest.push(entry);
+        self.rest.get_or_insert_default().push(entry);
     }
 
     #[inline(always)]
@@ -45,39 +46,67 @@ impl<T> Several<T> {
     /// The entry, if there is just one.
     #[inline(always)]
     pub(crate) fn single(&self) -> Option<&T> {
-        self.first.as_ref().filter(|_| self.rest.is_empty())
+        if self.rest.is_none() { self.first.as_ref() } else { None }
     }
 
     #[inline(always)]
     pub(crate) fn last_mut(&mut self) -> Option<&mut T> {
-        if self.rest.is_empty() { self.first.as_mut() } else { self.rest.last_mut() }
+        match &mut self.rest {
+            None => self.first.as_mut(),
+            Some(rest) => rest.last_mut(),
+        }
     }
 
-    #[inline(always)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> + Clone {
-        self.first.iter().chain(&self.rest)
+        self.first.iter().chain(self.rest.iter().flat_map(|rest| rest.iter()))
     }
 
     /// Calls `each` for the entries.
     #[inline(always)]
-    pub(crate) fn for_each(self, mut each: impl FnMut(T)) {
+    pub(crate) fn each(&self, mut each: impl FnMut(&T)) {
+        if let Some(first) = &self.first {
+            each(first);
+        }
+        if let Some(rest) = &self.rest {
+            rest.iter().for_each(each);
+        }
+    }
+
+    /// Calls `each` for the entries, until it fails.
+    #[inline(always)]
+    pub(crate) fn try_each<E>(&self, mut each: impl FnMut(&T) -> Result<(), E>) -> Result<(), E> {
+        if let Some(first) = &self.first {
+            each(first)?;
+        }
+        match &self.rest {
+            None => Ok(()),
+            Some(rest) => rest.iter().try_for_each(each),
+        }
+    }
+
+    /// Gives the entries to `each`.
+    #[inline(always)]
+    pub(crate) fn into_each(self, mut each: impl FnMut(T)) {
         if let Some(first) = self.first {
             each(first);
         }
-        if !self.rest.is_empty() {
-            self.rest.into_iter().for_each(each);
+        if let Some(rest) = self.rest {
+            rest.into_iter().for_each(each);
         }
     }
 
     pub(crate) fn into_vec(self) -> Vec<T> {
-        self.first.into_iter().chain(self.rest).collect()
+        let mut all = Vec::with_capacity(1);
+        self.into_each(|entry| all.push(entry));
+        all
     }
 }
 
 impl<T> FromIterator<T> for Several<T> {
     fn from_iter<I: IntoIterator<Item = T>>(entries: I) -> Self {
-        let mut entries = entries.into_iter();
-        Self { first: entries.next(), rest: entries.collect() }
+        let mut all = Self::new();
+        entries.into_iter().for_each(|entry| all.push(entry));
+        all
     }
 }
 
@@ -93,7 +122,8 @@ mod tests {
         assert_eq!(list.last_mut(), Some(&mut 3));
         assert!(list.iter().copied().eq(0..4));
         let mut seen = Vec::new();
-        list.clone().for_each(|entry| seen.push(entry));
+        list.each(|entry| seen.push(*entry));
+        assert_eq!(list.try_each(|entry| if *entry < 2 { Ok(()) } else { Err(*entry) }), Err(2));
         assert_eq!((seen, list.into_vec()), (vec![0, 1, 2, 3], vec![0, 1, 2, 3]));
         assert_eq!((5..6).collect::<Several<_>>().single(), Some(&5));
         assert_eq!(Several::<u8>::new().first(), None);

@@ -364,14 +364,14 @@ impl PageStore {
     ) -> Result<HeldRuns, IoasError> {
         let mut ended = AllEnded::new();
         let result = self.inner.lock().hold(self.space, self.accounting, wanted, bill, &mut ended);
-        ended.for_each(|extent| extent.end(self.space));
+        ended.into_each(|extent| extent.end(self.space));
         result
     }
 
     /// Charges what one payer is charged to another, or changes nothing.
     pub(crate) fn move_charge(&self, held: &[Held], from: PayerName, to: Bill) -> Result<(), IoasError> {
         let mut inner = self.inner.lock();
-        inner.charge(self.accounting, held.iter().copied(), to)?;
+        inner.charge(self.accounting, &held.iter().copied().collect(), to)?;
         inner.refund(from, held);
         Ok(())
     }
@@ -410,7 +410,7 @@ impl PageStore {
                 inner.refund(payer, held);
             }
         }
-        ended.for_each(|extent| extent.end(self.space));
+        ended.into_each(|extent| extent.end(self.space));
     }
 }
 
@@ -418,7 +418,7 @@ impl Drop for PageStore {
     fn drop(&mut self) {
         let mut ended = AllEnded::new();
         self.inner.lock().extents.end_all_resting(&mut ended, |_| true);
-        ended.for_each(|extent| extent.end(self.space));
+        ended.into_each(|extent| extent.end(self.space));
     }
 }
 
@@ -439,29 +439,31 @@ impl Inner {
         ended: &mut AllEnded,
     ) -> Result<HeldRuns, IoasError> {
         let mut all = HeldRuns::new();
-        let mut failure = None;
         for want in wanted {
             let Self { extents, held_pages, .. } = self;
             let keep = |run, fresh| {
                 *held_pages += fresh;
                 all.push(Held { run, charged: want.charged });
             };
-            let held = if failpoint::reached("store.hold") {
-                None
-            } else {
-                extents.hold(space, want.backing, (want.index, want.pages), ended, keep)
-            };
-            if held.is_none() {
-                failure = Some(IoasError::NoFrames { pages: want.pages });
-                break;
+            let failed = failpoint::reached("store.hold")
+                || extents.hold(space, want.backing, (want.index, want.pages), ended, keep).is_none();
+            if failed {
+                return Err(self.give_up(space, all, ended, IoasError::NoFrames { pages: want.pages }));
             }
         }
-        if let (None, Some(bill)) = (failure, bill) {
-            failure = self.charge(accounting, all.iter().copied(), bill).err();
+        if let Some(bill) = bill
+            && let Err(error) = self.charge(accounting, &all, bill)
+        {
+            return Err(self.give_up(space, all, ended, error));
         }
-        let Some(failure) = failure else { return Ok(all) };
-        all.iter().for_each(|held| self.release(space, held.run, ended));
-        Err(failure)
+        Ok(all)
+    }
+
+    /// Releases what was held in vain.
+    #[cold]
+    fn give_up(&mut self, space: &FrameSpace, held: HeldRuns, ended: &mut AllEnded, reason: IoasError) -> IoasError {
+        held.into_each(|held| self.release(space, held.run, ended));
+        reason
     }
 
     /// Who holds the pages of `wanted`, in order.
@@ -482,22 +484,18 @@ impl Inner {
     }
 
     #[inline(always)]
-    fn charge(
-        &mut self,
-        accounting: Accounting,
-        held: impl Iterator<Item = Held> + Clone,
-        bill: Bill,
-    ) -> Result<(), IoasError> {
-        let runs = held.filter(|held| held.charged).map(|held| held.run);
-        if runs.clone().next().is_none() {
+    fn charge(&mut self, accounting: Accounting, held: &HeldRuns, bill: Bill) -> Result<(), IoasError> {
+        let mut charged = false;
+        held.each(|held| charged |= held.charged);
+        if !charged {
             return Ok(());
         }
         if failpoint::reached("store.charge") {
             return Err(IoasError::Injected("store.charge"));
         }
         let charged = match self.accounts.get_mut(bill.payer) {
-            Some(account) => account.charge(runs, bill.limit, bill.enforced),
-            None => self.open_account(bill.payer, accounting).charge(runs, bill.limit, bill.enforced),
+            Some(account) => account.charge(held, bill.limit, bill.enforced),
+            None => self.open_account(bill.payer, accounting).charge(held, bill.limit, bill.enforced),
         };
         charged.map_err(|over| IoasError::Limit { payer: bill.payer, would: over.would, limit: bill.limit })
     }
