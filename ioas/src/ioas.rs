@@ -223,7 +223,7 @@ impl Ioas {
         access: Access,
     ) -> Result<(), (usize, IoasError)> {
         let mut done = 0;
-        pieces.try_each(|piece| {
+        for piece in pieces.iter() {
             tables.runs.clear();
             piece.pages.fill(&self.store, piece.slice(), limit, &mut tables.runs).map_err(|error| (done, error))?;
             done += 1;
@@ -238,8 +238,8 @@ impl Ioas {
                 mapped.map_err(|full| (done, full.into()))?;
             }
             at = Iova(part.last().0.wrapping_add(1));
-            Ok(())
-        })
+        }
+        Ok(())
     }
 
     /// Takes `range` out of all tables; what was filled is released when the answer is dropped, without a lock.
@@ -303,23 +303,29 @@ impl Ioas {
     #[inline(always)]
     fn start_taking(&self, range: IovaRange, taking: Taking) -> Leaving {
         let tables = self.tables.lock();
-        let Taken { areas, bytes, stopped } = self.map.lock().take(range, taking);
-        let ranges = joined(&areas);
+        let mut taken = Taken::default();
+        self.map.lock().take(range, taking, &mut taken);
+        let ranges = joined(&taken.areas);
         for entry in &tables.list {
-            ranges.each(|range| entry.table.unmap(*range));
+            for range in ranges.iter() {
+                entry.table.unmap(*range);
+            }
         }
         let filled = !tables.list.is_empty();
         if self.readers.is_quiet() {
             drop(tables);
             if filled {
-                areas.each(|(start, area)| area.pages.release(&self.store, area.slice(*start)));
+                for (start, area) in taken.areas.iter() {
+                    area.pages.release(&self.store, area.slice(*start));
+                }
             }
-            return Leaving::done(bytes, stopped);
+            return Leaving::done(taken.bytes, taken.stopped);
         }
         // Nobody maps there meanwhile: that takes `tables`.
         let ranges = ranges.into_vec();
         self.map.lock().leave(&ranges);
         drop(tables);
+        let Taken { areas, bytes, stopped } = taken;
         let release = |(start, area): (u64, Area)| Release { slice: area.slice(start), pages: area.pages };
         let releases = if filled { areas.into_vec().into_iter().map(release).collect() } else { Vec::new() };
         self.leaving(ranges, releases, bytes, stopped)
@@ -743,7 +749,7 @@ fn windows_of<'a>(tables: impl Iterator<Item = &'a TableEntry>) -> Windows {
 #[inline(always)]
 fn joined(areas: &Several<(u64, Area)>) -> Several<IovaRange> {
     let mut ranges: Several<IovaRange> = Several::new();
-    areas.each(|(start, area)| {
+    for (start, area) in areas.iter() {
         let next = area.range(*start);
         match ranges.last_mut() {
             Some(last) if last.last().0 + 1 == *start => {
@@ -751,7 +757,7 @@ fn joined(areas: &Several<(u64, Area)>) -> Several<IovaRange> {
             }
             _ => ranges.push(next),
         }
-    });
+    }
     ranges
 }
 

@@ -116,7 +116,7 @@ pub(crate) enum Taking {
 }
 
 /// Areas that have been taken out of the map.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Taken {
     /// With their first IOVAs, ascending.
     pub(crate) areas: Several<(u64, Area)>,
@@ -201,7 +201,9 @@ impl IovaMap {
         access: Access,
     ) -> Result<IovaRange, IoasError> {
         let mut length = 0;
-        pieces.each(|piece| length += piece.length);
+        for piece in pieces.iter() {
+            length += piece.length;
+        }
         let alignment = self.smallest_alignment();
         if length == 0 || length & (alignment - 1) != 0 {
             return Err(IoasError::BadLength { length, alignment });
@@ -213,7 +215,7 @@ impl IovaMap {
                 self.find_free(first, length)?
             }
         };
-        pieces.try_each(|piece| {
+        for piece in pieces.iter() {
             if access.contains(Access::WRITE) && !piece.pages.terms().rights.writable {
                 return Err(IoasError::ReadOnly);
             }
@@ -221,8 +223,7 @@ impl IovaMap {
             if address & (PAGE_SIZE - 1) & (self.alignment - 1) != 0 {
                 return Err(IoasError::Misaligned { address, alignment: self.alignment });
             }
-            Ok(())
-        })?;
+        }
         Ok(range(start, start + (length - 1)))
     }
 
@@ -418,29 +419,28 @@ impl IovaMap {
 
     /// Takes areas out of the map. Their IOVAs are free, unless [`Self::leave`] keeps them.
     #[inline(always)]
-    pub(crate) fn take(&mut self, wanted: IovaRange, taking: Taking) -> Taken {
+    pub(crate) fn take(&mut self, wanted: IovaRange, taking: Taking, taken: &mut Taken) {
         if taking == Taking::UntilCut
             && (!self.leaving.is_empty() || self.pins != 0)
-            && let Some(taken) = self.take_before_obstacle(wanted)
+            && self.take_before_obstacle(wanted, taken)
         {
-            return taken;
+            return;
         }
-        self.take_plain(wanted, taking)
+        self.take_plain(wanted, taking, taken);
     }
 
     #[inline(always)]
-    fn take_plain(&mut self, wanted: IovaRange, taking: Taking) -> Taken {
+    fn take_plain(&mut self, wanted: IovaRange, taking: Taking, taken: &mut Taken) {
         let (start, last) = (wanted.start().0, wanted.last().0);
-        let mut taken = Taken { areas: Several::new(), bytes: 0, stopped: None };
         let cut = |taken: &mut Taken, area| taken.stopped = Some(IoasError::Bisects { range: wanted, area });
         if taking == Taking::UntilCut
             && let Some((first, area)) = self.areas.last_before(start)
             && area.last >= start
         {
-            cut(&mut taken, area.range(first));
-            return taken;
+            cut(taken, area.range(first));
+            return;
         }
-        let Taken { areas, bytes, .. } = &mut taken;
+        let Taken { areas, bytes, .. } = &mut *taken;
         let mut keep = |start: u64, area: Area| {
             *bytes += area.last - start + 1;
             areas.push((start, area));
@@ -454,26 +454,27 @@ impl IovaMap {
             && let Some((first, area)) = self.areas.floor(last)
             && area.last >= start
         {
-            cut(&mut taken, area.range(first));
+            cut(taken, area.range(first));
         }
         self.mapped_bytes -= taken.bytes;
         if let Some((first, _)) = taken.areas.first() {
             self.note_free(*first);
         }
-        taken
     }
 
-    /// Takes what comes before an area that leaves, or that an access keeps.
+    /// Takes what comes before an area that leaves, or that an access keeps; false where there is none.
     #[cold]
-    fn take_before_obstacle(&mut self, wanted: IovaRange) -> Option<Taken> {
+    fn take_before_obstacle(&mut self, wanted: IovaRange, taken: &mut Taken) -> bool {
         if let Some(busy) = self.first_leaving(wanted) {
-            return Some(Taken { areas: Several::new(), bytes: 0, stopped: Some(IoasError::Busy(busy)) });
+            taken.stopped = Some(IoasError::Busy(busy));
+            return true;
         }
-        let (kept, reason) = self.first_kept(wanted)?;
-        let before = kept.start().0.checked_sub(1).filter(|before| *before >= wanted.start().0);
-        let taken = before.map(|before| self.take_plain(range(wanted.start().0, before), Taking::Inside));
-        let taken = taken.unwrap_or_else(|| Taken { areas: Several::new(), bytes: 0, stopped: None });
-        Some(Taken { stopped: Some(reason), ..taken })
+        let Some((kept, reason)) = self.first_kept(wanted) else { return false };
+        if let Some(before) = kept.start().0.checked_sub(1).filter(|before| *before >= wanted.start().0) {
+            self.take_plain(range(wanted.start().0, before), Taking::Inside, taken);
+        }
+        taken.stopped = Some(reason);
+        true
     }
 
     /// Keeps the IOVAs of areas that have been taken from being used again.

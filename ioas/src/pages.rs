@@ -185,7 +185,9 @@ impl Pages {
         match fill {
             Fill::Empty if slice == self.all() => {
                 let held = self.hold(client, store, slice, limit)?;
-                held.each(|held| runs.push(held.run));
+                for held in held.iter() {
+                    runs.push(held.run);
+                }
                 *fill = match held.single() {
                     Some(&Held { run, charged }) => Fill::Whole { first: run.first, areas: 1, charged },
                     None => Fill::Parts(Box::new(segments_of(slice.first, &held))),
@@ -289,7 +291,7 @@ impl Pages {
                         by_page.insert(at, *run);
                         at += run.pages;
                     }
-                    held.into_each(|held| lent.held.push(held));
+                    lent.held.extend(held.into_vec());
                 }
                 Err(error) => {
                     outcome = Err(error);

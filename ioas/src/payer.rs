@@ -84,14 +84,14 @@ impl Account {
     pub(crate) fn charge(&mut self, held: &HeldRuns, limit: u64, enforce: bool) -> Result<(), OverLimit> {
         self.limit = limit;
         let before = self.pages;
-        held.each(|held| {
+        for held in held.iter() {
             let pages = &mut self.pages;
             match (held.charged, self.accounting) {
                 (true, Accounting::Once) => self.holders.add(held.run, |fresh| *pages += fresh.pages),
                 (true, Accounting::Linux) => *pages += held.run.pages,
                 (false, _) => {}
             }
-        });
+        }
         if enforce && self.pages > before && self.pages > limit / PAGE_SIZE {
             return Err(self.give_up(held));
         }

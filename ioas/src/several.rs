@@ -5,7 +5,7 @@
 //! compiler cannot see through.)
 
 /// Entries in order.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Several<T> {
     /// `None` only when there are none at all.
     first: Option<T>,
@@ -57,31 +57,9 @@ impl<T> Several<T> {
         }
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> + Clone {
-        self.first.iter().chain(self.rest.iter().flat_map(|rest| rest.iter()))
-    }
-
-    /// Calls `each` for the entries.
     #[inline(always)]
-    pub(crate) fn each(&self, mut each: impl FnMut(&T)) {
-        if let Some(first) = &self.first {
-            each(first);
-        }
-        if let Some(rest) = &self.rest {
-            rest.iter().for_each(each);
-        }
-    }
-
-    /// Calls `each` for the entries, until it fails.
-    #[inline(always)]
-    pub(crate) fn try_each<E>(&self, mut each: impl FnMut(&T) -> Result<(), E>) -> Result<(), E> {
-        if let Some(first) = &self.first {
-            each(first)?;
-        }
-        match &self.rest {
-            None => Ok(()),
-            Some(rest) => rest.iter().try_for_each(each),
-        }
+    pub(crate) const fn iter(&self) -> Iter<'_, T> {
+        Iter { list: self, at: 0 }
     }
 
     /// Gives the entries to `each`.
@@ -99,6 +77,34 @@ impl<T> Several<T> {
         let mut all = Vec::with_capacity(1);
         self.into_each(|entry| all.push(entry));
         all
+    }
+}
+
+/// The entries of a list, seen.
+#[derive(Debug)]
+pub(crate) struct Iter<'a, T> {
+    list: &'a Several<T>,
+    at: usize,
+}
+
+impl<'a, T> Iterator for Iter<'a, T> {
+    type Item = &'a T;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<&'a T> {
+        let at = self.at;
+        self.at += 1;
+        match (at.checked_sub(1), &self.list.rest) {
+            (None, _) => self.list.first.as_ref(),
+            (Some(_), None) => None,
+            (Some(at), Some(rest)) => rest.get(at),
+        }
+    }
+}
+
+impl<T> Default for Several<T> {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -121,11 +127,12 @@ mod tests {
         assert_eq!((list.first(), list.single()), (Some(&0), None));
         assert_eq!(list.last_mut(), Some(&mut 3));
         assert!(list.iter().copied().eq(0..4));
-        let mut seen = Vec::new();
-        list.each(|entry| seen.push(*entry));
-        assert_eq!(list.try_each(|entry| if *entry < 2 { Ok(()) } else { Err(*entry) }), Err(2));
-        assert_eq!((seen, list.into_vec()), (vec![0, 1, 2, 3], vec![0, 1, 2, 3]));
-        assert_eq!((5..6).collect::<Several<_>>().single(), Some(&5));
-        assert_eq!(Several::<u8>::new().first(), None);
+        assert_eq!(list.into_vec(), [0, 1, 2, 3]);
+        let mut one: Several<_> = (5..6).collect();
+        assert_eq!((one.single(), one.iter().count()), (Some(&5), 1));
+        assert_eq!(one.last_mut(), Some(&mut 5));
+        let none = Several::<u8>::new();
+        assert_eq!((none.first(), none.iter().next()), (None, None));
+        assert_eq!(none.into_vec(), []);
     }
 }

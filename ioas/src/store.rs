@@ -485,9 +485,7 @@ impl Inner {
 
     #[inline(always)]
     fn charge(&mut self, accounting: Accounting, held: &HeldRuns, bill: Bill) -> Result<(), IoasError> {
-        let mut charged = false;
-        held.each(|held| charged |= held.charged);
-        if !charged {
+        if !held.iter().any(|held| held.charged) {
             return Ok(());
         }
         if failpoint::reached("store.charge") {
