@@ -6,8 +6,6 @@
 //! leaves of 4 KiB and again with 16 of 1 GiB, and with nothing dirty. A copy's is to follow the areas, so one of
 //! 16 GiB stands beside one of 1 GiB; and that no memory was touched shows in the sparse file, which stays empty.
 
-#[path = "sys/mapping.rs"]
-mod mapping;
 #[path = "support/tap.rs"]
 mod tap;
 
@@ -16,6 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bounds::Mapping;
 use cuse_frontend::files::NodeKind;
 use cuse_frontend::uapi::command;
 use cuse_frontend::uapi::iommufd::{
@@ -26,7 +25,6 @@ use cuse_frontend::uapi::vfio::{AttachIommufdPt, BindIommufd, nr as vfio};
 use cuse_frontend::{DeviceSpec, InProcess, Server, ServerOptions};
 use hwpt::{DeviceProperties, Format};
 use ioas::{Iova, IovaRange};
-use mapping::Mapping;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tap::Tap;
 use zerocopy::IntoBytes;

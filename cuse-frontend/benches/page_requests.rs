@@ -11,8 +11,6 @@
 mod adopt;
 #[path = "sys/ioctl.rs"]
 mod ioctl;
-#[path = "sys/mapping.rs"]
-mod mapping;
 #[path = "support/tap.rs"]
 mod tap;
 
@@ -25,6 +23,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bounds::Mapping;
 use cuse_frontend::launch::{self, Exit};
 use cuse_frontend::uapi::command;
 use cuse_frontend::uapi::iommufd::{
@@ -34,7 +33,6 @@ use cuse_frontend::uapi::vfio::{AttachIommufdPt, BindIommufd, nr as vfio};
 use cuse_frontend::{DeviceSpec, Server, ServerOptions};
 use hwpt::{DeviceProperties, Format};
 use ioas::Iova;
-use mapping::Mapping;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tap::Tap;

@@ -6,14 +6,11 @@
 //!
 //! What a leaf costs is measured by one mapping of a million pages, and taken off what a mapping costs.
 
-#[path = "sys/mapping.rs"]
-mod mapping;
-
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-use bounds::Counting;
+use bounds::{Counting, Mapping};
 use cuse_frontend::files::NodeKind;
 use cuse_frontend::uapi::command;
 use cuse_frontend::uapi::vfio::{DmaMap, DmaUnmap, map_flags, nr};
@@ -21,7 +18,6 @@ use cuse_frontend::{DeviceSpec, InProcess, Server, ServerOptions};
 use device_shim::probe::{Probe, command as probe, register, status};
 use hwpt::{DeviceProperties, Format};
 use ioas::{Iova, IovaRange};
-use mapping::Mapping;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use zerocopy::IntoBytes;
 

@@ -7,9 +7,6 @@
 #[path = "sys/ioctl.rs"]
 #[allow(unsafe_code)]
 mod ioctl;
-#[path = "sys/mapping.rs"]
-#[allow(unsafe_code)]
-mod mapping;
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -18,6 +15,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bounds::Mapping;
 use compat::{Personality, SpaprVersion};
 use cuse_frontend::files::NodeKind;
 use cuse_frontend::launch::{self, Exit};
@@ -27,7 +25,6 @@ use cuse_frontend::{DeviceSpec, InProcess, Server, ServerOptions};
 use device_shim::probe::Probe;
 use hwpt::DeviceProperties;
 use hwpt::spapr::WindowRules;
-use mapping::Mapping;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use zerocopy::IntoBytes;
 

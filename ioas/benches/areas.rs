@@ -3,44 +3,21 @@
 //! The table is one that notes nothing, so these are the costs of the IOVA map, the page store and the accounts alone;
 //! the benches of `hwpt` and of the op tables add theirs.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
-use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Instant;
 
+use bounds::{Counting, Mapping};
 use fake_client::{FakeClient, map_file, map_user, memfd};
 use ioas::table::{PageTable, TableFull};
 use ioas::{Access, Accounting, Frame, FrameRun, Ioas, Iova, IovaRange, PAGE_SIZE, PageStore};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use parking_lot::Mutex;
 
 const RW: Access = Access::READ.union(Access::WRITE);
 const GIB: u64 = 1 << 30;
 
-/// The system's allocator with a count of what is allocated.
-struct Counting;
-
-static ALLOCATED: AtomicI64 = AtomicI64::new(0);
-
-// SAFETY: hands every call on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATED.fetch_add(layout.size() as i64, Ordering::Relaxed);
-        // SAFETY: the caller's promise is the same.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        ALLOCATED.fetch_sub(layout.size() as i64, Ordering::Relaxed);
-        // SAFETY: the caller's promise is the same.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: Counting = Counting::new();
 
 /// A table that keeps the first run it was given and nothing else.
 #[derive(Default)]
@@ -121,13 +98,13 @@ fn many_areas() {
         let setup = Setup::new();
         let file = memfd(areas * PAGE_SIZE);
         setup.client.memory().add_shared(GIB, &file, 0, areas * PAGE_SIZE, true);
-        let before = ALLOCATED.load(Ordering::Relaxed);
+        let before = ALLOCATOR.allocated();
         let start = Instant::now();
         for area in 0..areas {
             let at = area * PAGE_SIZE;
             setup.ioas.map(&setup.client, map_user(GIB + at, at, PAGE_SIZE, RW)).expect("mapped");
         }
-        let bytes = (ALLOCATED.load(Ordering::Relaxed) - before) as f64 / areas as f64;
+        let bytes = (ALLOCATOR.allocated() - before) as f64 / areas as f64;
         setup.ioas.unmap(IovaRange::everything()).expect("unmapped");
         (start.elapsed().as_secs_f64() * 1e9 / areas as f64, bytes)
     };
@@ -142,11 +119,11 @@ fn many_areas() {
 fn large_map() {
     let setup = Setup::new();
     let file = memfd(16 * GIB);
-    let before = ALLOCATED.load(Ordering::Relaxed);
+    let before = ALLOCATOR.allocated();
     let start = Instant::now();
     setup.ioas.map(&setup.client, map_file(&file, 0, 0, 16 * GIB, RW)).expect("mapped");
     let time = start.elapsed().as_secs_f64() * 1e9;
-    let bytes = (ALLOCATED.load(Ordering::Relaxed) - before) as f64;
+    let bytes = (ALLOCATOR.allocated() - before) as f64;
     bounds::at_most("ioas: map 16 GiB of one memfd", time, None, 1e6);
     bounds::at_most_bytes("ioas: memory for 16 GiB of one memfd", bytes, 65536.0);
     let start = Instant::now();
@@ -162,46 +139,28 @@ fn bytes() {
         let file = memfd(span as u64);
         setup.ioas.map(&setup.client, map_file(&file, 0, 0, span as u64, RW)).expect("mapped");
         let frame = first_frame(&setup);
-        let size = NonZeroUsize::new(span).expect("a length");
-        let rights = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses.
-        let mapped = unsafe { mmap(None, size, rights, MapFlags::MAP_SHARED, &file, 0) }.expect("mapped");
-        let mapped = mapped.as_ptr().cast::<u8>();
+        let mapped = Mapping::new(&file, span);
         let mut data = vec![1_u8; length];
         setup.store.write(frame, 0, &data).expect("written");
         let rate = |time: f64| length as f64 / time * 1e9;
-        let [ours, peer] = medians(
+        let [ours, peer] = bounds::medians(
+            31,
             calls,
             [&mut || setup.store.write(frame, 0, black_box(&data)).expect("written"), &mut || {
-                // SAFETY: the mapping is as long as the data, and nothing refers to it.
-                unsafe { mapped.copy_from(black_box(data.as_ptr()), length) }
+                mapped.copy_in(black_box(&data));
             }],
         );
         bounds::at_least_ratio(&format!("ioas: store write of {length} bytes"), rate(ours), rate(peer), bound);
-        let to = data.as_mut_ptr();
-        let [ours, peer] = medians(
+        let mut other = data.clone();
+        let [ours, peer] = bounds::medians(
+            31,
             calls,
             [&mut || setup.store.read(frame, 0, black_box(&mut data)).expect("read"), &mut || {
-                // SAFETY: as above; the data is not borrowed now.
-                unsafe { mapped.copy_to(black_box(to), length) }
+                mapped.copy_out(black_box(&mut other));
             }],
         );
         bounds::at_least_ratio(&format!("ioas: store read of {length} bytes"), rate(ours), rate(peer), bound);
     }
-}
-
-/// Medians of both, taken in turns, so that what disturbs one disturbs the other.
-fn medians(calls: u32, mut operations: [&mut dyn FnMut(); 2]) -> [f64; 2] {
-    let mut times = [Vec::new(), Vec::new()];
-    for _ in 0..31 {
-        for (operation, times) in operations.iter_mut().zip(&mut times) {
-            times.push(bounds::median(1, calls, operation));
-        }
-    }
-    times.map(|mut times| {
-        times.sort_by(f64::total_cmp);
-        times[times.len() / 2]
-    })
 }
 
 fn first_frame(setup: &Setup) -> Frame {

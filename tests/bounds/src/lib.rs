@@ -1,4 +1,4 @@
-//! What the benches share: medians, and the line that `tools/bench` collects.
+//! What the benches share: medians, an allocator that counts, mappings, and the line that `tools/bench` collects.
 //!
 //! A bench is a program (`harness = false`) that measures ours and the peer in the same run and prints, for each bound
 //! that it is about, one line by [`at_most_ratio`], [`at_least_ratio`] or [`at_most`]. `tools/bench` runs the programs
@@ -14,7 +14,7 @@ mod sys;
 use std::hint::black_box;
 use std::time::Instant;
 
-pub use sys::Counting;
+pub use sys::{Counting, Mapping};
 
 /// The word that begins a line for `tools/bench`.
 pub const MARK: &str = "bound:";
@@ -37,6 +37,24 @@ pub fn median(rounds: usize, calls: u32, mut operation: impl FnMut()) -> f64 {
     let mut times: Vec<f64> = (0..rounds).map(|_| round()).collect();
     times.sort_by(f64::total_cmp);
     times[rounds / 2]
+}
+
+/// As [`median`], of ours and of the peer, taken in turns, so that what disturbs one disturbs the other.
+///
+/// # Panics
+/// When `rounds` or `calls` is 0.
+pub fn medians(rounds: usize, calls: u32, mut operations: [&mut dyn FnMut(); 2]) -> [f64; 2] {
+    assert!(rounds > 0 && calls > 0, "a median of nothing");
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..rounds {
+        for (operation, times) in operations.iter_mut().zip(&mut times) {
+            times.push(median(1, calls, operation));
+        }
+    }
+    times.map(|mut times| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    })
 }
 
 /// Ours must take at most `bound` times the peer's time. Both in nanoseconds.
