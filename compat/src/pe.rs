@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use hwpt::Freezing;
 use ioas::{Interrupt, Iova};
 use parking_lot::Mutex;
+use serde::Serialize;
 
 use crate::device::{Bdf, Region};
 use crate::error::VfioError;
@@ -54,7 +55,8 @@ pub enum PeOp {
 }
 
 /// What GET_STATE answers; the numbers are VFIO's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 #[repr(u32)]
 pub enum PeState {
     /// Everything gets through.
@@ -247,6 +249,7 @@ impl Pe {
                     return gates;
                 }
                 state.trap = None;
+                tracing::info!(group = self.group.id(), ?access, start, length, "an injected error freezes the PE");
                 gates | Gates::FROZEN
             });
             freezing.into_iter().for_each(Freezing::finish_behind);

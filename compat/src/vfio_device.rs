@@ -24,7 +24,7 @@ use crate::group::{Group, GroupFile};
 use crate::iommufd::{Bound, Iommufd, Ruler};
 use crate::irqs::Irqs;
 use crate::pci::{self, MsixTable};
-use crate::pe::Pe;
+use crate::pe::{Pe, PeState};
 use crate::vfio::{DeviceSpec, Vfio};
 
 /// A PASID has as many bits on PCI Express (Base 4.0, section 6.20).
@@ -73,6 +73,8 @@ pub struct DeviceSnapshot {
     pub group: u32,
     /// Somebody has it open.
     pub open: bool,
+    /// What gets through the PE of its group.
+    pub pe: PeState,
 }
 
 /// The unit of an ordinary device: it has as many bits of PASID as the device.
@@ -174,6 +176,7 @@ impl VfioDevice {
             kind: self.model.kind(),
             group: self.group_id,
             open: self.is_open(),
+            pe: self.pe.state(),
         }
     }
 

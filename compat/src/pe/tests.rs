@@ -82,6 +82,7 @@ impl World {
         self.inject(0, 0, 0);
         assert_eq!(self.load(Region::Bar0, 0), 0xff, "the access that meets the error fails");
         assert_eq!(self.state(), PeState::Stopped);
+        assert_eq!(self.device().device().snapshot().pe, PeState::Stopped, "as the status shows");
     }
 }
 

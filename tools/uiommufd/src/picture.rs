@@ -122,6 +122,7 @@ struct Device {
     kind: String,
     group: u32,
     open: bool,
+    pe: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -154,7 +155,11 @@ fn draw_server(out: &mut String, server: &Server) -> fmt::Result {
     writeln!(out, "server {}  over {}  {}", server.pid, or_dash(&server.transport), shortened(&server.command))?;
     for device in &server.devices {
         let open = if device.open { "open" } else { "closed" };
-        writeln!(out, "  device {}  {}  group {}  {open}", device.bdf, device.kind, device.group)?;
+        write!(out, "  device {}  {}  group {}  {open}", device.bdf, device.kind, device.group)?;
+        match device.pe.as_str() {
+            "" | "normal" => writeln!(out)?,
+            pe => writeln!(out, ", PE {pe}")?,
+        }
     }
     for ioas in &server.ioases {
         draw_ioas(out, ioas)?;
@@ -359,6 +364,8 @@ mod tests {
     fn picture_of_a_container_on_power_shows_its_windows_and_regions() {
         let answer = json!({
             "pid": 42,
+            "devices": [{"bdf": "0000:c1:00.0", "kind": "nvme", "group": 0, "open": true, "pe": "stopped-dma"},
+                        {"bdf": "0000:c2:00.0", "kind": "nvme", "group": 1, "open": true, "pe": "normal"}],
             "ioases": [{
                 "ranges": [["0x0", "0xffffffffffffffff"]],
                 "windows": [{"iova": "0x800000000000000", "last": "0x80000000fffffff", "page_shift": 16, "levels": 2,
@@ -368,6 +375,8 @@ mod tests {
         });
         let picture = draw(vec![answer]).expect("drawn");
         for part in [
+            "device 0000:c1:00.0  nvme  group 0  open, PE stopped-dma\n",
+            "device 0000:c2:00.0  nvme  group 1  open\n",
             "TCEs    0x0800000000000000 - 0x080000000fffffff  pages of 64 KiB, 2 levels, 4096 TCEs",
             "registered  user 0x7f0000000000 - 0x7f000fffffff  1 holder, 4096 TCEs",
         ] {
