@@ -4,7 +4,7 @@
 //! one before it: root and context tables ([`ContextTables`]) name the guest's *binding* of a device, in scalable mode
 //! by way of a PASID directory and a PASID table; the binding names paging structures, first-stage ([`FirstStage`],
 //! the CPU's format) or second-stage ([`SecondStage`], with read and write bits of their own), and those hold the
-//! leaves. All lie in guest memory, by guest-physical address, and are reached through [`GuestMemory`] only.
+//! leaves. All lie in guest memory, by guest-physical address, and are reached through [`crate::GuestMemory`] only.
 //!
 //! Two readers walk the paging structures. [`walk`] follows one address, for a DMA through a nested page table.
 //! [`Replay`] goes over all leaves of a range in order and joins those that continue each other, for a shadow address
