@@ -355,8 +355,7 @@ impl Spapr {
 }
 
 fn check_owner(owner: &Owner, caller: &dyn Caller) -> Result<(), VfioError> {
-    let caller = caller.memory_map().map(|memory| memory.id());
-    if caller == Ok(owner.memory.id()) { Ok(()) } else { Err(VfioError::OtherMemoryMap) }
+    if caller.memory_map_id() == Ok(owner.memory.id()) { Ok(()) } else { Err(VfioError::OtherMemoryMap) }
 }
 
 fn check_user_pages(vaddr: u64, size: u64) -> Result<(), VfioError> {

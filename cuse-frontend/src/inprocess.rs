@@ -303,6 +303,10 @@ impl Caller for InProcessCaller<'_> {
         Ok(Arc::clone(&self.front.memory) as Arc<dyn MemoryMap>)
     }
 
+    fn memory_map_id(&self) -> Result<MmId, MemoryError> {
+        Ok(self.front.memory.id())
+    }
+
     fn memlock_limit(&self) -> u64 {
         self.front.memory.limit().unwrap_or(0)
     }

@@ -164,6 +164,14 @@ pub trait Caller: Send + Sync {
     /// [`MemoryError::Denied`] or [`MemoryError::Gone`].
     fn memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError>;
 
+    /// The name of [`Self::memory_map`], for who needs no more than to know whose it is.
+    ///
+    /// # Errors
+    /// As [`Self::memory_map`].
+    fn memory_map_id(&self) -> Result<MmId, MemoryError> {
+        self.memory_map().map(|memory| memory.id())
+    }
+
     /// As [`Self::memory_map`], but not proved to be the caller's of now: where that proof costs a look at the client,
     /// this may be one that an exec has ended, which then answers [`MemoryError::Gone`] when it is asked for its
     /// layout. For a caller of this that is about to ask, and that can start again with [`Self::memory_map`].

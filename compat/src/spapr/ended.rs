@@ -15,25 +15,24 @@ use hwpt::spapr::View;
 use crate::error::VfioError;
 
 /// What TCEs that have gone have used. Dropping it waits for the readers and gives it back.
-pub(super) struct Ended {
-    ioas: Arc<Ioas>,
+pub(super) struct Ended<'a> {
+    ioas: &'a Arc<Ioas>,
     /// `None` where TCEs hold their pages for themselves.
-    registered: Option<Arc<RegisteredMemory>>,
+    registered: Option<&'a Arc<RegisteredMemory>>,
     /// The region of the TCE that went last, and how many before it used the same.
     current: Option<(Arc<Region>, u64)>,
     others: Vec<(Arc<Region>, u64)>,
     frames: Vec<FrameRun>,
 }
 
-impl Ended {
-    pub(super) fn new(ioas: &Arc<Ioas>, registered: Option<&Arc<RegisteredMemory>>) -> Self {
-        let (ioas, registered) = (Arc::clone(ioas), registered.cloned());
+impl<'a> Ended<'a> {
+    pub(super) const fn new(ioas: &'a Arc<Ioas>, registered: Option<&'a Arc<RegisteredMemory>>) -> Self {
         Self { ioas, registered, current: None, others: Vec::new(), frames: Vec::new() }
     }
 
-    /// A TCE of `page_size` bytes has gone; this was its view.
-    pub(super) fn add(&mut self, view: View, page_size: u64) {
-        let Some(registered) = &self.registered else {
+    /// A TCE of `page_size` bytes has gone; this was its view, and `likely` may be the region that it used.
+    pub(super) fn add(&mut self, view: View, page_size: u64, likely: Option<&Arc<Region>>) {
+        let Some(registered) = self.registered else {
             // Such a TCE says which frame it holds.
             self.frames.push(FrameRun { first: Frame(view.region), pages: 1 });
             return;
@@ -44,9 +43,10 @@ impl Ended {
             *uses += 1;
             return;
         }
-        let range = UserRange::new(view.user, page_size).ok();
+        let likely = likely.filter(|region| region.id() == view.region).cloned();
+        let found = || UserRange::new(view.user, page_size).ok().and_then(|range| registered.region_of(range));
         // It cannot have gone: this TCE used it.
-        let Some(region) = range.and_then(|range| registered.region_of(range)) else { return };
+        let Some(region) = likely.or_else(found) else { return };
         if let Some(before) = self.current.replace((region, 1)) {
             self.others.push(before);
         }
@@ -68,8 +68,15 @@ impl Ended {
         if self.complete(interrupt).is_ok() {
             return Ok(());
         }
-        // Where no thread can be had the work is done here after all, when `self` is dropped.
-        let _ = ioas::thread::spawn("tces-ended", move || drop(self));
+        let late = Late {
+            ioas: Arc::clone(self.ioas),
+            registered: self.registered.cloned(),
+            current: self.current.take(),
+            others: std::mem::take(&mut self.others),
+            frames: std::mem::take(&mut self.frames),
+        };
+        // Where no thread can be had the work is done here after all, when `late` is dropped.
+        let _ = ioas::thread::spawn("tces-ended", move || drop(late));
         Err(VfioError::Interrupted)
     }
 
@@ -84,7 +91,7 @@ impl Ended {
 
     /// Gives back what was used, where no DMA can be under way any more.
     fn release(&mut self) {
-        if let Some(registered) = &self.registered {
+        if let Some(registered) = self.registered {
             let regions = self.current.take().into_iter().chain(self.others.drain(..));
             regions.for_each(|(region, uses)| registered.end_uses(&region, uses));
         }
@@ -94,8 +101,29 @@ impl Ended {
     }
 }
 
-impl Drop for Ended {
+impl Drop for Ended<'_> {
     fn drop(&mut self) {
         let _ = self.complete(&Uninterruptible);
+    }
+}
+
+/// What an [`Ended`] leaves to a thread. Dropping it is the work.
+struct Late {
+    ioas: Arc<Ioas>,
+    registered: Option<Arc<RegisteredMemory>>,
+    current: Option<(Arc<Region>, u64)>,
+    others: Vec<(Arc<Region>, u64)>,
+    frames: Vec<FrameRun>,
+}
+
+impl Drop for Late {
+    fn drop(&mut self) {
+        drop(Ended {
+            ioas: &self.ioas,
+            registered: self.registered.as_ref(),
+            current: self.current.take(),
+            others: std::mem::take(&mut self.others),
+            frames: std::mem::take(&mut self.frames),
+        });
     }
 }

@@ -98,7 +98,7 @@ impl Spapr {
             SpaprVersion::V2 => fill_registered(owner, interrupt, (table, span), filling, &mut done, &mut ended),
         };
         if outcome.is_err() {
-            table.clear_range(first, done, &mut |_, view| ended.add(view, page_size));
+            table.clear_range(first, done, &mut |_, view| ended.add(view, page_size, None));
         }
         drop(state);
         let finished = ended.finish(interrupt);
@@ -136,13 +136,14 @@ impl Spapr {
             return Ok(TceAnswer::Refused(range));
         }
         let mut ended = self.ended(self.own(caller)?);
-        table.clear_range(first, count, &mut |_, view| ended.add(view, page_size));
+        let likely = state.filling.region.as_ref();
+        table.clear_range(first, count, &mut |_, view| ended.add(view, page_size, likely));
         drop(state);
         ended.finish(interrupt).map(|()| TceAnswer::Done)
     }
 
     /// For TCEs of this container that are about to go.
-    pub(super) fn ended(&self, owner: &Owner) -> Ended {
+    pub(super) fn ended<'a>(&'a self, owner: &'a Owner) -> Ended<'a> {
         Ended::new(&self.ioas, (self.version == SpaprVersion::V2).then_some(&owner.registered))
     }
 
@@ -153,7 +154,7 @@ impl Spapr {
         interrupt: &dyn Interrupt,
         (table, span): (&TceTable, Span),
         done: &mut u64,
-        ended: &mut Ended,
+        ended: &mut Ended<'_>,
     ) -> Result<(), VfioError> {
         let store = self.ioas.store();
         while *done < span.count {
@@ -172,7 +173,7 @@ impl Spapr {
                 let user = UserAddr(span.vaddr + (*done << PAGE_SHIFT));
                 let view = View { user, access: span.access, region: run.first.0 };
                 match table.put(span.first + *done, Tce { view, frames: &[run] }) {
-                    Ok(before) => before.into_iter().for_each(|view| ended.add(view, PAGE_SIZE)),
+                    Ok(before) => before.into_iter().for_each(|view| ended.add(view, PAGE_SIZE, None)),
                     Err(error) => {
                         store.unpin(std::iter::once(run).chain(frames));
                         return Err(error.into());
@@ -196,7 +197,7 @@ fn fill_registered(
     (table, span): (&TceTable, Span),
     filling: &mut Filling,
     done: &mut u64,
-    ended: &mut Ended,
+    ended: &mut Ended<'_>,
 ) -> Result<(), VfioError> {
     let (page_shift, page_size) = (table.shape().page_shift, table.shape().page_size());
     let Filling { region: kept, runs } = filling;
@@ -212,7 +213,7 @@ fn fill_registered(
         let view = View { user: range.start(), access: span.access, region: region.id() };
         match table.put(span.first + *done, Tce { view, frames: runs }) {
             Ok(None) => {}
-            Ok(Some(before)) => ended.add(before, page_size),
+            Ok(Some(before)) => ended.add(before, page_size, None),
             Err(error) => {
                 ended.add_unused(Arc::clone(region));
                 return Err(error.into());

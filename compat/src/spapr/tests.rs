@@ -11,7 +11,7 @@ use super::*;
 use crate::DirtyMode;
 use crate::container::{Container, MapDma, UnmapDma, UnmapFlags, extension};
 use crate::device_file::DeviceFile;
-use crate::errno::{EBUSY, EFAULT, EINVAL, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOTTY, ENXIO, EPERM};
+use crate::errno::{EBUSY, EFAULT, EINTR, EINVAL, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOTTY, ENXIO, EPERM};
 use crate::group::GroupFile;
 use crate::testing::{Client, MEMORY, MEMORY_BYTES, Machine, x86};
 use crate::vfio::Personality;
@@ -719,11 +719,20 @@ fn dma_sees_windows_come_and_go() {
 }
 
 #[test]
-fn map_of_a_killed_client_ends_early() {
+fn unmap_whose_caller_is_killed_is_finished_behind_it() {
     let world = v2();
-    assert_eq!(world.register(0, 1), 0);
+    assert_eq!((world.register(0, 4), world.map(0, 0, 4)), (0, 0));
+    let mut reader = world.container.ioas().expect("an IOMMU").readers().register();
+    let inside = reader.enter();
     world.client.killed.store(true, Ordering::Relaxed);
-    assert_eq!(world.ask(BOTH, MEMORY, 0, PAGE), 0, "a short one is done before anybody looks");
+    assert_eq!(world.unmap(0, 4), -EINTR);
+    assert_eq!((world.windows(), world.regions()), (vec![(0, 0)], vec![(1, 4)]), "a DMA may be under way to it");
+    assert_eq!(world.unregister(0, 4), EBUSY);
+    drop(inside);
+    while world.regions() != [(1, 0)] {
+        std::thread::yield_now();
+    }
+    assert_eq!(world.unregister(0, 4), 0);
 }
 
 #[test]

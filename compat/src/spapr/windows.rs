@@ -86,7 +86,7 @@ impl Spapr {
         let Some(owner) = self.owner.get() else { return };
         let mut ended = self.ended(owner);
         let page_size = table.shape().page_size();
-        table.clear_range(0, table.shape().entries(), &mut |_, view| ended.add(view, page_size));
+        table.clear_range(0, table.shape().entries(), &mut |_, view| ended.add(view, page_size, None));
         drop(ended);
     }
 

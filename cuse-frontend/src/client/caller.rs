@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 
 use ioas::UserAddr;
-use ioas::caller::{Caller, Capability, FdError, FileBacking, MemoryError, MemoryMap, Uid};
+use ioas::caller::{Caller, Capability, FdError, FileBacking, MemoryError, MemoryMap, MmId, Uid};
 
 use super::{Clients, Process, file, thread_group};
 use crate::files::{ClientCall, OpenFile};
@@ -98,6 +98,14 @@ impl Caller for ProcessCaller<'_> {
         }
         let process = self.clients.look_up(self.tid)?;
         Ok(Arc::clone(&process.memory) as Arc<dyn MemoryMap>)
+    }
+
+    fn memory_map_id(&self) -> Result<MmId, MemoryError> {
+        let process = self.process()?;
+        if process.memory.in_use() {
+            return Ok(process.memory.id());
+        }
+        Ok(self.clients.look_up(self.tid)?.memory.id())
     }
 
     fn likely_memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError> {
