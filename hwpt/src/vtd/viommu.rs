@@ -438,27 +438,7 @@ impl Shared {
         let before = space.counters();
         let Replayed { unmapped, troubles, stopped } = space.replay(&self.memory(), range, self.budget);
         nested.invalidate_each(&unmapped);
-        let after = space.counters();
-        tracing::debug!(
-            target: "uiommufd::replay",
-            domain = domain.0,
-            requester = source.map(|found| format!("{:#06x}", found.source)),
-            table = format_args!("{:#x}", space.stage().root()),
-            levels = space.stage().levels(),
-            first = format_args!("{:#x}", range.0),
-            last = format_args!("{:#x}", range.1),
-            tables_read = after.tables_read - before.tables_read,
-            pages_mapped = after.pages_mapped - before.pages_mapped,
-            pages_unmapped = after.pages_unmapped - before.pages_unmapped,
-            areas = after.areas,
-            "walked"
-        );
-        if tracing::enabled!(target: "uiommufd::replay", tracing::Level::TRACE) {
-            for area in space.areas().into_iter().filter(|area| area.first <= range.1 && area.last >= range.0) {
-                let ShadowArea { first, last, guest, access } = area.into();
-                tracing::trace!(target: "uiommufd::replay", domain = domain.0, first, last, guest, access, "area");
-            }
-        }
+        self.observe(domain, space, range, source, before);
         if let Some(stopped) = stopped {
             tracing::warn!(
                 domain = domain.0,
@@ -474,6 +454,47 @@ impl Shared {
                     access: Access::READ,
                     reason: trouble.reason,
                 });
+            }
+        }
+    }
+
+    /// Logs a walk and the areas that are in its range now, for who wants to see what the guest did.
+    fn observe(
+        &self,
+        domain: Domain,
+        space: &ShadowSpace,
+        (first, last): (u64, u64),
+        source: Option<Requester>,
+        before: ShadowCounters,
+    ) {
+        if !tracing::enabled!(target: "uiommufd::replay", tracing::Level::DEBUG) {
+            return;
+        }
+        let after = space.counters();
+        let device =
+            source.and_then(|found| self.host.device(found.source.into())).map(|device| device.name().to_string());
+        let (table, levels) = (format!("{:#x}", space.stage().root()), space.stage().levels());
+        tracing::debug!(
+            target: "uiommufd::replay",
+            device,
+            domain = domain.0,
+            table,
+            levels,
+            first = format_args!("{first:#x}"),
+            last = format_args!("{last:#x}"),
+            tables_read = after.tables_read - before.tables_read,
+            pages_mapped = after.pages_mapped - before.pages_mapped,
+            pages_unmapped = after.pages_unmapped - before.pages_unmapped,
+            areas = after.areas,
+            "walked"
+        );
+        if tracing::enabled!(target: "uiommufd::replay", tracing::Level::TRACE) {
+            for area in space.areas().into_iter().filter(|area| area.first <= last && area.last >= first) {
+                let ShadowArea { first, last, guest, access } = area.into();
+                tracing::trace!(
+                    target: "uiommufd::replay",
+                    device, domain = domain.0, table, levels, first, last, guest, access, "area"
+                );
             }
         }
     }

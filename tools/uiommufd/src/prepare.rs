@@ -4,6 +4,7 @@
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
+use std::io::IsTerminal;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
@@ -85,6 +86,7 @@ impl Prepared {
 fn start_log(level: &str) -> Result<()> {
     let filter = EnvFilter::try_new(level).map_err(|error| anyhow!("--log {level}: {error}"))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time();
+    let log = log.with_ansi(std::io::stderr().is_terminal());
     log.try_init().map_err(|error| anyhow!("the log cannot be started: {error}"))
 }
 
