@@ -294,7 +294,7 @@ impl OpenFile {
         match &self.file {
             File::Iommufd(context) => match self.server.added_row(cmd) {
                 Some(row) => row.answer(context, request),
-                None if ops::iommufd::has(cmd) => ops::iommufd::TABLE.answer(context, request),
+                None if self.server.has_iommufd_number(cmd) => ops::iommufd::TABLE.answer(context, request),
                 None => ops::container::OF_IOMMUFD.answer(context, request),
             },
             File::Container(container) if container.is_spapr() => ops::spapr::TABLE.answer(container, request),
@@ -313,7 +313,7 @@ impl OpenFile {
         match &self.file {
             File::Iommufd(_) => match self.server.added_row(cmd) {
                 Some(row) => row.name(),
-                None if ops::iommufd::has(cmd) => ops::iommufd::TABLE.name(cmd),
+                None if self.server.has_iommufd_number(cmd) => ops::iommufd::TABLE.name(cmd),
                 None => ops::container::OF_IOMMUFD.name(cmd),
             },
             File::Container(container) if container.is_spapr() => ops::spapr::TABLE.name(cmd),

@@ -24,7 +24,7 @@ pub use compat::DeviceSpec;
 use crate::error::OpError;
 use crate::files::{ClientCall, Errno, File, NodeKind, OpenFile, ReturnedFile};
 use crate::iommufd::{Context, WindowUnit};
-use crate::ops::OpRow;
+use crate::ops::{self, OpRow};
 use crate::status;
 
 /// What the operator chose for a whole server.
@@ -170,6 +170,11 @@ impl Server {
     /// The added row of an ioctl of `/dev/iommu`.
     pub(crate) fn added_row(&self, cmd: u32) -> Option<&OpRow> {
         self.added_rows.iter().find(|row| row.is_for(cmd))
+    }
+
+    /// Whether an ioctl's number lies among those that `/dev/iommu` has of its own; all others are VFIO's.
+    pub(crate) fn has_iommufd_number(&self, cmd: u32) -> bool {
+        ops::iommufd::numbers(&self.added_rows).contains(&(cmd as u8))
     }
 
     /// The devices and groups.

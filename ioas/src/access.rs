@@ -24,6 +24,7 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 
 use crate::addr::{FrameRun, Iova, IovaRange, PAGE_SIZE, RangeError};
+use crate::caller::MmId;
 use crate::error::IoasError;
 use crate::ioas::Ioas;
 
@@ -212,11 +213,22 @@ impl IoasAccess {
     ///
     /// # Errors
     /// EINVAL for no bytes and for an area that is being unmapped; EOVERFLOW; ENOENT when attached to nothing or not
-    /// all of it is mapped; EPERM without READ; EFAULT. The bytes before the area that failed have been copied.
+    /// all of it is mapped; EPERM without READ; EFAULT, also for private memory that the IOAS maps for writing and that
+    /// cannot be written, unless it is one page. The bytes before the area that failed have been copied.
     #[doc(alias = "iommufd_access_rw")]
     pub fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), IoasError> {
         let range = checked(iova, data.len() as u64)?;
-        self.attached()?.copy_out(range, data)
+        self.attached()?.copy_out(range, data, None)
+    }
+
+    /// As [`Self::read`], for a client that reads itself, with its memory map: what the IOAS maps of that very map is
+    /// read as the client reads it, so it need not be writable where the IOAS maps it for writing.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_for(&self, reader: MmId, iova: Iova, data: &mut [u8]) -> Result<(), IoasError> {
+        let range = checked(iova, data.len() as u64)?;
+        self.attached()?.copy_out(range, data, Some(reader))
     }
 
     /// Copies bytes into the IOAS, from any IOVA on.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT, PAGE_SIZE, UserAddr};
 use crate::backing::FileBacking;
-use crate::caller::FileKind;
+use crate::caller::{FileKind, MmId};
 use crate::client::Client;
 use crate::error::IoasError;
 use crate::payer::PayerName;
@@ -242,7 +242,7 @@ impl Pages {
 
     #[inline(always)]
     fn hold(&self, client: &Client, store: &PageStore, slice: Slice, limit: Limit) -> Result<HeldRuns, IoasError> {
-        self.hold_billed(client, store, (slice, limit), || self.bill(client, limit))
+        self.hold_billed(client, store, (slice, limit, self.terms.rights), || self.bill(client, limit))
     }
 
     /// Holds `slice`, and charges it to whom `bill` says after the memory has been found.
@@ -251,18 +251,17 @@ impl Pages {
         &self,
         client: &Client,
         store: &PageStore,
-        (slice, limit): (Slice, Limit),
+        (slice, limit, rights): (Slice, Limit, Rights),
         bill: impl FnOnce() -> Option<Bill>,
     ) -> Result<HeldRuns, IoasError> {
         let start = (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT);
-        let rights = self.terms.rights;
         match &self.file {
             Some(file) => {
                 let size = match limit {
                     Limit::Seen => file.seen_size(),
                     Limit::Now => file.size(),
                 };
-                let wanted = resolve::file_memory(file, size, start, slice.pages, rights)?;
+                let wanted = resolve::file_memory(file, size, start, slice.pages, self.terms.rights)?;
                 store.hold(iter::once(wanted), bill())
             }
             None => {
@@ -272,19 +271,29 @@ impl Pages {
         }
     }
 
-    /// The frames of `slice`: what is filled as it is, the rest held and not charged.
+    /// The frames of `slice`: what is filled as it is, the rest held and not charged. `reading` says that
+    /// they are only read, and which memory map reads if it is a client's: a single page, and what lies in that very map,
+    /// needs to be readable and no more then, whatever it is mapped for.
     ///
     /// # Errors
     /// EFAULT, EINVAL of a file, ENOMEM; nothing has changed.
-    pub(crate) fn lend(&self, store: &PageStore, slice: Slice) -> Result<Lent, IoasError> {
+    pub(crate) fn lend(
+        &self,
+        store: &PageStore,
+        slice: Slice,
+        reading: Option<Option<MmId>>,
+    ) -> Result<Lent, IoasError> {
         let mut filled = self.fill.lock();
         let Filled { client, fill } = &mut *filled;
+        let own = Some(client.memory.id());
+        let lenient = reading.is_some_and(|reader| slice.pages == 1 || reader == own);
+        let rights = Rights { writable: self.terms.rights.writable && !lenient, ..self.terms.rights };
         let parts = fill.make_parts(self.all().pages);
         let mut lent = Lent { runs: Vec::new(), held: Vec::new() };
         let mut by_page: BTreeMap<u64, FrameRun> = BTreeMap::new();
         let mut outcome = Ok(());
         for gap in gaps(parts, slice) {
-            match self.hold_billed(client, store, (gap, Limit::Now), || None) {
+            match self.hold_billed(client, store, (gap, Limit::Now, rights), || None) {
                 Ok(held) => {
                     let mut at = gap.first;
                     for Held { run, .. } in held.iter() {

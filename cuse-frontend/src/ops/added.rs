@@ -50,6 +50,10 @@ impl OpRow {
         Self { returns_file: true, ..self }
     }
 
+    pub(crate) fn number(&self) -> u8 {
+        self.nr
+    }
+
     pub(crate) fn is_for(&self, cmd: u32) -> bool {
         command(self.nr) == cmd
     }

@@ -264,11 +264,8 @@ fn iommufd_caps<F: ContainerFile>(call: &Call<'_, F>, info: &mut Type1Info, chai
     info.flags |= info_flags::CAPS;
     let place = size_of::<Type1Info>();
     let needed = place + chain.length();
-    let image = chain.image(place);
-    let room = (info.argsz as usize).saturating_sub(place);
-    // Linux leaves the padding as the client had it.
-    for (part, padding) in chain.parts().zip(chain.paddings()).filter(|(part, _)| part.end <= room) {
-        call.write((place + part.start) as u64, &image[part.start..part.end - padding])?;
+    for (at, bytes) in chain.pieces(place, info.argsz as usize) {
+        call.write(at as u64, &bytes)?;
     }
     if info.argsz as usize >= needed {
         info.cap_offset = place as u32;

@@ -5,13 +5,14 @@
 //! Sources: drivers/iommu/iommufd/main.c, ioas.c, hw_pagetable.c, vfio_compat.c.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use ioas::caller::Capability;
 use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Argument, Call, Op, OpResult, Table, done, objects};
+use super::{Argument, Call, Op, OpResult, OpRow, Table, done, objects};
 use crate::error::OpError;
 use crate::files::ClientCall;
 use crate::iommufd::Context;
@@ -101,17 +102,14 @@ pub(crate) static TABLE: Table<Arc<Context>, SLOTS> = Table::new(
     ],
 );
 
-/// Whether a command's number lies in the table; all others are VFIO's.
-pub(crate) fn has(cmd: u32) -> bool {
-    (nr::BASE..=nr::LAST).contains(&(cmd as u8))
+/// The numbers of commands that lie in Linux's table, whose last row may be an added one; all others are VFIO's.
+pub(crate) fn numbers(added: &[OpRow]) -> RangeInclusive<u8> {
+    nr::BASE..=added.iter().map(OpRow::number).fold(nr::LAST, u8::max)
 }
 
 /// Linux reads the size word of any command whose number lies in its table.
-fn size_is_readable(_: &Arc<Context>, caller: &dyn ClientCall, cmd: u32, arg: u64) -> Result<(), OpError> {
-    if has(cmd) {
-        caller.read(UserAddr(arg), &mut [0; 4])?;
-    }
-    Ok(())
+fn size_is_readable(_: &Arc<Context>, caller: &dyn ClientCall, _cmd: u32, arg: u64) -> Result<(), OpError> {
+    Ok(caller.read(UserAddr(arg), &mut [0; 4])?)
 }
 
 pub(super) fn none_of(field: &'static str, bits: impl Into<u64>) -> Result<(), OpError> {

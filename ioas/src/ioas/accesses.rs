@@ -10,6 +10,7 @@ use std::sync::{Arc, Weak};
 use super::{Ioas, Tables, alignment_of, windows_of};
 use crate::access::{AccessMode, IoasAccess};
 use crate::addr::{Access, FrameRun, IovaRange, PAGE_SIZE, UserAddr};
+use crate::caller::MmId;
 use crate::error::{FaultReason, IoasError};
 use crate::failpoint;
 use crate::iova_map::{Span, Taking};
@@ -74,7 +75,7 @@ impl Ioas {
         let mut filled = Vec::new();
         let mut outcome = if complete { Ok(()) } else { Err(IoasError::NotMapped(range)) };
         for span in &spans {
-            let pinned = check_span(span, mode).and_then(|()| check_aligned(span, range)).and_then(|()| {
+            let pinned = check_aligned(span, range).and_then(|()| check_span(span, mode)).and_then(|()| {
                 check_pages(span, mode)?;
                 span.area.pages.fill(&self.store, span.slice(), Limit::Now, &mut runs)
             });
@@ -128,16 +129,16 @@ impl Ioas {
         accesses.iter().for_each(|access| access.call_out(range));
     }
 
-    /// Copies the bytes at `range` into `data`, which is as long.
-    pub(crate) fn copy_out(&self, range: IovaRange, data: &mut [u8]) -> Result<(), IoasError> {
-        self.copy(range, AccessMode::Read, |ioas, frame, offset, bytes| {
+    /// Copies the bytes at `range` into `data`, which is as long, for `reader` if a memory map of a client reads.
+    pub(crate) fn copy_out(&self, range: IovaRange, data: &mut [u8], reader: Option<MmId>) -> Result<(), IoasError> {
+        self.copy(range, AccessMode::Read, reader, |ioas, frame, offset, bytes| {
             ioas.store.read(frame.first, offset, &mut data[bytes])
         })
     }
 
     /// Copies `data` to the bytes at `range`, which is as long.
     pub(crate) fn copy_in(&self, range: IovaRange, data: &[u8]) -> Result<(), IoasError> {
-        self.copy(range, AccessMode::Write, |ioas, frame, offset, bytes| {
+        self.copy(range, AccessMode::Write, None, |ioas, frame, offset, bytes| {
             ioas.store.write(frame.first, offset, &data[bytes])
         })
     }
@@ -146,12 +147,13 @@ impl Ioas {
         &self,
         range: IovaRange,
         mode: AccessMode,
+        reader: Option<MmId>,
         mut each: impl FnMut(&Self, FrameRun, u64, Range<usize>) -> Result<(), StoreError>,
     ) -> Result<(), IoasError> {
-        let mut reader = self.readers.register();
+        let mut registered = self.readers.register();
         let tables = self.tables.lock();
-        let (parts, outcome) = self.parts(range, mode);
-        let inside = reader.enter();
+        let (parts, outcome) = self.parts(range, mode, reader);
+        let inside = registered.enter();
         drop(tables);
         let copied = parts.iter().try_for_each(|part| {
             let fault = |error| IoasError::Fault { address: part.address, reason: FaultReason::Store(error) };
@@ -171,14 +173,15 @@ impl Ioas {
     }
 
     /// The places of the bytes of `range`, up to the first area that refuses, and why it does.
-    fn parts(&self, range: IovaRange, mode: AccessMode) -> (Vec<Part>, Result<(), IoasError>) {
+    fn parts(&self, range: IovaRange, mode: AccessMode, reader: Option<MmId>) -> (Vec<Part>, Result<(), IoasError>) {
         let (spans, complete) = self.map.lock().spans(range);
+        let reading = (mode == AccessMode::Read).then_some(reader);
         let mut parts = Vec::with_capacity(spans.len());
         let mut done = 0;
         for span in &spans {
             let lent = check_span(span, mode)
                 .and_then(|()| check_pages(span, mode))
-                .and_then(|()| span.area.pages.lend(&self.store, span.slice()));
+                .and_then(|()| span.area.pages.lend(&self.store, span.slice(), reading));
             let lent = match lent {
                 Ok(lent) => lent,
                 Err(error) => return (parts, Err(error)),

@@ -2,10 +2,13 @@
 
 use std::sync::{Arc, Mutex, Weak};
 
+use ioas::caller::Caller;
 use ioas::{
     Access, AccessKind, AccessMode, AccessUser, FrameRun, Ioas, IoasAccess, IoasError, Iova, IovaRange, PAGE_SIZE,
     Source, errno, failpoint,
 };
+
+use nix::sys::mman::{MapFlags, ProtFlags};
 
 use crate::kinds::{Bench, RW, request, user};
 use crate::process::{memfd, named};
@@ -78,6 +81,36 @@ fn pin_holds_and_charges_its_pages_until_the_unpin() {
     assert_eq!(byte, [7]);
     assert!(access.unpin(Iova(0x11000), 2 * PAGE_SIZE));
     assert!(!access.unpin(Iova(0x11000), 2 * PAGE_SIZE));
+    bench.assert_empty();
+}
+
+#[test]
+fn pin_from_inside_a_page_is_einval_before_it_is_eperm() {
+    let (bench, memory) = (Bench::without_table(), Mapping::private(2));
+    bench.map(user(memory.address(), 2, 0x10000, Access::READ)).expect("mapped");
+    let (access, _user) = holder(false);
+    access.attach(&bench.ioas).expect("aligned");
+    let pin = |iova| access.pin(Iova(iova), PAGE_SIZE, AccessMode::Write).map_err(|error| error.errno());
+    assert_eq!(pin(0x10800), Err(errno::EINVAL));
+    assert_eq!(pin(0x10000), Err(errno::EPERM));
+}
+
+#[test]
+fn copy_for_the_process_itself_reads_what_it_may_not_write() {
+    let bench = Bench::without_table();
+    let memory = Mapping::anonymous(4, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE);
+    bench.map(user(memory.address(), 4, 0x10000, RW)).expect("mapped");
+    let (access, _user) = holder(false);
+    access.attach(&bench.ioas).expect("aligned");
+    let own = bench.client.memory_map().expect("alive").id();
+    let (mut bytes, across) = ([7; 2], Iova(0x10fff));
+    access.read_for(own, across, &mut bytes).expect("readable");
+    assert_eq!(bytes, [0; 2]);
+    access.read(Iova(0x11000), &mut bytes).expect("one page");
+    let other = ioas::caller::MmId(own.0 + 1);
+    for refused in [access.read_for(other, across, &mut bytes), access.read(across, &mut bytes)] {
+        assert_eq!(refused.map_err(|error| error.errno()), Err(errno::EFAULT));
+    }
     bench.assert_empty();
 }
 

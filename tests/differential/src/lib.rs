@@ -14,6 +14,7 @@
 
 #![deny(unsafe_code)]
 
+mod believe;
 pub mod generate;
 pub mod peer;
 pub mod play;

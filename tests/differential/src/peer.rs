@@ -1,15 +1,27 @@
 //! The two who are asked: our nodes, and the real kernel in the reference VM.
 //!
 //! Both run the same static `differential-client`. One start of a peer answers many sequences, because a VM takes
-//! seconds to boot.
+//! seconds to boot. Our server is looked at when all are played, before the client ends: nothing may be held any more,
+//! no memory, object or open file. A peer that says nothing for minutes hangs, and is killed.
 
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use crate::text::Step;
+
+/// How long a peer may take for one sequence, or to boot.
+const PATIENCE: Duration = Duration::from_mins(5);
+/// How long after a client's end our server may take to let go of all.
+const RELEASE: Duration = Duration::from_secs(30);
+/// What the client prints when it has played all, and waits.
+pub const PLAYED: &str = "# played";
 
 /// One who can be asked.
 #[derive(Debug, Clone)]
@@ -62,7 +74,7 @@ impl Peer {
                 if *mock {
                     command.arg("--selftest");
                 }
-                command.arg("--");
+                command.arg("--").arg(client).arg("wait");
                 command
             }
             Self::Linux(vm) => {
@@ -70,14 +82,90 @@ impl Peer {
                 if let Some(files) = files {
                     command.env("EXTRA", files);
                 }
-                command.env("VM_SECONDS", "3600");
+                command.env("VM_SECONDS", "7200").arg(client);
                 command
             }
         };
-        let output = command.arg(client).args(words).output().with_context(|| format!("{self:?}"))?;
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{self:?}: {}\n{stderr}", output.status);
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        command.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Running::start(&mut command).with_context(|| format!("{self:?}"))?.text(self)
+    }
+
+    /// Whether nothing is held, if this peer can say.
+    fn leak(&self, pid: u32) -> Result<Option<Value>> {
+        let Self::Ours { uiommufd, .. } = self else { return Ok(None) };
+        let begun = std::time::Instant::now();
+        loop {
+            let output = Command::new(uiommufd).args(["status", "--json", "--pid", &pid.to_string()]).output()?;
+            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            let servers: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+            let status = servers.into_iter().next().context("no server in the answer")?;
+            if e2e::server::is_empty(&status) {
+                return Ok(None);
+            }
+            if begun.elapsed() > RELEASE {
+                return Ok(Some(status));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// A peer at work. Killed when dropped before its end.
+struct Running {
+    child: Child,
+    lines: Receiver<String>,
+    complaints: std::thread::JoinHandle<String>,
+}
+
+impl Running {
+    fn start(command: &mut Command) -> Result<Self> {
+        let mut child = command.spawn()?;
+        let stdout = child.stdout.take().context("stdout is piped")?;
+        let mut stderr = child.stderr.take().context("stderr is piped")?;
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let complaints = std::thread::spawn(move || {
+            let mut text = Vec::new();
+            let _ = stderr.read_to_end(&mut text);
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        Ok(Self { child, lines, complaints })
+    }
+
+    /// All that it prints, up to its good end.
+    fn text(mut self, peer: &Peer) -> Result<String> {
+        let mut text = String::new();
+        let mut leak = None;
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) if line == PLAYED => {
+                    leak = peer.leak(self.child.id())?;
+                    let _ = self.child.stdin.take().map(|mut stdin| stdin.write_all(b"\n"));
+                }
+                Ok(line) => {
+                    text.push_str(&line);
+                    text.push('\n');
+                }
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
+                    let _ = self.child.kill();
+                    bail!("{peer:?} hangs after: {}", text.lines().last().unwrap_or_default());
+                }
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        let status = self.child.wait()?;
+        let complaints = self.complaints.join().unwrap_or_default();
+        ensure!(status.success(), "{peer:?}: {status}\n{complaints}");
+        if let Some(leak) = leak {
+            bail!("{peer:?} still holds: {leak:#}");
+        }
+        Ok(text)
     }
 }
 

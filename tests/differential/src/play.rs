@@ -1,29 +1,29 @@
 //! The player: does the steps of a sequence and writes down the answers.
 //!
 //! Each sequence gets a process of its own, whose memory and descriptors lie at the same places on every machine:
-//! the argument and its data in two shared pages (a child's answers are seen by the parent) that end at a hole, a
-//! read-only page beside it, and memory to map. It has no capability that an answer hangs on. Only one step is under way at any time, whoever does it: the main
-//! thread waits for the thread or the child.
+//! arguments and data in two shared pages (a child's answers are seen by the parent) that end at a hole, a read-only
+//! page beside it, and memory to map, full of numbers. It has no capability that an answer hangs on, and to our server
+//! it is not root. Only one step is under way at any time, whoever does it: the main thread waits for the thread or
+//! the child. The two ioctls of a step that has two start together and have places of their own in the pages.
 
+use std::cell::RefCell;
 use std::fmt::Write;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, RawFd};
+use std::sync::Barrier;
 
 use conformance::way::{Node, Syscalls, Way};
 use conformance::{Mapping, Memory, in_child};
 use nix::errno::Errno;
 use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 
 use crate::sys;
-use crate::text::{Action, Step, Who, Words};
+use crate::text::{Action, File, Ioctl, Step, Who, Words};
 
-/// How many files a sequence has.
-pub const FILES: usize = 4;
-/// The descriptor number of the first file.
-pub const FILE_BASE: RawFd = 100;
 /// The descriptor number of a memfd of 256 KiB.
 pub const MEMFD: RawFd = 200;
 /// The descriptor number of `/dev/null`.
@@ -35,12 +35,16 @@ const SHARED: u64 = 0x10_0000_0000;
 pub const ARGUMENT: u64 = SHARED + 0x100;
 /// Where data lies.
 pub const DATA: u64 = SHARED + PAGE;
+/// How far behind [`ARGUMENT`] and [`DATA`] those of the second of two ioctls lie.
+pub const BESIDE: u64 = 0x800;
 /// Where the shared pages end: nothing is mapped from here.
 pub const HOLE: u64 = SHARED + 2 * PAGE;
 /// A page that cannot be written.
 pub const READ_ONLY: u64 = SHARED + 4 * PAGE;
 /// Where a child leaves its answer.
 const ANSWER: u64 = SHARED + 8 * PAGE;
+/// Where memory of a file is mapped.
+const WINDOW: u64 = SHARED + 16 * PAGE;
 /// Memory to map: 1 MiB private, 64 KiB read-only, a hole, and 2 MiB from its start the memfd.
 pub const USER: u64 = 0x10_1000_0000;
 
@@ -48,6 +52,8 @@ pub const USER: u64 = 0x10_1000_0000;
 const LOCKABLE: u64 = 8 << 20;
 /// How many bytes beyond what was given are looked at too.
 const BEYOND: u64 = 32;
+/// How many bytes of the second place are looked at.
+const DATA_LENGTH: u64 = 128;
 /// What lies there before.
 const FILLING: u8 = 0x55;
 
@@ -71,6 +77,8 @@ struct Player {
     answer: Memory,
     /// Kept mapped; nothing else is done with it.
     _user: [Memory; 3],
+    /// What a step has mapped.
+    window: RefCell<Option<Memory>>,
 }
 
 impl Player {
@@ -84,15 +92,16 @@ impl Player {
         };
         const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
         let file = Mapping { flags: libc::MAP_SHARED, protection: RW, file: Some((memfd.as_fd(), 0)) };
+        let writable =
+            [anonymous(USER, 0x10_0000, libc::MAP_PRIVATE, RW)?, Memory::at(USER + 0x20_0000, 0x4_0000, file)?];
+        writable.iter().for_each(fill);
+        let [private, shared_file] = writable;
         let player = Self {
             shared: anonymous(SHARED, 2 * PAGE, libc::MAP_SHARED, RW)?,
             read_only: anonymous(READ_ONLY, PAGE, libc::MAP_SHARED, libc::PROT_READ)?,
             answer: anonymous(ANSWER, PAGE, libc::MAP_SHARED, RW)?,
-            _user: [
-                anonymous(USER, 0x10_0000, libc::MAP_PRIVATE, RW)?,
-                anonymous(USER + 0x10_0000, 0x1_0000, libc::MAP_PRIVATE, libc::PROT_READ)?,
-                Memory::at(USER + 0x20_0000, 0x4_0000, file)?,
-            ],
+            _user: [private, anonymous(USER + 0x10_0000, 0x1_0000, libc::MAP_PRIVATE, libc::PROT_READ)?, shared_file],
+            window: RefCell::default(),
         };
         sys::move_to(memfd.into_raw_fd(), MEMFD)?;
         let null = std::fs::File::open("/dev/null").map_err(|_| Errno::last())?;
@@ -110,34 +119,91 @@ impl Player {
 
     fn step(&self, step: &Step) -> String {
         match &step.action {
-            Action::Open(file) => answer(self.open(*file)),
+            Action::Open(file) => answer(open(*file)),
             Action::Close(file) => {
-                sys::close(number(*file));
+                sys::close(file.0);
+                settle(*file);
                 "0".to_owned()
             }
-            Action::Send(from, to) => answer(send(number(*from), number(*to))),
-            Action::Ioctl { file, request, argument, data } => {
-                self.put(argument, argument.words.len() as u64 * 4 + BEYOND);
-                if let Some(data) = data {
-                    self.put(data, 128);
-                }
-                let mut text = answer(self.ask(step.who, number(*file), *request, argument.address));
-                self.changes(&mut text, "", argument, argument.words.len() as u64 * 4 + BEYOND);
-                if let Some(data) = data {
-                    self.changes(&mut text, "data", data, 128);
-                }
+            Action::Send(from, to) => answer(send(from.0, to.0)),
+            Action::Ioctl(ioctl) => {
+                self.lay(ioctl);
+                let result = self.by(step.who, || ask(ioctl));
+                self.told(ioctl, result)
+            }
+            Action::Both(both) => self.both(both),
+            Action::Read(file, length, address) => {
+                let words = Words { address: *address, words: Vec::new() };
+                self.put(&words, u64::from(*length) + BEYOND);
+                let mut text = answer(self.by(step.who, || sys::read(file.0, *address, *length)));
+                self.changes(&mut text, "", &words, u64::from(*length) + BEYOND);
                 text
+            }
+            Action::Write(file, words) => {
+                let length = words.words.len() as u32 * 4;
+                self.put(words, u64::from(length));
+                answer(self.by(step.who, || sys::write(file.0, words.address, length)))
+            }
+            Action::Poll(file) => answer(self.by(step.who, || events(*file))),
+            Action::Map(file, offset, length) => self.map(*file, *offset, *length),
+            Action::Unmap => {
+                *self.window.borrow_mut() = None;
+                "0".to_owned()
             }
         }
     }
 
-    fn open(&self, file: usize) -> Result<i32, Errno> {
-        sys::move_to(Syscalls.open(Node::Iommufd)?, number(file))?;
-        Ok(0)
+    /// Two ioctls at once: the second by another thread.
+    fn both(&self, both: &[Ioctl; 2]) -> String {
+        both.iter().for_each(|ioctl| self.lay(ioctl));
+        let start = Barrier::new(2);
+        let together = |ioctl| {
+            start.wait();
+            ask(ioctl)
+        };
+        let results = std::thread::scope(|scope| {
+            let other = scope.spawn(|| together(&both[1]));
+            [together(&both[0]), other.join().unwrap_or(Err(Errno::EIO))]
+        });
+        let [one, other] = results;
+        format!("{} & {}", self.told(&both[0], one), self.told(&both[1], other))
     }
 
-    fn ask(&self, who: Who, file: RawFd, request: u32, argument: u64) -> Result<i32, Errno> {
-        let ask = || Syscalls.ioctl(file, request, argument);
+    /// Puts an ioctl's argument and data in place.
+    fn lay(&self, ioctl: &Ioctl) {
+        self.put(&ioctl.argument, ioctl.argument.words.len() as u64 * 4 + BEYOND);
+        if let Some(data) = &ioctl.data {
+            self.put(data, DATA_LENGTH);
+        }
+    }
+
+    /// The answer of an ioctl, and what it changed.
+    fn told(&self, ioctl: &Ioctl, result: Result<i32, Errno>) -> String {
+        let mut text = answer(result);
+        self.changes(&mut text, "", &ioctl.argument, ioctl.argument.words.len() as u64 * 4 + BEYOND);
+        if let Some(data) = &ioctl.data {
+            self.changes(&mut text, "data", data, DATA_LENGTH);
+        }
+        text
+    }
+
+    /// Maps memory of a file in place of what was mapped before, and looks at its first word.
+    fn map(&self, file: File, offset: u64, length: u64) -> String {
+        let mut window = self.window.borrow_mut();
+        *window = None;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let mapping = Mapping { flags: libc::MAP_SHARED, protection, file: Some((sys::borrow(file.0), offset)) };
+        match Memory::at(WINDOW, length, mapping) {
+            Ok(memory) => {
+                let text = format!("0 +0={:x}", word(&memory.get(0, 4)));
+                *window = Some(memory);
+                text
+            }
+            Err(errno) => answer(Err(errno)),
+        }
+    }
+
+    fn by(&self, who: Who, ask: impl FnOnce() -> Result<i32, Errno> + Send) -> Result<i32, Errno> {
         match who {
             Who::Main => ask(),
             Who::Thread => std::thread::scope(|scope| scope.spawn(ask).join().unwrap_or(Err(Errno::EIO))),
@@ -147,8 +213,7 @@ impl Player {
                     self.answer.put(0, &answer.to_le_bytes());
                     0
                 })?;
-                let bytes = self.answer.get(0, 4);
-                let answer = i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                let answer = word(&self.answer.get(0, 4)).cast_signed();
                 if answer < 0 { Err(Errno::from_raw(-answer)) } else { Ok(answer) }
             }
         }
@@ -184,7 +249,7 @@ impl Player {
         let room = length.min(memory.length() - offset);
         let filling = u32::from_le_bytes([FILLING; 4]);
         for (at, bytes) in memory.get(offset, room).chunks_exact(4).enumerate() {
-            let word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+            let word = word(bytes);
             if word != words.words.get(at).copied().unwrap_or(filling) {
                 let _ = write!(text, " {name}+{:x}={word:x}", at * 4);
             }
@@ -192,8 +257,43 @@ impl Player {
     }
 }
 
-fn number(file: usize) -> RawFd {
-    FILE_BASE + file as RawFd
+fn word(bytes: &[u8]) -> u32 {
+    bytes.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte))
+}
+
+/// Numbers that differ from place to place. Every second page is touched first, so that no two neighbours are
+/// neighbours in physical memory too: Linux's page tables would join them into one entry by luck.
+fn fill(memory: &Memory) {
+    let pages = |first| (first * PAGE..memory.length()).step_by(2 * PAGE as usize);
+    for at in pages(0).chain(pages(1)).flat_map(|page| (page..page + PAGE).step_by(0x200)) {
+        memory.put(at, &((memory.address() + at) as u32).to_le_bytes());
+    }
+}
+
+fn open(file: File) -> Result<i32, Errno> {
+    sys::move_to(Syscalls.open(Node::Iommufd)?, file.0)?;
+    Ok(0)
+}
+
+/// Waits until what hung on a descriptor has gone: our nodes see a close a moment later, but before the next open. A
+/// place needs no wait, because nobody can ask an iommufd that is closed.
+fn settle(file: File) {
+    if file.index().is_none()
+        && let Ok(other) = Syscalls.open(Node::Iommufd)
+    {
+        sys::close(other);
+    }
+}
+
+fn ask(ioctl: &Ioctl) -> Result<i32, Errno> {
+    Syscalls.ioctl(ioctl.file.0, ioctl.request, ioctl.argument.address)
+}
+
+/// The events of a file.
+fn events(file: File) -> Result<i32, Errno> {
+    let mut asked = [PollFd::new(sys::borrow(file.0), PollFlags::all())];
+    poll(&mut asked, PollTimeout::ZERO)?;
+    Ok(asked[0].revents().map_or(-1, |events| i32::from(events.bits())))
 }
 
 fn answer(result: Result<i32, Errno>) -> String {

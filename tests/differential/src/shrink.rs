@@ -57,11 +57,12 @@ pub fn first_difference(one: &str, other: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::{first_difference, shortest};
-    use crate::text::{Action, Step, Who};
+    use crate::text::{Action, File, Step, Who};
 
     #[test]
     fn sequence_is_cut_to_what_matters() {
-        let steps: Vec<Step> = (0..100).map(|at| Step { who: Who::Main, action: Action::Send(at, 0) }).collect();
+        let steps: Vec<Step> =
+            (0..100).map(|at| Step { who: Who::Main, action: Action::Send(File(at), File(0)) }).collect();
         let needed = [steps[3].clone(), steps[70].clone()];
         let short = shortest(steps, &mut |candidates| {
             Ok(candidates.iter().map(|steps| needed.iter().all(|step| steps.contains(step))).collect())

@@ -1,6 +1,6 @@
 //! Descriptors at numbers of our choice, and rights that are the same everywhere.
 
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, RawFd};
 
 use nix::errno::Errno;
 
@@ -27,6 +27,33 @@ pub(crate) fn close_all() {
     let _ = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
 }
 
+/// A descriptor number as a borrowed descriptor; -1, which none can be, becomes one that is never open.
+pub(crate) fn borrow<'a>(file: RawFd) -> BorrowedFd<'a> {
+    let number = if file == -1 { RawFd::MAX } else { file };
+    // SAFETY: the number is only handed to system calls, which answer EBADF if nothing is open there.
+    unsafe { BorrowedFd::borrow_raw(number) }
+}
+
+/// read(2) to an address, right or wrong.
+///
+/// # Errors
+/// What the kernel answers.
+pub(crate) fn read(file: RawFd, address: u64, length: u32) -> Result<i32, Errno> {
+    // SAFETY: the player reads only to its own pages, to which no Rust reference exists, or to where nothing is.
+    let count = unsafe { libc::read(file, address as *mut libc::c_void, length as usize) };
+    Errno::result(count).map(|count| count as i32)
+}
+
+/// write(2) from an address, right or wrong.
+///
+/// # Errors
+/// What the kernel answers.
+pub(crate) fn write(file: RawFd, address: u64, length: u32) -> Result<i32, Errno> {
+    // SAFETY: only reads memory; a wrong address is EFAULT.
+    let count = unsafe { libc::write(file, address as *const libc::c_void, length as usize) };
+    Errno::result(count).map(|count| count as i32)
+}
+
 /// CAP_IPC_LOCK, CAP_SYS_RAWIO, CAP_SYS_RESOURCE: the capabilities that answers hang on.
 const ASKED_FOR: [u32; 3] = [14, 17, 24];
 
@@ -44,7 +71,11 @@ struct CapData {
     inheritable: u32,
 }
 
-/// Gives up the capabilities that answers hang on, and sets RLIMIT_MEMLOCK: whoever plays has the same rights.
+/// The user that file systems, and so our server, see.
+const NOBODY: libc::uid_t = 65_534;
+
+/// Gives up the capabilities that answers hang on, and to file systems the user, and sets RLIMIT_MEMLOCK: whoever plays
+/// has the same rights. The user stays root otherwise, so that a server without CAP_SYS_PTRACE can look at the process.
 ///
 /// # Errors
 /// What the kernel answers.
@@ -61,7 +92,11 @@ pub(crate) fn become_ordinary(locked_bytes: u64) -> Result<(), Errno> {
         data[0].permitted &= !(1 << number);
         data[0].inheritable &= !(1 << number);
     }
+    // SAFETY: takes a number only. It takes the rights to open nodes away, which come back with the capabilities.
+    unsafe { libc::setfsuid(NOBODY) };
     // SAFETY: both point to whole structs of this version.
     Errno::result(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, data.as_ptr()) })?;
+    // SAFETY: takes numbers only. Another user is not to be looked at, unless it says so.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) })?;
     Ok(())
 }

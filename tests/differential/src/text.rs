@@ -1,21 +1,33 @@
-//! The text of ioctls and their answers: one line a step, to be played again, compared, or put into a bug report.
+//! The text of what a client does and what it is answered: one line a step, to be played again, compared, or put into
+//! a bug report.
 //!
 //! ```text
 //! main open f0 = 0
 //! main ioctl f0 3b81 @1000000100 c 0 0 = 0 +8=1
 //! child ioctl f0 3b84 @1000000100 20 1 2 0 1000 10 0 0 data@1000001000 = EMSGSIZE +18=1
 //! thread ioctl f0 3b80 @0 = EFAULT
+//! main both f0 3b80 @1000000100 8 1 & f1 3b81 @1000000500 c 0 0 = 0 & 0 +8=1
+//! main ioctl f0 3b8e @1000000100 10 0 0 0 = 0 +8=2 +c=3
+//! main poll d3 = 4
+//! main read d3 28 @1000001000 = 0
+//! main write d3 @1000001000 1 0 = EINVAL
+//! main mmap f0 1000 2000 = 0 +0=7
+//! main munmap = 0
 //! main send f0 f1 = 0
 //! main close f0 = 0
 //! ```
 //!
-//! WHO does it: `main`, a `thread` made for the step, or a `child` forked for it. An ioctl names the file, its number
-//! and the argument's address; then come the 32-bit words that lie there. `data@ADDRESS` begins the words of
-//! a second place, an array for example. After `=` stands the return value or the errno's name, then every word that
-//! changed: `+OFFSET=WORD` of the argument, `data+OFFSET=WORD` of the second place. All numbers are hexadecimal but
-//! the return value. Lines that begin with `#` are remarks.
+//! WHO does it: `main`, a `thread` made for the step, or a `child` forked for it. A file is a descriptor: `f0` to `f3`
+//! are places of the sequence's own, `d3` is whatever an ioctl made descriptor 3. An ioctl names the file, its number
+//! and the argument's address; then come the 32-bit words that lie there. `data@ADDRESS` begins the words of a second
+//! place, an array for example. `both` is two ioctls at the same time, by the main thread and another one.
+//!
+//! After `=` stands the return value or the errno's name (of poll: the events), then every word that changed:
+//! `+OFFSET=WORD` of the argument, `data+OFFSET=WORD` of the second place, and for a mapping its first word. All
+//! numbers are hexadecimal but descriptors and the return value. Lines that begin with `#` are remarks.
 
 use std::fmt;
+use std::os::fd::RawFd;
 use std::str::FromStr;
 
 /// Who does a step.
@@ -29,6 +41,29 @@ pub enum Who {
     Child,
 }
 
+/// How many places for files a sequence has.
+pub const PLACES: usize = 4;
+/// The descriptor number of the first place.
+const FIRST_PLACE: RawFd = 100;
+
+/// A descriptor, by its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct File(pub RawFd);
+
+impl File {
+    /// A place of the sequence's own, below [`PLACES`].
+    #[must_use]
+    pub const fn place(index: usize) -> Self {
+        Self(FIRST_PLACE + index as RawFd)
+    }
+
+    /// Which place it is, if it is one.
+    #[must_use]
+    pub fn index(self) -> Option<usize> {
+        usize::try_from(self.0.checked_sub(FIRST_PLACE)?).ok().filter(|index| *index < PLACES)
+    }
+}
+
 /// Some words at an address.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Words {
@@ -38,26 +73,42 @@ pub struct Words {
     pub words: Vec<u32>,
 }
 
+/// An ioctl.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ioctl {
+    /// The file asked.
+    pub file: File,
+    /// The request number.
+    pub request: u32,
+    /// The argument.
+    pub argument: Words,
+    /// What else lies in memory for it.
+    pub data: Option<Words>,
+}
+
 /// What is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// Opens `/dev/iommu` as this file.
-    Open(usize),
+    Open(File),
     /// Closes this file.
-    Close(usize),
+    Close(File),
     /// Passes a file over a socket; what arrives becomes the other file.
-    Send(usize, usize),
+    Send(File, File),
     /// One ioctl.
-    Ioctl {
-        /// The file asked.
-        file: usize,
-        /// The request number.
-        request: u32,
-        /// The argument.
-        argument: Words,
-        /// What else lies in memory for it.
-        data: Option<Words>,
-    },
+    Ioctl(Ioctl),
+    /// Two at the same time, whose answers do not depend on which is first.
+    Both(Box<[Ioctl; 2]>),
+    /// Reads this many bytes to an address.
+    Read(File, u32, u64),
+    /// Writes words that lie at an address.
+    Write(File, Words),
+    /// Asks which events there are, without waiting.
+    Poll(File),
+    /// Maps memory of a file: offset and length in bytes.
+    Map(File, u64, u64),
+    /// Takes away what was mapped last.
+    Unmap,
 }
 
 /// One line without its answer.
@@ -69,6 +120,46 @@ pub struct Step {
     pub action: Action,
 }
 
+impl fmt::Display for File {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.index() {
+            Some(index) => write!(f, "f{index}"),
+            None => write!(f, "d{}", self.0),
+        }
+    }
+}
+
+impl fmt::Display for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "@{:x}", self.address)?;
+        self.words.iter().try_for_each(|word| write!(f, " {word:x}"))
+    }
+}
+
+impl fmt::Display for Ioctl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:x} {}", self.file, self.request, self.argument)?;
+        self.data.iter().try_for_each(|data| write!(f, " data{data}"))
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Open(file) => write!(f, "open {file}"),
+            Self::Close(file) => write!(f, "close {file}"),
+            Self::Send(from, to) => write!(f, "send {from} {to}"),
+            Self::Ioctl(ioctl) => write!(f, "ioctl {ioctl}"),
+            Self::Both(both) => write!(f, "both {} & {}", both[0], both[1]),
+            Self::Read(file, length, address) => write!(f, "read {file} {length:x} @{address:x}"),
+            Self::Write(file, words) => write!(f, "write {file} {words}"),
+            Self::Poll(file) => write!(f, "poll {file}"),
+            Self::Map(file, offset, length) => write!(f, "mmap {file} {offset:x} {length:x}"),
+            Self::Unmap => f.write_str("munmap"),
+        }
+    }
+}
+
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let who = match self.who {
@@ -76,18 +167,7 @@ impl fmt::Display for Step {
             Who::Thread => "thread",
             Who::Child => "child",
         };
-        match &self.action {
-            Action::Open(file) => write!(f, "{who} open f{file}"),
-            Action::Close(file) => write!(f, "{who} close f{file}"),
-            Action::Send(from, to) => write!(f, "{who} send f{from} f{to}"),
-            Action::Ioctl { file, request, argument, data } => {
-                write!(f, "{who} ioctl f{file} {request:x} @{:x}", argument.address)?;
-                argument.words.iter().try_for_each(|word| write!(f, " {word:x}"))?;
-                let Some(data) = data else { return Ok(()) };
-                write!(f, " data@{:x}", data.address)?;
-                data.words.iter().try_for_each(|word| write!(f, " {word:x}"))
-            }
-        }
+        write!(f, "{who} {}", self.action)
     }
 }
 
@@ -108,7 +188,8 @@ impl FromStr for Step {
 
     /// Reads a line; its answer, if it has one, is left out.
     fn from_str(line: &str) -> Result<Self, Malformed> {
-        step(line).ok_or_else(|| Malformed(line.to_owned()))
+        let asked = line.split(" = ").next().unwrap_or_default();
+        step(asked).ok_or_else(|| Malformed(line.to_owned()))
     }
 }
 
@@ -121,42 +202,68 @@ pub fn parse(text: &str) -> Result<Vec<Step>, Malformed> {
 }
 
 fn step(line: &str) -> Option<Step> {
-    let mut words = line.split(" = ").next()?.split_whitespace();
-    let who = match words.next()? {
+    let (who, action) = line.split_once(' ')?;
+    let who = match who {
         "main" => Who::Main,
         "thread" => Who::Thread,
         "child" => Who::Child,
         _ => return None,
     };
-    let verb = words.next()?;
-    let file = file(words.next()?)?;
-    let action = match verb {
-        "open" => Action::Open(file),
-        "close" => Action::Close(file),
-        "send" => Action::Send(file, self::file(words.next()?)?),
-        "ioctl" => ioctl(file, &mut words)?,
-        _ => return None,
-    };
-    words.next().is_none().then_some(Step { who, action })
+    Some(Step { who, action: action_of(action)? })
 }
 
-fn ioctl<'a>(file: usize, rest: &mut impl Iterator<Item = &'a str>) -> Option<Action> {
-    let request = u32::from_str_radix(rest.next()?, 16).ok()?;
-    let address = u64::from_str_radix(rest.next()?.strip_prefix('@')?, 16).ok()?;
-    let mut argument = Words { address, words: Vec::new() };
-    let mut data: Option<Words> = None;
-    for word in rest {
-        if let Some(address) = word.strip_prefix("data@") {
-            data = Some(Words { address: u64::from_str_radix(address, 16).ok()?, words: Vec::new() });
-        } else {
-            data.as_mut().unwrap_or(&mut argument).words.push(u32::from_str_radix(word, 16).ok()?);
+fn action_of(text: &str) -> Option<Action> {
+    let (verb, rest) = text.split_once(' ').unwrap_or((text, ""));
+    let words: Vec<&str> = rest.split_whitespace().collect();
+    Some(match (verb, words.as_slice()) {
+        ("open", [name]) => Action::Open(file(name)?),
+        ("close", [name]) => Action::Close(file(name)?),
+        ("send", [from, to]) => Action::Send(file(from)?, file(to)?),
+        ("ioctl", words) => Action::Ioctl(ioctl(words)?),
+        ("both", words) => {
+            let middle = words.iter().position(|word| *word == "&")?;
+            Action::Both(Box::new([ioctl(&words[..middle])?, ioctl(&words[middle + 1..])?]))
         }
-    }
-    Some(Action::Ioctl { file, request, argument, data })
+        ("read", [name, length, place]) => {
+            Action::Read(file(name)?, u32::from_str_radix(length, 16).ok()?, hexadecimal(place.strip_prefix('@')?)?)
+        }
+        ("write", [name, place, words @ ..]) => Action::Write(file(name)?, words_at(place.strip_prefix('@')?, words)?),
+        ("poll", [name]) => Action::Poll(file(name)?),
+        ("mmap", [name, offset, length]) => Action::Map(file(name)?, hexadecimal(offset)?, hexadecimal(length)?),
+        ("munmap", []) => Action::Unmap,
+        _ => return None,
+    })
 }
 
-fn file(word: &str) -> Option<usize> {
-    word.strip_prefix('f')?.parse().ok().filter(|file| *file < crate::play::FILES)
+fn ioctl(words: &[&str]) -> Option<Ioctl> {
+    let [name, request, place, rest @ ..] = words else { return None };
+    let end = rest.iter().position(|word| word.starts_with("data@")).unwrap_or(rest.len());
+    let data = match rest.get(end) {
+        Some(place) => Some(words_at(place.strip_prefix("data@")?, &rest[end + 1..])?),
+        None => None,
+    };
+    Some(Ioctl {
+        file: file(name)?,
+        request: u32::from_str_radix(request, 16).ok()?,
+        argument: words_at(place.strip_prefix('@')?, &rest[..end])?,
+        data,
+    })
+}
+
+fn words_at(address: &str, words: &[&str]) -> Option<Words> {
+    let words = words.iter().map(|word| u32::from_str_radix(word, 16).ok()).collect::<Option<_>>()?;
+    Some(Words { address: hexadecimal(address)?, words })
+}
+
+fn hexadecimal(word: &str) -> Option<u64> {
+    u64::from_str_radix(word, 16).ok()
+}
+
+fn file(word: &str) -> Option<File> {
+    match word.strip_prefix('f') {
+        Some(index) => index.parse().ok().filter(|index| *index < PLACES).map(File::place),
+        None => word.strip_prefix('d')?.parse().ok().map(File),
+    }
 }
 
 /// FNV-1a over a text: what is recorded of most sequences.
@@ -174,9 +281,16 @@ mod tests {
         for line in [
             "main open f0",
             "child close f3",
+            "main close d7",
             "main send f0 f2",
             "thread ioctl f1 3b80 @0",
             "main ioctl f0 3b84 @1000000000 20 1 2 0 data@1000001000 1 ffffffff",
+            "main both f0 3b80 @1000000100 8 1 & d4 3b81 @1000000500 c 0 0 data@1000001000",
+            "main poll d3",
+            "main read d-1 28 @1000001000",
+            "main write d3 @1000001000 1 0",
+            "main mmap f0 1000 2000",
+            "main munmap",
         ] {
             let step: Step = line.parse().expect(line);
             assert_eq!(step.to_string(), line);
@@ -192,7 +306,10 @@ mod tests {
 
     #[test]
     fn line_of_nonsense_is_refused() {
-        for line in ["", "main", "main open", "main open f9", "main open f0 f1", "who open f0", "main ioctl f0 x @0"] {
+        let lines = ["", "main", "main open", "main open f9", "main open f0 f1", "who open f0", "main ioctl f0 x @0"];
+        for line in
+            lines.into_iter().chain(["main both f0 3b80 @0", "main munmap f0", "main read d3 @0", "main poll x"])
+        {
             assert!(line.parse::<Step>().is_err(), "{line}");
         }
     }

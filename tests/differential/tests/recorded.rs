@@ -61,7 +61,22 @@ fn sequences_of_objects_have_the_answers_of_linux() {
 
 #[test]
 fn sequences_of_a_containers_numbers_have_the_answers_of_linux() {
-    family_has_the_answers_of_linux("compat");
+    family_has_the_answers_of_linux("container");
+}
+
+#[test]
+fn sequences_of_mock_devices_have_the_answers_of_linux() {
+    family_has_the_answers_of_linux("mock");
+}
+
+#[test]
+fn sequences_of_accesses_have_the_answers_of_linux() {
+    family_has_the_answers_of_linux("access");
+}
+
+#[test]
+fn sequences_of_nested_page_tables_have_the_answers_of_linux() {
+    family_has_the_answers_of_linux("nesting");
 }
 
 #[test]

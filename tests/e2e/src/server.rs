@@ -222,8 +222,9 @@ pub fn status(pid: u32) -> Result<Value> {
     answers.pop().context("no server in the answer")
 }
 
-/// True when nothing is held, nothing charged, and no IOAS and no object of a client is left.
-fn is_empty(status: &Value) -> bool {
+/// True when a server's status says that nothing is held, nothing charged, and no IOAS, object or open file is left.
+#[must_use]
+pub fn is_empty(status: &Value) -> bool {
     let charged = status["store"]["payers"].as_array().into_iter().flatten();
     status["store"]["held_bytes"] == 0
         && charged.map(|payer| &payer["charged_bytes"]).all(|bytes| *bytes == 0)

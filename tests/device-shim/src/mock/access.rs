@@ -13,15 +13,17 @@ use std::any::Any;
 use std::sync::{Arc, Weak};
 
 use cuse_frontend::OpError;
-use cuse_frontend::files::{IoctlReply, NewFile, ReturnedFile};
+use cuse_frontend::files::{ClientCall, IoctlReply, NewFile, ReturnedFile};
 use cuse_frontend::iommufd::{Context, ExtraObject, Object};
+use ioas::caller::MmId;
 use ioas::{
-    AccessKind, AccessMode, AccessUser, FrameRun, HeldRun, Ioas, IoasAccess, Iova, IovaRange, ObjectUser, PAGE_SIZE,
-    UserAddr, UserRange,
+    AccessKind, AccessMode, AccessUser, FrameRun, HeldRun, Ioas, IoasAccess, IoasError, Iova, IovaRange, ObjectUser,
+    PAGE_SIZE, UserAddr,
 };
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
+use super::checks::Held;
 use super::{Answer, DONE, TestCall, wire};
 
 /// The longest range of one call, in bytes.
@@ -223,7 +225,7 @@ pub(super) fn unpin(call: &TestCall<'_>) -> Answer {
     DONE
 }
 
-/// ACCESS_RW: copies between an IOVA and the client's memory. Both of Linux's ways to copy are one here.
+/// ACCESS_RW: copies between an IOVA and the client's memory. The slow path is another process's.
 pub(super) fn copy(call: &TestCall<'_>) -> Answer {
     let body: wire::AccessRw = call.body();
     check_length(body.length)?;
@@ -239,12 +241,22 @@ pub(super) fn copy(call: &TestCall<'_>) -> Answer {
         if writes {
             access.access.write(Iova(iova), &bytes)?;
         } else {
-            access.access.read(Iova(iova), &mut bytes)?;
+            if body.flags & wire::ACCESS_SLOW_PATH != 0 {
+                access.access.read(Iova(iova), &mut bytes)?;
+            } else {
+                access.access.read_for(reader(caller, memory)?, Iova(iova), &mut bytes)?;
+            }
             caller.write(memory, &bytes)?;
         }
         Ok(())
     })?;
     DONE
+}
+
+/// The memory map of a caller who reads to an address.
+fn reader(caller: &dyn ClientCall, address: UserAddr) -> Result<MmId, OpError> {
+    let memory = caller.memory_map().map_err(|error| IoasError::Fault { address, reason: error.into() })?;
+    Ok(memory.id())
 }
 
 fn check_length(length: u64) -> Result<(), OpError> {
@@ -272,12 +284,12 @@ fn check_pages(call: &TestCall<'_>, address: u64, iova: u64, pinned: &[FrameRun]
     }
     let start = address.wrapping_sub(iova % PAGE_SIZE);
     let pages: u64 = pinned.iter().map(|run| run.pages).sum();
-    let range = UserRange::new(UserAddr(start), pages * PAGE_SIZE)?;
-    let held = call.row.context().store().held_at(call.row.caller(), range)?;
-    if frames_of_held(&held).eq(frames_of(pinned)) {
-        return Ok(());
+    let held = Held::at(call, start, pages * PAGE_SIZE)?;
+    let other = frames_of_held(&held.runs).zip(frames_of(pinned)).any(|(one, other)| one != other);
+    if other {
+        return Err(OpError::Extra { errno: Errno::EBADE as i32, reason: "other pages are pinned" });
     }
-    Err(OpError::Extra { errno: Errno::EBADE as i32, reason: "other pages are pinned" })
+    held.end
 }
 
 fn frames_of(runs: &[FrameRun]) -> impl Iterator<Item = Option<u64>> + '_ {

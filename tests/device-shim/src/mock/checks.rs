@@ -7,7 +7,7 @@ use std::sync::Arc;
 use cuse_frontend::OpError;
 use cuse_frontend::iommufd::Object;
 use hwpt::Hwpt;
-use ioas::{Frame, HeldRun, Iova, IovaRange, ObjectRef, PAGE_SIZE, UserAddr, UserRange};
+use ioas::{Frame, HeldRun, IoasError, Iova, IovaRange, ObjectRef, PAGE_SIZE, UserAddr, UserRange};
 
 use super::unit::{HUGE_PAGE, Kind, mock_nested};
 use super::{Answer, DONE, TestCall, wire};
@@ -45,9 +45,25 @@ fn check_memory(address: u64, length: u64, page: u64) -> Result<(), OpError> {
 }
 
 /// The pages that the client has there, and who holds them.
-fn held(call: &TestCall<'_>, address: u64, length: u64) -> Result<Vec<HeldRun>, OpError> {
-    let range = UserRange::new(UserAddr(address), length)?;
-    Ok(call.row.context().store().held_at(call.row.caller(), range)?)
+pub(super) struct Held {
+    pub(super) runs: Vec<HeldRun>,
+    /// What is wrong with the page behind the last.
+    pub(super) end: Result<(), OpError>,
+}
+
+impl Held {
+    /// Looks at a range, up to the first page that cannot be looked at.
+    pub(super) fn at(call: &TestCall<'_>, address: u64, length: u64) -> Result<Self, OpError> {
+        let range = |length| UserRange::new(UserAddr(address), length);
+        let held = |range| call.row.context().store().held_at(call.row.caller(), range);
+        match held(range(length)?) {
+            Err(IoasError::Fault { address: bad, reason }) if bad.0 > address => {
+                let end = Err(IoasError::Fault { address: bad, reason }.into());
+                Ok(Self { runs: held(range(bad.0 - address)?)?, end })
+            }
+            runs => Ok(Self { runs: runs?, end: Ok(()) }),
+        }
+    }
 }
 
 /// The frame of the page `index` pages behind the first.
@@ -73,17 +89,22 @@ pub(super) fn check_map(call: &TestCall<'_>) -> Answer {
     if body.length == 0 {
         return DONE;
     }
-    let runs = held(call, body.uptr, body.length)?;
+    let held = Held::at(call, body.uptr, body.length)?;
+    let pages: u64 = held.runs.iter().map(|run| run.pages).sum();
     let first_page = body.uptr / PAGE_SIZE;
     for at in (0..body.length).step_by(page as usize) {
         let (iova, address) = (Iova(body.iova.wrapping_add(at)), body.uptr + at);
-        let wanted = frame_at(&runs, address / PAGE_SIZE - first_page).map(|frame| (frame, address % PAGE_SIZE));
+        let index = address / PAGE_SIZE - first_page;
+        if index >= pages {
+            break;
+        }
+        let wanted = frame_at(&held.runs, index).map(|frame| (frame, address % PAGE_SIZE));
         let found = table.hwpt.reach(iova, 1).map(|found| (found.frame, found.offset));
         if found.is_none() || found != wanted {
             return Err(OpError::Invalid { field: "iova", value: iova.0 });
         }
     }
-    DONE
+    held.end.and(DONE)
 }
 
 /// MD_CHECK_REFS: pages are held so many times.
@@ -93,9 +114,10 @@ pub(super) fn check_refs(call: &TestCall<'_>) -> Answer {
     if body.length == 0 {
         return DONE;
     }
-    match held(call, body.uptr, body.length)?.iter().find(|run| run.holders != body.refs) {
+    let held = Held::at(call, body.uptr, body.length)?;
+    match held.runs.iter().find(|run| run.holders != body.refs) {
         Some(_) => Err(OpError::Extra { errno: nix::errno::Errno::EIO as i32, reason: "pages are held otherwise" }),
-        None => DONE,
+        None => held.end.and(DONE),
     }
 }
 
@@ -148,9 +170,7 @@ pub(super) fn set_dirty(call: &TestCall<'_>) -> Answer {
 
 /// Marks what the page table's entry for `iova` covers; nothing where there is none.
 fn mark(hwpt: &Hwpt, iova: Iova) {
-    if hwpt.reach(iova, 1).is_none() {
-        return;
-    }
+    let Some(found) = hwpt.reach(iova, 1) else { return };
     let Some(area) = hwpt.ioas().area_at(iova) else { return };
     let block = |size: u64| {
         let start = iova.0 & !(size - 1);
@@ -158,7 +178,9 @@ fn mark(hwpt: &Hwpt, iova: Iova) {
     };
     let is_huge = hwpt.tag().and_then(|tag| tag.downcast_ref()) == Some(&Kind::Huge);
     let huge = block(HUGE_PAGE).filter(|block| is_huge && area.range.covers(*block));
-    let Some(entry) = huge.or_else(|| block(PAGE_SIZE)) else { return };
+    // A page is one entry where IOVA and memory are aligned alike, else two.
+    let size = if found.offset % PAGE_SIZE == iova.0 % PAGE_SIZE { PAGE_SIZE } else { PAGE_SIZE / 2 };
+    let Some(entry) = huge.or_else(|| block(size)) else { return };
     if let Some(covered) = entry.intersection(area.range) {
         hwpt.mark_written(covered);
     }

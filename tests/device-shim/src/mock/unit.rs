@@ -28,12 +28,14 @@ use super::wire;
 
 /// The smallest page of the default page table, in bytes.
 const HALF_PAGE: u64 = PAGE_SIZE / 2;
+/// The largest page of the default page table, in bytes; it has every power of two down to [`HALF_PAGE`].
+const LARGEST_PAGE: u64 = 1 << 36;
 /// The large page of the huge page table, in bytes.
 pub(super) const HUGE_PAGE: u64 = 512 * HALF_PAGE;
 /// The default page table's aperture, inclusive.
 const APERTURE: (u64, u64) = (1 << 24, (1 << 31) - 1);
-/// The huge page table's last IOVA.
-const HUGE_LAST: u64 = (1 << 56) - 1;
+/// The huge page table's last IOVA: three levels of 9 bits above pages of 2 KiB.
+const HUGE_LAST: u64 = (1 << 38) - 1;
 /// Lines of a nested page table's IOTLB, and of a device's cache.
 pub(super) const LINES: usize = 4;
 /// What a device's cache holds at first.
@@ -92,7 +94,7 @@ fn range(start: u64, last: u64) -> IovaRange {
 impl Kind {
     fn format(self) -> Format {
         let (page_sizes, aperture) = match self {
-            Self::Default => (HALF_PAGE | PAGE_SIZE, range(APERTURE.0, APERTURE.1)),
+            Self::Default => (LARGEST_PAGE * 2 - HALF_PAGE, range(APERTURE.0, APERTURE.1)),
             Self::Huge => (PAGE_SIZE | HUGE_PAGE, range(0, HUGE_LAST)),
         };
         Format::new(page_sizes, vec![aperture]).expect("constants that follow the rules")

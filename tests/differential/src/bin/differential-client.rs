@@ -2,13 +2,15 @@
 //!
 //! `differential-client seeds FAMILY FIRST COUNT LENGTH` prints a line `SEED HASH` for each; `text` instead of `seeds`
 //! prints the text of each after a line `# SEED`. `differential-client play FILE...` plays files of steps, each after
-//! a line `# FILE`. A sequence whose process is killed gets the line `# killed`.
+//! a line `# FILE`. A sequence whose process is killed gets the line `# killed`. After the word `wait` before all these
+//! the line `# played` is printed at the end, and a line of input awaited.
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use differential::generate::sequence;
+use differential::peer::PLAYED;
 use differential::play::play;
 use differential::structs::family;
 use differential::text::{Step, hash, parse};
@@ -26,6 +28,14 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let Some((&"wait", words)) = words.split_first() else { return play_all(&words) };
+    play_all(words)?;
+    println!("{PLAYED}");
+    std::io::stdin().read_line(&mut String::new())?;
+    Ok(())
+}
+
+fn play_all(words: &[&str]) -> Result<()> {
     match words[..] {
         [how @ ("seeds" | "text"), name, first, count, length] => {
             let family = family(name).with_context(|| format!("there is no family '{name}'"))?;
@@ -45,7 +55,7 @@ fn run() -> Result<()> {
                 one(&parse(&text)?, |text| format!("# {file}\n{text}"))?;
             }
         }
-        _ => bail!("seeds|text FAMILY FIRST COUNT LENGTH, or play FILE..."),
+        _ => bail!("[wait] seeds|text FAMILY FIRST COUNT LENGTH, or [wait] play FILE..."),
     }
     Ok(())
 }

@@ -1,13 +1,16 @@
 //! Compares our nodes with the real kernel; `tools/differential` calls it.
 //!
-//! `differential compare CLIENT UIOMMUFD VM FAMILY FIRST COUNT`: the live comparison. Exit status 1 if something
-//! differs: each such seed is named, and the first is shrunk and shown.
+//! `differential compare CLIENT UIOMMUFD VM FAMILY FIRST COUNT`: the live comparison, in batches, both asked at the same
+//! time. Exit status 1 if something differs: each such seed is named, and the first is shrunk and shown. Our server is
+//! looked at after each batch: what it still holds then is an error, as is a sequence that kills or stops it.
+//! `differential shrink CLIENT UIOMMUFD VM FAMILY SEED`: shrinks one sequence that differs.
 //! `differential record CLIENT VM FAMILY`: prints what belongs into `recorded/`, without the header.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use differential::generate::sequence;
 use differential::peer::Peer;
 use differential::recorded::{IN_FULL, LENGTH, SEEDS, hashes};
@@ -31,13 +34,13 @@ fn run() -> Result<bool> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words[..] {
         ["compare", client, uiommufd, vm, name, first, count] => {
-            let family = family(name).with_context(|| format!("there is no family '{name}'"))?;
-            let comparison = Comparison {
-                client: client.into(),
-                ours: Peer::Ours { uiommufd: uiommufd.into(), mock: family.mock },
-                linux: Peer::Linux(vm.into()),
-            };
+            let (family, comparison) = Comparison::of([client, uiommufd, vm], name)?;
             comparison.compare(family, first.parse()?, count.parse()?)
+        }
+        ["shrink", client, uiommufd, vm, name, seed] => {
+            let (family, comparison) = Comparison::of([client, uiommufd, vm], name)?;
+            comparison.show(sequence(family, seed.parse()?, LENGTH))?;
+            Ok(true)
         }
         ["record", client, vm, name] => {
             let (client, linux) = (Path::new(client), Peer::Linux(vm.into()));
@@ -45,7 +48,9 @@ fn run() -> Result<bool> {
             print!("{}", linux.ask(client, &request("text", name, 1, IN_FULL))?);
             Ok(true)
         }
-        _ => bail!("compare CLIENT UIOMMUFD VM FAMILY FIRST COUNT, or record CLIENT VM FAMILY"),
+        _ => bail!(
+            "compare CLIENT UIOMMUFD VM FAMILY FIRST COUNT, shrink CLIENT UIOMMUFD VM FAMILY SEED, or record CLIENT VM FAMILY"
+        ),
     }
 }
 
@@ -59,23 +64,66 @@ struct Comparison {
     linux: Peer,
 }
 
+/// How many sequences are asked of one start of a peer.
+const BATCH: u64 = 1000;
+/// Of how many sequences that differ the line is shown.
+const SHOWN: usize = 40;
+
 impl Comparison {
+    fn of(programs: [&str; 3], name: &str) -> Result<(&'static Family, Self)> {
+        let family = family(name).with_context(|| format!("there is no family '{name}'"))?;
+        let [client, uiommufd, vm] = programs.map(PathBuf::from);
+        let (ours, linux) = (Peer::Ours { uiommufd, mock: family.mock }, Peer::Linux(vm));
+        Ok((family, Self { client, ours, linux }))
+    }
+
     fn compare(&self, family: &Family, first: u64, count: u64) -> Result<bool> {
-        let seeds = request("seeds", family.name, first, count);
-        let ours = hashes(&self.ours.ask(&self.client, &seeds)?);
-        let linux = hashes(&self.linux.ask(&self.client, &seeds)?);
-        let all = first..first.saturating_add(count);
-        let missing = all.clone().filter(|seed| !linux.contains_key(seed)).count();
-        let different: Vec<u64> = all.filter(|seed| ours.get(seed) != linux.get(seed)).collect();
-        println!(
-            "{}: {count} sequences of {LENGTH}, {} differ, {missing} not answered by Linux",
-            family.name,
-            different.len()
-        );
-        let Some(seed) = different.first() else { return Ok(missing == 0) };
-        println!("seeds that differ: {different:?}");
+        let end = first.saturating_add(count);
+        let mut different = Vec::new();
+        for start in (first..end).step_by(BATCH as usize) {
+            different.extend(self.batch(family, start..end.min(start + BATCH))?);
+        }
+        println!("{}: {count} sequences of {LENGTH}, {} differ", family.name, different.len());
+        let Some(seed) = different.first() else { return Ok(true) };
+        self.show_lines(family, &different[..different.len().min(SHOWN)])?;
         self.show(sequence(family, *seed, LENGTH))?;
         Ok(false)
+    }
+
+    /// Prints the first line of each sequence that differs.
+    fn show_lines(&self, family: &Family, seeds: &[u64]) -> Result<()> {
+        let sequences: Vec<Vec<Step>> = seeds.iter().map(|seed| sequence(family, *seed, LENGTH)).collect();
+        let [ours, linux] = self.texts(&sequences)?;
+        for (seed, (ours, linux)) in seeds.iter().zip(ours.iter().zip(&linux)) {
+            let Some(at) = first_difference(ours, linux) else { continue };
+            let line = |text: &str| text.lines().nth(at).unwrap_or("nothing").to_owned();
+            let (ours, linux) = (line(ours), line(linux));
+            let answer = ours.split_once(" = ").map_or(ours.as_str(), |(_, answer)| answer);
+            println!("seed {seed}, line {}: {linux}\n    ours: {answer}", at + 1);
+        }
+        Ok(())
+    }
+
+    /// The seeds that differ.
+    fn batch(&self, family: &Family, seeds: Range<u64>) -> Result<Vec<u64>> {
+        let asked = request("seeds", family.name, seeds.start, seeds.end - seeds.start);
+        let (ours, linux) = self.together(|peer| Ok(hashes(&peer.ask(&self.client, &asked)?)))?;
+        let missing = seeds.clone().filter(|seed| !linux.contains_key(seed)).count();
+        ensure!(missing == 0, "Linux has not answered {missing} of the seeds {seeds:?}");
+        let different: Vec<u64> = seeds.clone().filter(|seed| ours.get(seed) != linux.get(seed)).collect();
+        let last = seeds.end.saturating_sub(1);
+        println!("{} {}-{last}: {} differ {different:?}", family.name, seeds.start, different.len());
+        Ok(different)
+    }
+
+    /// Asks both at the same time.
+    fn together<T: Send>(&self, ask: impl Fn(&Peer) -> Result<T> + Sync) -> Result<(T, T)> {
+        std::thread::scope(|scope| {
+            let linux = scope.spawn(|| ask(&self.linux));
+            let ours = ask(&self.ours);
+            let linux = linux.join().map_err(|_| anyhow!("the thread that asked Linux has panicked"))?;
+            Ok((ours?, linux?))
+        })
     }
 
     /// Shrinks a sequence and prints both texts.
@@ -98,6 +146,7 @@ impl Comparison {
     }
 
     fn texts(&self, sequences: &[Vec<Step>]) -> Result<[Vec<String>; 2]> {
-        Ok([self.ours.play(&self.client, sequences)?, self.linux.play(&self.client, sequences)?])
+        let (ours, linux) = self.together(|peer| peer.play(&self.client, sequences))?;
+        Ok([ours, linux])
     }
 }
