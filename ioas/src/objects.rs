@@ -295,10 +295,18 @@ impl<T> Reservation<'_, T> {
     }
 
     /// Makes `value` the object of this id. Cannot fail.
-    pub fn publish(mut self, value: T) {
+    pub fn publish(self, value: T) {
+        drop(self.publish_used(value));
+    }
+
+    /// As [`Self::publish`], and keeps it from being removed from the first moment on.
+    #[must_use]
+    pub fn publish_used(mut self, value: T) -> ObjectUser<T> {
         let object = Arc::new(Object { id: self.id, value });
+        let user = ObjectUser { object: Arc::clone(&object) };
         self.table.ids.lock().leave(self.id, Slot::Published(object));
         self.published = true;
+        user
     }
 }
 

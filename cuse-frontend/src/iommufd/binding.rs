@@ -160,6 +160,15 @@ fn check_pasid(
     Ok(())
 }
 
+/// EINVAL unless a group can attach to a new automatic page table, which takes no PASIDs. Linux attaches to it before it
+/// fills it, and so finds this before what is wrong with memory; it fills first what a device moves to.
+fn check_first(binding: &Binding, pasid: u32) -> Result<(), OpError> {
+    if pasid != 0 || !binding.bound().together.attachments.lock().is_empty() {
+        return Err(OpError::Invalid { field: "pasid", value: pasid.into() });
+    }
+    Ok(())
+}
+
 /// Brings `seat`, the seat of `device`, to a page table in `hwpt`'s eyes. What has no IOMMU goes nowhere: no page table
 /// changes its DMA.
 fn connect(device: &Device, seat: &Arc<Group>, object: &Object) -> Result<(), OpError> {
@@ -317,6 +326,9 @@ impl Context {
                     return Ok(*id);
                 }
             }
+        }
+        if matches!(way, Way::Attach) {
+            check_first(binding, pasid)?;
         }
         let reservation = self.objects.reserve()?;
         let id = reservation.id();

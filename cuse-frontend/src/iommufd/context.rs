@@ -64,13 +64,24 @@ pub struct NewObject<'a> {
     /// Goes first: what it depends on must be there.
     object: Object,
     reservation: Reservation<'a, Object>,
+    /// The id of an access that goes with it.
+    access: Option<Reservation<'a, Object>>,
 }
 
 impl<'a> NewObject<'a> {
     /// `object`, under the id of `reservation`.
     #[must_use]
     pub const fn new(reservation: Reservation<'a, Object>, object: Object) -> Self {
-        Self { object, reservation }
+        Self { object, reservation, access: None }
+    }
+
+    /// As [`Self::new`], for a hardware queue, whose pinned memory has an id of its own.
+    pub(super) const fn with_access(
+        reservation: Reservation<'a, Object>,
+        object: Object,
+        access: Reservation<'a, Object>,
+    ) -> Self {
+        Self { object, reservation, access: Some(access) }
     }
 
     /// The id it will have.
@@ -81,6 +92,9 @@ impl<'a> NewObject<'a> {
 
     /// Lets everybody see it.
     pub fn publish(self) {
+        if let (Some(access), Object::HwQueue(queue)) = (self.access, &self.object) {
+            queue.keep(access.publish_used(Object::Access));
+        }
         self.reservation.publish(self.object);
     }
 }
@@ -230,8 +244,10 @@ impl Context {
 
     /// An object has no id any more, and is about to be dropped.
     fn end(&self, removed: &RemovedObject<Object>) {
-        if let Object::Extra(extra) = &**removed {
-            extra.destroy(self);
+        match &**removed {
+            Object::Extra(extra) => extra.destroy(self),
+            Object::HwQueue(queue) => drop(queue.access().and_then(|access| self.objects.take(access, false))),
+            _ => {}
         }
     }
 

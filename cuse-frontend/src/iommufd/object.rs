@@ -37,6 +37,8 @@ pub enum Object {
     Events(VirtualEvents),
     /// A hardware queue of a virtual IOMMU.
     HwQueue(HardwareQueue),
+    /// What pins the memory of a hardware queue, which keeps it from being destroyed. The queue has all of it but the id.
+    Access,
     /// Something that an added row has made.
     Extra(Box<dyn ExtraObject>),
 }
@@ -55,6 +57,7 @@ impl Object {
             Self::VirtualDevice(_) => "virtual device",
             Self::Events(_) => "event queue",
             Self::HwQueue(_) => "hardware queue",
+            Self::Access => "access",
             Self::Extra(_) => "object of an added row",
         }
     }

@@ -151,6 +151,20 @@ pub struct HardwareQueue {
     _pinned: Pinned,
     _after: Option<ObjectUser<Object>>,
     viommu: ObjectUser<Object>,
+    /// The id of the pin; there once the queue is published, until it is destroyed.
+    access: Mutex<Option<ObjectUser<Object>>>,
+}
+
+impl HardwareQueue {
+    /// Keeps the object of its pin.
+    pub(super) fn keep(&self, access: ObjectUser<Object>) {
+        *self.access.lock() = Some(access);
+    }
+
+    /// Gives the object of its pin up.
+    pub(super) fn access(&self) -> Option<ObjectUser<Object>> {
+        self.access.lock().take()
+    }
 }
 
 impl Drop for HardwareQueue {
@@ -288,6 +302,7 @@ impl Context {
             return Err(OpError::Unsupported { field: "type", value: kind.into() });
         }
         let reservation = self.reserve()?;
+        let access = self.reserve()?;
         let (pinned, frame) = pin(viommu, iova, length)?;
         let queue = viommu.viommu.hw_queue(HwQueueRequest { kind, index, iova, length, frame })?;
         let mut hw_queues = viommu.shared.hw_queues.lock();
@@ -295,8 +310,9 @@ impl Context {
         let after = before.and_then(|id| self.get(id)).map(|object| object.user());
         hw_queues.insert(index, reservation.id());
         drop(hw_queues);
-        let queue = HardwareQueue { queue: Some(queue), index, _pinned: pinned, _after: after, viommu: user.user() };
-        Ok(NewObject::new(reservation, Object::HwQueue(queue)))
+        let (viommu, seat) = (user.user(), Mutex::default());
+        let queue = HardwareQueue { queue: Some(queue), index, _pinned: pinned, _after: after, viommu, access: seat };
+        Ok(NewObject::with_access(reservation, Object::HwQueue(queue), access))
     }
 
     /// The virtual IOMMU with `id`; [`Object::Viommu`].

@@ -88,6 +88,13 @@ impl Arg {
         self
     }
 
+    /// All bytes.
+    #[must_use]
+    pub fn to_vec(&self) -> Vec<u8> {
+        let bytes = self.words.iter().flat_map(|word| word.to_le_bytes());
+        bytes.take(self.length).collect()
+    }
+
     /// Appends bytes.
     #[must_use]
     pub fn bytes(mut self, value: &[u8]) -> Self {

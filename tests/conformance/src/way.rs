@@ -40,8 +40,8 @@ impl Node {
     }
 }
 
-/// What a row can do with the files under test.
-pub trait Way {
+/// What a row can do with the files under test, on any thread.
+pub trait Way: Sync {
     /// Opens a node for reading and writing.
     ///
     /// # Errors
@@ -65,6 +65,22 @@ pub trait Way {
     /// # Errors
     /// What pwrite answers.
     fn write(&self, file: RawFd, offset: u64, data: &[u8]) -> Result<usize, Errno>;
+
+    /// read(2), of a file without an offset.
+    ///
+    /// # Errors
+    /// What read answers.
+    fn receive(&self, file: RawFd, data: &mut [u8]) -> Result<usize, Errno> {
+        self.read(file, 0, data)
+    }
+
+    /// write(2), to a file without an offset.
+    ///
+    /// # Errors
+    /// What write answers.
+    fn send(&self, file: RawFd, data: &[u8]) -> Result<usize, Errno> {
+        self.write(file, 0, data)
+    }
 
     /// Closes a file; everything it held is released when the next open returns.
     fn close(&self, file: RawFd);
@@ -93,6 +109,14 @@ impl Way for Syscalls {
 
     fn write(&self, file: RawFd, offset: u64, data: &[u8]) -> Result<usize, Errno> {
         nix::sys::uio::pwrite(borrow(file), data, offset as libc::off_t)
+    }
+
+    fn receive(&self, file: RawFd, data: &mut [u8]) -> Result<usize, Errno> {
+        nix::unistd::read(borrow(file), data)
+    }
+
+    fn send(&self, file: RawFd, data: &[u8]) -> Result<usize, Errno> {
+        nix::unistd::write(borrow(file), data)
     }
 
     fn close(&self, file: RawFd) {

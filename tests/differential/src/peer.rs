@@ -82,7 +82,8 @@ impl Peer {
                 if let Some(files) = files {
                     command.env("EXTRA", files);
                 }
-                command.env("VM_SECONDS", "7200").arg(client);
+                // The client is small; a machine that runs the VM beside other things need not find more.
+                command.env("VM_SECONDS", "7200").env("VM_MB", "1024").arg(client);
                 command
             }
         };

@@ -1,6 +1,7 @@
 //! The rows, in suites.
 
 mod after;
+mod bad;
 mod cdev;
 mod container;
 mod device;
@@ -11,7 +12,9 @@ mod life;
 mod map;
 mod memory;
 mod noiommu;
+mod objects;
 mod unmap;
+mod zoo;
 
 use crate::script::{Flavour, Row};
 
@@ -39,4 +42,9 @@ pub const SUITES: &[Suite] = &[
     Suite { name: "device", flavour: Flavour::Type1v2, tables: &[device::ROWS, cdev::ROWS] },
     Suite { name: "noiommu", flavour: Flavour::NoIommu, tables: &[noiommu::ROWS] },
     Suite { name: "iommufd", flavour: Flavour::CompatType1v2, tables: &[ioas::ROWS, ioas::SIZE_ROWS] },
+    Suite {
+        name: "objects",
+        flavour: Flavour::CompatType1v2,
+        tables: &[objects::ROWS, bad::STRUCT_ROWS, bad::ID_ROWS, bad::RACE_ROWS],
+    },
 ];

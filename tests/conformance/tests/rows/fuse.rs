@@ -16,7 +16,8 @@ pub(crate) fn run(tally: &mut Tally) {
         return;
     }
     let rows = tally.rows();
-    let like_linux = ["--accounting", "linux", "--dirty", "linux"];
+    // As the reference kernel, the server has the mock.
+    let like_linux = ["--selftest", "--accounting", "linux", "--dirty", "linux"];
     let (noiommu, behind): (Vec<String>, Vec<String>) =
         rows.iter().cloned().partition(|row| row.starts_with("noiommu/"));
     one_server(tally, "fuse", &like_linux, "", &behind);

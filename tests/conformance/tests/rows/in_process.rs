@@ -18,11 +18,11 @@ use crate::{CHOICES, Tally};
 
 /// Runs the rows with Linux's accounting and dirty bits, then those that depend on them with the defaults.
 pub(crate) fn run(tally: &mut Tally) {
+    // As the reference kernel, the server has the mock.
+    let by_default = ServerOptions { added_rows: vec![device_shim::mock::row()], ..ServerOptions::default() };
     let like_linux =
-        ServerOptions { accounting: Accounting::Linux, dirty: compat::DirtyMode::Linux, ..ServerOptions::default() };
-    for (way, options, all) in
-        [("in process", like_linux, true), ("in process by default", ServerOptions::default(), false)]
-    {
+        ServerOptions { accounting: Accounting::Linux, dirty: compat::DirtyMode::Linux, ..by_default.clone() };
+    for (way, options, all) in [("in process", like_linux, true), ("in process by default", by_default, false)] {
         let rows = tally.rows();
         let chosen = |row: &String| all || CHOICES.iter().any(|part| row.contains(part));
         let rows: Vec<String> = rows.into_iter().filter(chosen).collect();

@@ -199,12 +199,15 @@ pub(super) fn pin(call: &TestCall<'_>) -> Answer {
         let runs = access.access.pin(Iova(iova), body.length, mode(body.flags))?;
         let number = items.next;
         body.out_access_pages_id = number;
-        let checked = check_pages(call, body.uptr, iova, &runs).and_then(|()| call.respond(&body));
+        let checked = check_pages(call, body.uptr, iova, &runs).and_then(|()| {
+            // The number is used up, whether or not the client learns it.
+            items.next = number.wrapping_add(1);
+            call.respond(&body)
+        });
         if let Err(error) = checked {
             access.access.unpin(Iova(iova), body.length);
             return Err(error);
         }
-        items.next = items.next.wrapping_add(1);
         items.pinned.push(Item { number, iova, length: body.length });
         Ok(())
     })?;

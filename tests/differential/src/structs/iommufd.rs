@@ -124,7 +124,7 @@ pub(super) const OBJECTS: &[Request] = &[
         iommufd(0x94),
         40,
         2,
-        &[Size, NONE, Id(&[Viommu]), Word(&[0, 1, 0xdead_beef]), Word(&[0, 1, 2]), Out, Iova, Length],
+        &[Size, NONE, Id(&[Viommu]), Word(&[0, 1, 0xdead_beef]), Word(&[0, 1, 2]), Out, Iova, Long(&[1, 1, 0])],
     ),
     row(iommufd(0x95), 40, 2, &[Size, NONE, Id(&[Ioas]), NONE, Iova, Long(&[0]), Long(&[0])]),
     // Numbers that nobody has.

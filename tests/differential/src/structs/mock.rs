@@ -275,7 +275,7 @@ pub(super) const NESTING: &[Request] = &[
         iommufd(0x94),
         40,
         4,
-        &[Size, NONE, Id(&[Viommu]), Word(&[0xdead_beef]), Word(&[0, 0, 1, 2]), Out, Iova, Length],
+        &[Size, NONE, Id(&[Viommu]), Word(&[0xdead_beef]), Word(&[0, 0, 1, 2]), Out, Iova, Long(&[1, 1, 1, 0])],
     )
     .effect(Makes(HwQueue)),
     row(TEST, MIN, 3, &[Size, Word(&[14]), Id(&[Nested]), NONE, LINE, Word(&[0xbad_beef, 7, 0]), Zeros(12)]),
