@@ -287,6 +287,10 @@ fn check_pages(call: &TestCall<'_>, address: u64, iova: u64, pinned: &[FrameRun]
     }
     let start = address.wrapping_sub(iova % PAGE_SIZE);
     let pages: u64 = pinned.iter().map(|run| run.pages).sum();
+    // Linux counts to the page's end.
+    if start.checked_add(PAGE_SIZE).is_none() {
+        return Err(OpError::Overflow { field: "uptr", value: start });
+    }
     let held = Held::at(call, start, pages * PAGE_SIZE)?;
     let other = frames_of_held(&held.runs).zip(frames_of(pinned)).any(|(one, other)| one != other);
     if other {

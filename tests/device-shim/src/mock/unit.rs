@@ -276,6 +276,9 @@ impl MockDevice {
 
     /// Whether a PASID may go there.
     fn attach_pasid(&self, unit: &MockUnit, pasid: u32, new: Target<'_>) -> Result<(), DriverError> {
+        if self.flags & wire::DEVICE_PASID == 0 && !matches!(new, Target::Blocked) {
+            return Err(DriverError::Invalid("a PASID of a device that has none"));
+        }
         match new {
             Target::Blocked => {}
             Target::Paging { hwpt, .. } => check_owner(unit, hwpt)?,
