@@ -7,7 +7,8 @@
 //!
 //! **Once an unmap returns, no DMA to its range lands any more**: it clears leaves, waits for the readers of before,
 //! then releases. The wait is outside all locks, in [`Leaving`], because a reader can be stuck in client memory; the
-//! IOVAs are free after it.
+//! IOVAs are free after it. Where no reader is inside, there is nothing to wait for: then the unmap releases at once,
+//! outside its locks too, and leaves nothing to `Leaving` but the number of bytes.
 //!
 //! Locks, in this order: `tables` for the length of every change, so tables and areas change one at a time; `map`
 //! for moments, so views and `uiommufd status` never wait for a client; then those of [`Pages`] and the store. Clients
@@ -17,6 +18,8 @@
 
 use std::fmt;
 use std::sync::{Arc, Weak};
+
+use crossbeam_utils::atomic::AtomicCell;
 
 use crate::addr::{Access, FrameRun, Iova, IovaRange, PAGE_SIZE, UserAddr};
 use crate::caller::{Caller, Capability, MemoryError, MemoryMap, Uid};
@@ -75,17 +78,15 @@ impl Asked {
 impl Tables {
     /// The store's record of a caller.
     #[inline]
-    fn client(&mut self, store: &PageStore, Asked { memory, uid, limit }: Asked) -> Arc<Client> {
-        if let Some(last) = &self.client
-            && Arc::ptr_eq(&last.memory, &memory)
-            && last.uid == uid
-        {
-            last.see_limit(limit);
-            return Arc::clone(last);
+    fn client(&mut self, store: &PageStore, Asked { memory, uid, limit }: Asked) -> &Arc<Client> {
+        let same = |last: &Arc<Client>| Arc::ptr_eq(&last.memory, &memory) && last.uid == uid;
+        match self.client.take().filter(same) {
+            Some(last) => {
+                last.see_limit(limit);
+                self.client.insert(last)
+            }
+            None => self.client.insert(store.client_of(memory, uid, limit)),
         }
-        let client = store.client_of(memory, uid, limit);
-        self.client = Some(Arc::clone(&client));
-        client
     }
 }
 
@@ -98,7 +99,11 @@ pub struct Ioas {
     tables: Ranked<TABLES, Tables>,
     /// Changed only while `tables` is held, but for IOVAs that become free.
     map: Ranked<MAP, IovaMap>,
+    /// What an unmap had no more use for, so that a map need not allocate it. It holds nothing.
+    spare: AtomicCell<Option<Arc<Pages>>>,
 }
+
+const _: () = assert!(AtomicCell::<Option<Arc<Pages>>>::is_lock_free());
 
 impl Ioas {
     /// An empty address space over `store`.
@@ -110,6 +115,7 @@ impl Ioas {
             readers: Arc::new(ReaderSet::new()),
             tables: Ranked::default(),
             map: Ranked::new(IovaMap::new()),
+            spare: AtomicCell::new(None),
         })
     }
 
@@ -154,7 +160,7 @@ impl Ioas {
         };
         let mut tables = self.tables.lock();
         let client = tables.client(&self.store, asked);
-        let pages = Pages::new(client, file, start, length, terms);
+        let pages = Pages::renew(self.spare.take(), client, file, start, length, terms);
         self.map_pieces(tables, Several::one(Piece { pages, at: 0, length }), Limit::Seen, iova, access)
     }
 
@@ -179,7 +185,7 @@ impl Ioas {
             return None;
         }
         let client = tables.client(&self.store, asked);
-        let pages = Pages::new(client, None, address.0, request.length, terms);
+        let pages = Pages::renew(self.spare.take(), client, None, address.0, request.length, terms);
         let piece = Piece { pages, at: 0, length: request.length };
         match self.map_pieces(tables, Several::one(piece), Limit::Seen, request.iova, request.access) {
             Err(IoasError::Limit { .. }) if counted => None,
@@ -318,6 +324,11 @@ impl Ioas {
                 for (start, area) in taken.areas.iter() {
                     area.pages.release(&self.store, area.slice(*start));
                 }
+            }
+            if let Some((_, area)) = taken.areas.take_single()
+                && let Some(pages) = Pages::retire(area.pages)
+            {
+                self.spare.store(Some(pages));
             }
             return Leaving::done(taken.bytes, taken.stopped);
         }

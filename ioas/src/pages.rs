@@ -121,6 +121,38 @@ impl Pages {
         Arc::new(Self { file, start, length, terms, fill })
     }
 
+    /// As [`Self::new`], in the place of `spare` if nobody else has that.
+    #[inline(always)]
+    pub(crate) fn renew(
+        spare: Option<Arc<Self>>,
+        client: &Arc<Client>,
+        file: Option<Arc<FileBacking>>,
+        start: u64,
+        length: u64,
+        terms: Terms,
+    ) -> Arc<Self> {
+        if let Some(mut spare) = spare
+            && let Some(pages) = Arc::get_mut(&mut spare)
+        {
+            let Filled { client: former, .. } = pages.fill.get_mut();
+            if !Arc::ptr_eq(former, client) {
+                *former = Arc::clone(client);
+            }
+            (pages.file, pages.start, pages.length, pages.terms) = (file, start, length, terms);
+            return spare;
+        }
+        Self::new(Arc::clone(client), file, start, length, terms)
+    }
+
+    /// Lets go of the file, so that [`Self::renew`] can have the place; `None` when somebody else has it too, or
+    /// something is filled.
+    #[inline(always)]
+    pub(crate) fn retire(mut this: Arc<Self>) -> Option<Arc<Self>> {
+        let pages = Arc::get_mut(&mut this)?;
+        pages.file = None;
+        matches!(pages.fill.get_mut().fill, Fill::Empty).then_some(this)
+    }
+
     pub(crate) const fn terms(&self) -> Terms {
         self.terms
     }

@@ -30,6 +30,11 @@ impl<const RANK: u8, T> Ranked<RANK, T> {
         held::enter(RANK);
         RankedGuard(self.0.lock())
     }
+
+    /// What it guards, for who has it alone.
+    pub(crate) fn get_mut(&mut self) -> &mut T {
+        self.0.get_mut()
+    }
 }
 
 /// Access to what a [`Ranked`] guards.

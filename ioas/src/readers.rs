@@ -48,19 +48,28 @@ pub struct ReaderSet {
     epoch: CachePadded<AtomicU64>,
     /// Guarded by itself; a leaf lock.
     slots: Mutex<Vec<Arc<Slot>>>,
+    /// How many slots there are, or are about to be. Counted up before a reader can enter, down after it cannot.
+    registered: AtomicU64,
 }
 
 impl ReaderSet {
     /// A set with no reader.
     #[must_use]
     pub fn new() -> Self {
-        Self { epoch: CachePadded::new(AtomicU64::new(1)), slots: Mutex::new(Vec::new()) }
+        Self {
+            epoch: CachePadded::new(AtomicU64::new(1)),
+            slots: Mutex::new(Vec::new()),
+            registered: AtomicU64::new(0),
+        }
     }
 
     /// A new reader, for one thread at a time. It leaves the set when it is dropped.
     #[must_use]
     pub fn register(self: &Arc<Self>) -> Reader {
         let slot = Arc::new(CachePadded::new(AtomicU64::new(0)));
+        self.registered.fetch_add(1, Ordering::SeqCst);
+        // Who does not see the count yet has cleared its leaves before this, and the reader sees that.
+        fence(Ordering::SeqCst);
         self.slots.lock().push(Arc::clone(&slot));
         Reader { set: Arc::clone(self), slot }
     }
@@ -81,6 +90,9 @@ impl ReaderSet {
     #[inline]
     pub(crate) fn is_quiet(&self) -> bool {
         fence(Ordering::SeqCst);
+        if self.registered.load(Ordering::SeqCst) == 0 {
+            return true;
+        }
         let quiet = self.slots.lock().iter().all(|slot| slot.load(Ordering::SeqCst) == 0);
         fence(Ordering::Acquire);
         quiet
@@ -167,6 +179,7 @@ impl Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         self.set.slots.lock().retain(|slot| !Arc::ptr_eq(slot, &self.slot));
+        self.set.registered.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

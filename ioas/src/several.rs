@@ -49,6 +49,12 @@ impl<T> Several<T> {
         if self.rest.is_none() { self.first.as_ref() } else { None }
     }
 
+    /// The entry, if there is just one, and none is left then.
+    #[inline(always)]
+    pub(crate) fn take_single(&mut self) -> Option<T> {
+        if self.rest.is_none() { self.first.take() } else { None }
+    }
+
     #[inline(always)]
     pub(crate) fn last_mut(&mut self) -> Option<&mut T> {
         match &mut self.rest {
