@@ -82,13 +82,17 @@ struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
+    #[inline(always)]
     fn new(frames: &'a [FrameRun], offset: u64) -> Self {
         let mut source = Self { runs: frames.iter(), address: 0, bytes: 0 };
-        source.refill();
-        source.take(offset);
+        if offset != 0 {
+            source.take(offset);
+        }
         source
     }
 
+    /// Goes on to the next run when there is nothing left of the last.
+    #[inline(always)]
     fn refill(&mut self) {
         while self.bytes == 0 {
             let Some(run) = self.runs.next() else { return };
@@ -98,17 +102,19 @@ impl<'a> Source<'a> {
     }
 
     /// Takes `bytes`, which one run has, and returns where they are.
+    #[inline(always)]
     fn take(&mut self, bytes: u64) -> u64 {
+        self.refill();
         assert!(bytes <= self.bytes, "the frames cover the range");
         let address = self.address;
         self.address += bytes;
         self.bytes -= bytes;
-        self.refill();
         address
     }
 
     /// True when 2^`shift` bytes of one run come next, aligned to that.
-    const fn has_page(&self, shift: u32) -> bool {
+    fn has_page(&mut self, shift: u32) -> bool {
+        self.refill();
         self.bytes >= 1 << shift && self.address & ((1 << shift) - 1) == 0
     }
 }
