@@ -547,3 +547,50 @@ fn shadowed(guest: &Guest) -> BTreeMap<u64, (u64, u64)> {
     }
     pages
 }
+
+/// Scalable mode: the same guest, whose function 0 has its requests without a PASID in the first stage (four levels, the
+/// same leaves as the first domain's) and those with PASID 5 in the second domain's tables.
+#[test]
+fn shadow_in_scalable_mode_follows_requests_with_and_without_a_pasid() {
+    const SCALABLE: u64 = 0x400;
+    let (directory, pasids, top) = (4 * PAGE, 5 * PAGE, 6 * PAGE);
+    let guest = Guest::new();
+    guest.set(CONTEXT, directory | 1 << 3 | 1);
+    guest.set(directory, pasids | 1);
+    let first_stage = [1 << 6 | 1, 9, top];
+    let second_stage = [DOMAINS[1] | 2 << 6 | 1 << 2 | 1, 2, 0];
+    let put = |pasid: u64, entry: [u64; 3]| {
+        (0..3).for_each(|word| guest.set(pasids + pasid * 64 + word * 8, entry[word as usize]))
+    };
+    put(0, first_stage);
+    put(5, second_stage);
+    for (table, next) in [(top, top + PAGE), (top + PAGE, top + 2 * PAGE), (top + 2 * PAGE, DOMAINS[0] + 2 * PAGE)] {
+        guest.set(table, next | 7);
+    }
+    guest.map(0, 1, DATA | 7);
+    guest.map(1, 1, (DATA + PAGE) | 3);
+    guest.invalidate(&[[1 << 4, ROOT | SCALABLE]]).expect("the root table is another");
+    let seat = guest.device(0);
+    let device = seat.device.of_pasid(5);
+    let group = Group::new(9);
+    group.add_device(&device).expect("the group is not attached");
+    let words = Guest::put(&guest.world, &[0x100, 1 << 32 | 5]);
+    let data = UserData::new(&guest.world.client, kind::FOLLOWED, words, 16);
+    let table = guest.viommu.nested(HwptFlags::PASID, &data).expect("valid");
+    table.follow(&group).expect("memory");
+    let with_pasid = Seat { device, group, table };
+    seat.write(PAGE, 1).expect("mapped by the first stage");
+    with_pasid.write(PAGE, 2).expect("mapped by the second");
+    assert_eq!((byte(&guest.memory, DATA), byte(&guest.memory, DATA + PAGE)), (1, 2));
+    assert_eq!((seat.reason(2 * PAGE), with_pasid.reason(2 * PAGE)), (Some(0x71), Some(0x79)));
+    let record = *guest.host.events.lock().last().expect("an event");
+    assert_eq!(record, [2 * PAGE, 1 << 63 | 0x79 << 32 | 5 << 40 | 1 << 31 | 0x100], "with its PASID");
+    // A page of one PASID, invalidated by PASID; then the PASID goes.
+    guest.map(1, 2, (DATA + PAGE) | 3);
+    guest.invalidate(&[[6 | 3 << 4 | 2 << 16 | 5 << 32, 2 << 12]]).expect("valid");
+    with_pasid.write(2 * PAGE, 3).expect("told");
+    put(5, [0, 0, 0]);
+    guest.invalidate(&[[7 | 1 << 4 | 2 << 16 | 5 << 32, 0]]).expect("valid");
+    assert_eq!((seat.write(PAGE, 4), with_pasid.reason(PAGE)), (Ok(()), Some(0x59)));
+    guest.end(vec![seat, with_pasid]);
+}
