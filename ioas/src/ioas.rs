@@ -76,6 +76,12 @@ impl Asked {
 }
 
 impl Tables {
+    /// Takes `range` out of all tables.
+    #[inline(always)]
+    fn unmap(&self, range: IovaRange) {
+        self.list.iter().for_each(|entry| entry.table.unmap(range));
+    }
+
     /// The store's record of a caller.
     #[inline]
     fn client(&mut self, store: &PageStore, Asked { memory, uid, limit }: Asked) -> &Arc<Client> {
@@ -311,11 +317,9 @@ impl Ioas {
         let tables = self.tables.lock();
         let mut taken = Taken::default();
         self.map.lock().take(range, taking, &mut taken);
-        let ranges = joined(&taken.areas);
-        for entry in &tables.list {
-            for range in ranges.iter() {
-                entry.table.unmap(*range);
-            }
+        match taken.areas.single() {
+            Some((start, area)) => tables.unmap(area.range(*start)),
+            None => joined(&taken.areas).into_iter().for_each(|range| tables.unmap(range)),
         }
         let filled = !tables.list.is_empty();
         if self.readers.is_quiet() {
@@ -325,7 +329,7 @@ impl Ioas {
                     area.pages.release(&self.store, area.slice(*start));
                 }
             }
-            if let Some((_, area)) = taken.areas.take_single()
+            if let Ok((_, area)) = taken.areas.into_single()
                 && let Some(pages) = Pages::retire(area.pages)
             {
                 self.spare.store(Some(pages));
@@ -333,7 +337,7 @@ impl Ioas {
             return Leaving::done(taken.bytes, taken.stopped);
         }
         // Nobody maps there meanwhile: that takes `tables`.
-        let ranges = ranges.into_vec();
+        let ranges = joined(&taken.areas);
         self.map.lock().leave(&ranges);
         drop(tables);
         let Taken { areas, bytes, stopped } = taken;
@@ -757,9 +761,9 @@ fn windows_of<'a>(tables: impl Iterator<Item = &'a TableEntry>) -> Windows {
 }
 
 /// The ranges of areas, those that touch joined.
-#[inline(always)]
-fn joined(areas: &Several<(u64, Area)>) -> Several<IovaRange> {
-    let mut ranges: Several<IovaRange> = Several::new();
+#[inline(never)]
+fn joined(areas: &Several<(u64, Area)>) -> Vec<IovaRange> {
+    let mut ranges: Vec<IovaRange> = Vec::new();
     for (start, area) in areas.iter() {
         let next = area.range(*start);
         match ranges.last_mut() {

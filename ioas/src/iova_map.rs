@@ -339,15 +339,27 @@ impl IovaMap {
     /// Inserts areas for `pieces`, one after the other from `start` on, at a place that [`Self::place`] gave.
     #[inline(always)]
     pub(crate) fn insert(&mut self, start: Iova, pieces: Several<Piece>, access: Access) {
-        let mut at = start.0;
+        match pieces.into_single() {
+            Ok(piece) => self.insert_one(start.0, piece, access),
+            Err(pieces) => self.insert_all(start.0, pieces, access),
+        }
+    }
+
+    #[cold]
+    fn insert_all(&mut self, mut at: u64, pieces: Several<Piece>, access: Access) {
         pieces.into_each(|piece| {
-            let last = at + (piece.length - 1);
-            let area = Area { last, pages: piece.pages, at: piece.at, access, vaddr_valid: true, shut: false, pins: 0 };
-            self.areas.insert(at, area);
-            self.mapped_bytes += piece.length;
-            self.note_used(at, last);
-            at = last.wrapping_add(1);
+            let next = at.wrapping_add(piece.length);
+            self.insert_one(at, piece, access);
+            at = next;
         });
+    }
+
+    #[inline(always)]
+    fn insert_one(&mut self, start: u64, Piece { pages, at, length }: Piece, access: Access) {
+        let last = start + (length - 1);
+        self.areas.insert(start, Area { last, pages, at, access, vaddr_valid: true, shut: false, pins: 0 });
+        self.mapped_bytes += length;
+        self.note_used(start, last);
     }
 
     /// The pieces of memory behind `wanted`, all of which must be mapped.

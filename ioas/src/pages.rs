@@ -216,7 +216,8 @@ impl Pages {
         let Filled { client, fill } = &mut *self.fill.lock();
         match fill {
             Fill::Empty if slice == self.all() => {
-                let held = self.hold(client, store, slice, limit)?;
+                let mut held = HeldRuns::new();
+                self.hold(client, store, (slice, limit), &mut held)?;
                 for held in held.iter() {
                     runs.push(held.run);
                 }
@@ -255,8 +256,9 @@ impl Pages {
     ) -> Result<(), IoasError> {
         let mut held: Vec<(u64, HeldRuns)> = Vec::new();
         for gap in gaps(parts, slice) {
-            match self.hold(client, store, gap, limit) {
-                Ok(runs) => held.push((gap.first, runs)),
+            let mut runs = HeldRuns::new();
+            match self.hold(client, store, (gap, limit), &mut runs) {
+                Ok(()) => held.push((gap.first, runs)),
                 Err(error) => {
                     let held: Vec<Held> = held.iter().flat_map(|(_, held)| held.iter().copied()).collect();
                     store.release(&held, self.payer(client));
@@ -273,11 +275,18 @@ impl Pages {
     }
 
     #[inline(always)]
-    fn hold(&self, client: &Client, store: &PageStore, slice: Slice, limit: Limit) -> Result<HeldRuns, IoasError> {
-        self.hold_billed(client, store, (slice, limit, self.terms.rights), || self.bill(client, limit))
+    fn hold(
+        &self,
+        client: &Client,
+        store: &PageStore,
+        (slice, limit): (Slice, Limit),
+        held: &mut HeldRuns,
+    ) -> Result<(), IoasError> {
+        self.hold_billed(client, store, (slice, limit, self.terms.rights), || self.bill(client, limit), held)
     }
 
-    /// Holds `slice`, and charges it to whom `bill` says after the memory has been found.
+    /// Holds `slice`, charges it to whom `bill` says after the memory has been found, and appends it to `held`, which
+    /// is empty.
     #[inline(always)]
     fn hold_billed(
         &self,
@@ -285,7 +294,8 @@ impl Pages {
         store: &PageStore,
         (slice, limit, rights): (Slice, Limit, Rights),
         bill: impl FnOnce() -> Option<Bill>,
-    ) -> Result<HeldRuns, IoasError> {
+        held: &mut HeldRuns,
+    ) -> Result<(), IoasError> {
         let start = (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT);
         match &self.file {
             Some(file) => {
@@ -294,11 +304,11 @@ impl Pages {
                     Limit::Now => file.size(),
                 };
                 let wanted = resolve::file_memory(file, size, start, slice.pages, self.terms.rights)?;
-                store.hold(iter::once(wanted), bill())
+                store.hold(iter::once(wanted), bill(), held)
             }
             None => {
                 let found = resolve::user_memory(store, &client.memory, UserAddr(start), slice.pages, rights)?;
-                store.hold(found.iter().map(Found::wanted), bill())
+                store.hold(found.iter().map(Found::wanted), bill(), held)
             }
         }
     }
@@ -325,8 +335,9 @@ impl Pages {
         let mut by_page: BTreeMap<u64, FrameRun> = BTreeMap::new();
         let mut outcome = Ok(());
         for gap in gaps(parts, slice) {
-            match self.hold_billed(client, store, (gap, Limit::Now, rights), || None) {
-                Ok(held) => {
+            let mut held = HeldRuns::new();
+            match self.hold_billed(client, store, (gap, Limit::Now, rights), || None, &mut held) {
+                Ok(()) => {
                     let mut at = gap.first;
                     for Held { run, .. } in held.iter() {
                         by_page.insert(at, *run);

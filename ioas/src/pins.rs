@@ -10,7 +10,7 @@ use crate::addr::{FrameRun, UserAddr};
 use crate::caller::MemoryMap;
 use crate::error::IoasError;
 use crate::resolve::{self, Found, Rights};
-use crate::store::{Held, PageStore};
+use crate::store::{Held, HeldRuns, PageStore};
 
 impl PageStore {
     /// Holds `pages` pages of a memory map from the one at `address` on, for writing, and charges nobody. Returns their
@@ -21,7 +21,9 @@ impl PageStore {
     pub fn pin(&self, memory: &Arc<dyn MemoryMap>, address: UserAddr, pages: u64) -> Result<Vec<FrameRun>, IoasError> {
         let rights = Rights { writable: true, device_regions: false };
         let found = resolve::user_memory(self, memory, address, pages, rights)?;
-        Ok(self.hold(found.iter().map(Found::wanted), None)?.iter().map(|held| held.run).collect())
+        let mut held = HeldRuns::new();
+        self.hold(found.iter().map(Found::wanted), None, &mut held)?;
+        Ok(held.iter().map(|held| held.run).collect())
     }
 
     /// Lets go of frames that [`Self::pin`] has given. No DMA to them may be under way.

@@ -31,7 +31,7 @@ use crate::error::IoasError;
 use crate::payer::PayerName;
 use crate::registry::Registry;
 use crate::resolve::{self, Found, Rights};
-use crate::store::{Bill, Held, PageStore};
+use crate::store::{Bill, Held, HeldRuns, PageStore};
 
 /// The registered memory of all memory maps of a server.
 #[derive(Debug)]
@@ -160,7 +160,8 @@ impl RegisteredMemory {
         let found = resolve::user_memory(&self.store, &self.memory, range.start(), pages, rights)?;
         let held = charge::counting_ipc_lock(caller, |enforced| {
             let bill = Bill { payer, limit: client.seen_limit(), enforced };
-            self.store.hold(found.iter().map(Found::wanted), Some(bill))
+            let mut held = HeldRuns::new();
+            self.store.hold(found.iter().map(Found::wanted), Some(bill), &mut held).map(|()| held)
         })?;
         let held = held.into_vec();
         let (id, uses, left) = (IDS.fetch_add(1, Ordering::Relaxed), AtomicU64::new(1), AtomicBool::new(false));

@@ -49,17 +49,12 @@ impl<T> Several<T> {
         if self.rest.is_none() { self.first.as_ref() } else { None }
     }
 
-    /// The entry, if there is just one, and none is left then.
+    /// The entry, if there is just one; else all.
     #[inline(always)]
-    pub(crate) fn take_single(&mut self) -> Option<T> {
-        if self.rest.is_none() { self.first.take() } else { None }
-    }
-
-    #[inline(always)]
-    pub(crate) fn last_mut(&mut self) -> Option<&mut T> {
-        match &mut self.rest {
-            None => self.first.as_mut(),
-            Some(rest) => rest.last_mut(),
+    pub(crate) fn into_single(self) -> Result<T, Self> {
+        match self {
+            Self { first: Some(entry), rest: None } => Ok(entry),
+            all => Err(all),
         }
     }
 
@@ -131,12 +126,11 @@ mod tests {
         let mut list = Several::one(0);
         (1..4).for_each(|entry| list.push(entry));
         assert_eq!((list.first(), list.single()), (Some(&0), None));
-        assert_eq!(list.last_mut(), Some(&mut 3));
         assert!(list.iter().copied().eq(0..4));
-        assert_eq!(list.into_vec(), [0, 1, 2, 3]);
-        let mut one: Several<_> = (5..6).collect();
+        assert_eq!(list.into_single().map_err(Several::into_vec), Err(vec![0, 1, 2, 3]));
+        let one: Several<_> = (5..6).collect();
         assert_eq!((one.single(), one.iter().count()), (Some(&5), 1));
-        assert_eq!(one.last_mut(), Some(&mut 5));
+        assert_eq!(one.into_single().ok(), Some(5));
         let none = Several::<u8>::new();
         assert_eq!((none.first(), none.iter().next()), (None, None));
         assert_eq!(none.into_vec(), []);

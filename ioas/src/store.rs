@@ -355,15 +355,16 @@ impl PageStore {
         self.inner.lock().clients.record(memory, uid, limit)
     }
 
-    /// Holds all of `wanted` and charges it, or changes nothing. The answer has the frames, in order.
+    /// Holds all of `wanted`, charges it and appends it to `all`, which is empty, in order; or changes nothing.
     #[inline(always)]
     pub(crate) fn hold<'a>(
         &self,
         wanted: impl Iterator<Item = Wanted<'a>>,
         bill: Option<Bill>,
-    ) -> Result<HeldRuns, IoasError> {
+        all: &mut HeldRuns,
+    ) -> Result<(), IoasError> {
         let mut ended = AllEnded::new();
-        let result = self.inner.lock().hold(self.space, self.accounting, wanted, bill, &mut ended);
+        let result = self.inner.lock().hold((self.space, self.accounting), wanted, bill, all, &mut ended);
         ended.into_each(|extent| extent.end(self.space));
         result
     }
@@ -432,13 +433,12 @@ impl Inner {
     #[inline(always)]
     fn hold<'a>(
         &mut self,
-        space: &FrameSpace,
-        accounting: Accounting,
+        (space, accounting): (&FrameSpace, Accounting),
         wanted: impl Iterator<Item = Wanted<'a>>,
         bill: Option<Bill>,
+        all: &mut HeldRuns,
         ended: &mut AllEnded,
-    ) -> Result<HeldRuns, IoasError> {
-        let mut all = HeldRuns::new();
+    ) -> Result<(), IoasError> {
         for want in wanted {
             let Self { extents, held_pages, .. } = self;
             let keep = |run, fresh| {
@@ -452,17 +452,23 @@ impl Inner {
             }
         }
         if let Some(bill) = bill
-            && let Err(error) = self.charge(accounting, &all, bill)
+            && let Err(error) = self.charge(accounting, all, bill)
         {
             return Err(self.give_up(space, all, ended, error));
         }
-        Ok(all)
+        Ok(())
     }
 
     /// Releases what was held in vain.
     #[cold]
-    fn give_up(&mut self, space: &FrameSpace, held: HeldRuns, ended: &mut AllEnded, reason: IoasError) -> IoasError {
-        held.into_each(|held| self.release(space, held.run, ended));
+    fn give_up(
+        &mut self,
+        space: &FrameSpace,
+        held: &mut HeldRuns,
+        ended: &mut AllEnded,
+        reason: IoasError,
+    ) -> IoasError {
+        std::mem::take(held).into_each(|held| self.release(space, held.run, ended));
         reason
     }
 
