@@ -60,7 +60,7 @@ struct Process {
 /// All processes that have made calls, and what is kept of them.
 pub struct Clients {
     own: Arc<dyn OwnFiles>,
-    /// By thread id: threads of one process share an entry.
+    /// By thread id: threads of one process share an entry, which is there by the process's id too.
     processes: Mutex<HashMap<i32, Arc<Process>>>,
 }
 
@@ -87,7 +87,8 @@ impl Clients {
         }
     }
 
-    /// Finds what is kept for another thread of the same process, or opens it, and keeps it for `tid` too.
+    /// Finds what is kept for another thread of the same process, or opens it, and keeps it for `tid` too; and for the
+    /// process's own number, which outlives the thread: its memory map is the same to whichever thread calls next.
     fn look_up(&self, tid: i32) -> Result<Arc<Process>, MemoryError> {
         let tgid = thread_group(tid).map_err(memory_error)?;
         let others = self.forget_the_dead();
@@ -96,7 +97,10 @@ impl Clients {
             Some(process) => Arc::clone(process),
             None => Arc::new(self.open(tid, tgid, &others)?),
         };
-        self.processes.lock().insert(tid, Arc::clone(&process));
+        let mut processes = self.processes.lock();
+        processes.insert(tgid, Arc::clone(&process));
+        processes.insert(tid, Arc::clone(&process));
+        drop(processes);
         Ok(process)
     }
 

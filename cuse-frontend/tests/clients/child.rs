@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Sender, channel};
 
 use ioas::UserAddr;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -103,6 +104,15 @@ impl Child {
         self.tell("thread").parse().expect("a thread id")
     }
 
+    /// Ends a thread that was started in the child, and all others; returns when it has gone.
+    pub(crate) fn end_thread(&mut self, tid: u32) {
+        assert_eq!(self.tell("end-threads"), "ok");
+        let place = format!("/proc/{}/task/{tid}", self.pid());
+        while std::fs::exists(&place).expect("proc") {
+            std::thread::yield_now();
+        }
+    }
+
     /// The child becomes the same program anew.
     pub(crate) fn exec(&mut self) {
         writeln!(self.orders, "exec").expect("the child listens");
@@ -166,7 +176,7 @@ pub(crate) fn live() {
 }
 
 fn obey() {
-    let mut order = String::new();
+    let (mut order, mut threads) = (String::new(), Vec::new());
     loop {
         order.clear();
         if read_line(&mut order) == 0 {
@@ -174,7 +184,15 @@ fn obey() {
         }
         match order.trim().split_once(' ').unwrap_or((order.trim(), "")) {
             ("exec", _) => panic!("{}", again().exec()),
-            ("thread", _) => say(&start_thread().to_string()),
+            ("thread", _) => {
+                let (tid, life) = start_thread();
+                threads.push(life);
+                say(&tid.to_string());
+            }
+            ("end-threads", _) => {
+                threads.clear();
+                say("ok");
+            }
             ("memlock", bytes) => {
                 let bytes = bytes.parse().expect("a number");
                 let limit = nix::sys::resource::Resource::RLIMIT_MEMLOCK;
@@ -210,13 +228,13 @@ fn read_line(line: &mut String) -> usize {
     line.len()
 }
 
-fn start_thread() -> i32 {
-    let (sender, receiver) = std::sync::mpsc::channel();
+/// A thread's id, and what ends the thread when it is dropped.
+fn start_thread() -> (i32, Sender<()>) {
+    let (sender, receiver) = channel();
+    let (life, end) = channel();
     std::thread::spawn(move || {
         sender.send(nix::unistd::gettid().as_raw()).expect("somebody waits");
-        loop {
-            std::thread::park();
-        }
+        let _ = end.recv();
     });
-    receiver.recv().expect("the thread's id")
+    (receiver.recv().expect("the thread's id"), life)
 }

@@ -209,6 +209,17 @@ fn threads_of_one_process_share_one_memory_map() {
 }
 
 #[test]
+fn memory_map_found_by_a_thread_that_has_ended_is_that_of_the_process_still() {
+    let (mut child, clients) = (Child::start(), clients());
+    let tid = child.thread();
+    let before = call(&clients, tid).memory_map().expect("a memory map");
+    child.end_thread(tid);
+    let next = child.thread();
+    assert_eq!(call(&clients, next).memory_map().expect("a memory map").id(), before.id());
+    assert_eq!(call(&clients, child.pid()).memory_map().expect("a memory map").id(), before.id());
+}
+
+#[test]
 fn descriptors_are_told_apart() {
     let (child, clients) = (Child::start(), clients());
     let caller = call(&clients, child.pid());

@@ -8,9 +8,6 @@ use differential::shrink::first_difference;
 use differential::structs::{FAMILIES, Family};
 use e2e::server::Run;
 
-/// Sequences that are known to differ and are not explained yet; docs/testing.md lists them.
-const OPEN: &[(&str, u64)] = &[("nesting", 181)];
-
 fn ours(family: &Family, how: &str, seed: u64, count: u64) -> Result<String> {
     let mut options = ["--accounting", "linux", "--dirty", "linux"].map(str::to_owned).to_vec();
     if family.mock {
@@ -28,8 +25,7 @@ fn differences(family: &Family) -> Result<Vec<String>> {
     let recording = load(family.name)?;
     let answers = hashes(&ours(family, "seeds", 1, SEEDS)?);
     let again = |seed| format!("tools/differential --family {} --first {seed} --seeds 1", family.name);
-    let open = |seed: &u64| OPEN.contains(&(family.name, *seed));
-    let wrong = recording.hashes.iter().filter(|(seed, hash)| answers.get(seed) != Some(*hash) && !open(seed));
+    let wrong = recording.hashes.iter().filter(|(seed, hash)| answers.get(seed) != Some(*hash));
     let mut wrong: Vec<String> = wrong.map(|(seed, _)| again(seed)).collect();
     for (seed, linux) in &recording.texts {
         let text = ours(family, "text", *seed, 1)?;
