@@ -21,7 +21,7 @@ use ioas::caller::{Caller, FdError};
 
 use crate::error::OpError;
 use crate::iommufd::{Context, Mapper};
-use crate::ops::{self, Request};
+use crate::ops::{self, OpResult, Request};
 use crate::server::Server;
 use crate::uapi::vfio::nr;
 use crate::uapi::{command, is_ours};
@@ -275,6 +275,7 @@ impl OpenFile {
     ///
     /// # Errors
     /// As [`Self::ioctl`].
+    #[inline(always)]
     pub fn ioctl_with(
         &self,
         caller: &dyn ClientCall,
@@ -283,18 +284,34 @@ impl OpenFile {
         brought: &mut [u8],
     ) -> Result<IoctlReply, Errno> {
         let request = Request::new(&self.server, caller, cmd, arg, brought);
-        self.answer(&request).map_err(|error| {
-            // Programs ask every file whether it is a terminal; that is no failure of theirs.
-            if is_ours(cmd) { self.refused(caller, self.op_name(cmd), &error) } else { Errno(error.errno()) }
-        })
+        self.answer(&request).map_err(|error| self.refused_ioctl(caller, cmd, &error))
     }
 
-    fn answer(&self, request: &Request<'_>) -> Result<IoctlReply, OpError> {
+    #[cold]
+    #[inline(never)]
+    fn refused_ioctl(&self, caller: &dyn ClientCall, cmd: u32, error: &OpError) -> Errno {
+        // Programs ask every file whether it is a terminal; that is no failure of theirs.
+        if is_ours(cmd) { self.refused(caller, self.op_name(cmd), error) } else { Errno(error.errno()) }
+    }
+
+    /// The ops of an iommufd are called most, and are dispatched without a call on the way.
+    #[inline(always)]
+    fn answer(&self, request: &Request<'_>) -> OpResult {
+        let cmd = request.cmd;
+        match &self.file {
+            File::Iommufd(context) if self.server.added_row(cmd).is_none() && self.server.has_iommufd_number(cmd) => {
+                ops::iommufd::TABLE.answer(context, request)
+            }
+            _ => self.answer_other(request),
+        }
+    }
+
+    #[inline(never)]
+    fn answer_other(&self, request: &Request<'_>) -> OpResult {
         let cmd = request.cmd;
         match &self.file {
             File::Iommufd(context) => match self.server.added_row(cmd) {
                 Some(row) => row.answer(context, request),
-                None if self.server.has_iommufd_number(cmd) => ops::iommufd::TABLE.answer(context, request),
                 None => ops::container::OF_IOMMUFD.answer(context, request),
             },
             File::Container(container) if container.is_spapr() => ops::spapr::TABLE.answer(container, request),

@@ -23,7 +23,7 @@ use ioas::caller::{Caller, Capability, ClientFile, FdError, FileBacking, MemoryE
 use parking_lot::Mutex;
 
 use crate::client::{OwnFiles, ProcessMemory, describe, whole};
-use crate::files::{ClientCall, Errno, IoctlReply, NodeKind, OpenFile};
+use crate::files::{ClientCall, Errno, IoctlReply, NewFile, NodeKind, OpenFile};
 use crate::server::Server;
 use crate::sys::client as sys;
 
@@ -59,7 +59,12 @@ struct OwnMemory {
 
 impl OwnMemory {
     fn limit(&self) -> Option<u64> {
-        self.pretended_limit.get().or_else(|| sys::memlock_limit(0).ok())
+        self.pretended_limit.get().or_else(Self::limit_of_process)
+    }
+
+    #[inline(never)]
+    fn limit_of_process() -> Option<u64> {
+        sys::memlock_limit(0).ok()
     }
 }
 
@@ -255,11 +260,15 @@ impl InProcess {
     fn answered(&self, caller: &dyn ClientCall, answer: IoctlReply) -> Result<i32, Errno> {
         match answer {
             IoctlReply::Value(value) => Ok(value),
-            IoctlReply::NewFile(new) => {
-                let fd = self.insert(new.file)?;
-                new.promise.keep(caller, fd)
-            }
+            IoctlReply::NewFile(new) => self.hand_over(caller, *new),
         }
+    }
+
+    /// Gives a file that an ioctl has made a number.
+    #[inline(never)]
+    fn hand_over(&self, caller: &dyn ClientCall, new: NewFile) -> Result<i32, Errno> {
+        let fd = self.insert(new.file)?;
+        new.promise.keep(caller, fd)
     }
 
     /// pread(2).
@@ -292,6 +301,19 @@ impl InProcessCaller<'_> {
     fn descriptor(&self, fd: i32) -> Result<OwnedFd, FdError> {
         sys::duplicate(fd).map_err(|_| FdError::Bad(fd))
     }
+
+    /// The file of a number that this front end has not adopted, looked at now.
+    #[inline(never)]
+    fn look_at(&self, fd: i32) -> Result<Arc<FileBacking>, FdError> {
+        let copy = self.descriptor(fd)?;
+        let stat = sys::stat(&copy).map_err(|_| FdError::Denied)?;
+        describe(copy, stat).map(Into::into).map_err(|_| FdError::Denied)
+    }
+
+    #[inline(never)]
+    fn process_is_capable(capability: Capability) -> bool {
+        sys::effective_capabilities(0).is_ok_and(|set| sys::holds(set, capability))
+    }
 }
 
 impl Caller for InProcessCaller<'_> {
@@ -314,7 +336,7 @@ impl Caller for InProcessCaller<'_> {
     fn capable(&self, capability: Capability) -> bool {
         match self.front.pretended_capabilities.get() {
             Some(pretended) => pretended & bit(capability) != 0,
-            None => sys::effective_capabilities(0).is_ok_and(|set| sys::holds(set, capability)),
+            None => Self::process_is_capable(capability),
         }
     }
 
@@ -322,9 +344,7 @@ impl Caller for InProcessCaller<'_> {
         if let Some(Known::Memory(file)) = self.front.descriptors.lock().get(fd) {
             return Ok(Arc::clone(file));
         }
-        let copy = self.descriptor(fd)?;
-        let stat = sys::stat(&copy).map_err(|_| FdError::Denied)?;
-        describe(copy, stat).map(Into::into).map_err(|_| FdError::Denied)
+        self.look_at(fd)
     }
 
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {

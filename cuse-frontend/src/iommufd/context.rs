@@ -50,7 +50,7 @@ pub struct IoasRef(ObjectRef<Object>);
 impl std::ops::Deref for IoasRef {
     type Target = Arc<Ioas>;
 
-    #[inline]
+    #[inline(always)]
     fn deref(&self) -> &Arc<Ioas> {
         match &*self.0 {
             Object::Ioas(object) => &object.ioas,
@@ -199,11 +199,12 @@ impl Context {
     ///
     /// # Errors
     /// ENOENT.
-    #[inline]
+    #[inline(always)]
     pub fn ioas(&self, id: u32) -> Result<IoasRef, OpError> {
         self.find_ioas(id).ok_or(OpError::NoObject { kind: "IOAS", id })
     }
 
+    #[inline(always)]
     fn find_ioas(&self, id: u32) -> Option<IoasRef> {
         self.objects.get(id).filter(|object| matches!(**object, Object::Ioas(_))).map(IoasRef)
     }

@@ -5,6 +5,7 @@
 //! Sources: drivers/iommu/iommufd/main.c, ioas.c, hw_pagetable.c, vfio_compat.c.
 
 use std::collections::BTreeMap;
+use std::mem::offset_of;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
@@ -251,18 +252,24 @@ fn ioas_map(call: &Call<'_, Arc<Context>>) -> OpResult {
 }
 
 fn ioas_map_file(call: &Call<'_, Arc<Context>>) -> OpResult {
-    let mut cmd: IoasMapFile = call.get();
-    none_of("flags", cmd.flags & !MAP_FLAGS)?;
-    below_the_last("iova", cmd.iova)?;
-    below_the_last("length", cmd.length)?;
-    let access = access(cmd.flags)?;
-    let ioas = call.file.ioas(cmd.ioas_id)?;
+    let cmd = call.fields::<{ size_of::<IoasMapFile>() }>();
+    let flags = cmd.u32_at(offset_of!(IoasMapFile, flags));
+    let iova = cmd.u64_at(offset_of!(IoasMapFile, iova));
+    let length = cmd.u64_at(offset_of!(IoasMapFile, length));
+    let start = cmd.u64_at(offset_of!(IoasMapFile, start));
+    none_of("flags", flags & !MAP_FLAGS)?;
+    below_the_last("iova", iova)?;
+    below_the_last("length", length)?;
+    let access = access(flags)?;
+    let ioas = call.file.ioas(cmd.u32_at(offset_of!(IoasMapFile, ioas_id)))?;
     // EINVAL for no bytes, EOVERFLOW when they wrap.
-    ioas::UserRange::new(UserAddr(cmd.start), cmd.length)?;
-    let source = Source::File { file: call.caller.file(cmd.fd)?, offset: cmd.start };
-    let request = request(call, source, cmd.length, choice(cmd.flags, cmd.iova), access);
-    cmd.iova = ioas.map(call.caller, request)?.start().0;
-    call.respond(&cmd)?;
+    ioas::UserRange::new(UserAddr(start), length)?;
+    let fd = cmd.u32_at(offset_of!(IoasMapFile, fd)).cast_signed();
+    let source = Source::File { file: call.caller.file(fd)?, offset: start };
+    let request = request(call, source, length, choice(flags, iova), access);
+    let mapped = ioas.map(call.caller, request)?;
+    cmd.put_u64(offset_of!(IoasMapFile, iova), mapped.start().0);
+    call.respond_fields(&cmd)?;
     done()
 }
 
@@ -282,17 +289,20 @@ fn ioas_copy(call: &Call<'_, Arc<Context>>) -> OpResult {
 }
 
 fn ioas_unmap(call: &Call<'_, Arc<Context>>) -> OpResult {
-    let mut cmd: IoasUnmap = call.get();
-    let ioas = call.file.ioas(cmd.ioas_id)?;
-    let range = if cmd.iova == 0 && cmd.length == u64::MAX {
+    let cmd = call.fields::<{ size_of::<IoasUnmap>() }>();
+    let iova = cmd.u64_at(offset_of!(IoasUnmap, iova));
+    let length = cmd.u64_at(offset_of!(IoasUnmap, length));
+    let ioas = call.file.ioas(cmd.u32_at(offset_of!(IoasUnmap, ioas_id)))?;
+    let range = if iova == 0 && length == u64::MAX {
         IovaRange::everything()
     } else {
-        below_the_last("iova", cmd.iova)?;
-        below_the_last("length", cmd.length)?;
-        IovaRange::new(Iova(cmd.iova), cmd.length)?
+        below_the_last("iova", iova)?;
+        below_the_last("length", length)?;
+        IovaRange::new(Iova(iova), length)?
     };
-    cmd.length = ioas.start_unmap(range).finish_unless(&call.interrupt())?;
-    call.respond(&cmd)?;
+    let unmapped = ioas.start_unmap(range).finish_unless(&call.interrupt())?;
+    cmd.put_u64(offset_of!(IoasUnmap, length), unmapped);
+    call.respond_fields(&cmd)?;
     done()
 }
 
@@ -311,7 +321,7 @@ fn option(call: &Call<'_, Arc<Context>>) -> OpResult {
         option_id::HUGE_PAGES => option_huge_pages(call, &cmd)?,
         id => return Err(OpError::Unsupported { field: "option_id", value: id.into() }),
     };
-    call.write(std::mem::offset_of!(Opt, val64) as u64, value.as_bytes())?;
+    call.write(offset_of!(Opt, val64) as u64, value.as_bytes())?;
     done()
 }
 

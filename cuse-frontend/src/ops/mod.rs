@@ -120,6 +120,7 @@ impl<F: ?Sized, const SLOTS: usize> Table<F, SLOTS> {
     }
 
     /// Answers an ioctl.
+    #[inline]
     pub(crate) fn answer(&self, file: &F, request: &Request<'_>) -> OpResult {
         match self.find(request.cmd) {
             Some(op) => Call::dispatch(op, file, request, op.run),
@@ -165,6 +166,8 @@ pub(crate) struct Call<'a, F: ?Sized> {
     given: u32,
     /// The struct: a copy, zero behind what the client has; or, where nobody else can reach it, as it was brought.
     bytes: &'a [Cell<u8>],
+    /// What is written to `bytes` is in the caller's struct.
+    in_place: bool,
 }
 
 /// Who calls with what is the same for the handler as it was for the dispatcher.
@@ -190,13 +193,14 @@ impl<'a, F: ?Sized> Call<'a, F> {
         }
         match op.argument {
             Argument::Sized { size, .. } if let Some(bytes) = request.whole(size) => {
-                run(&Call { file, request, given: size, bytes })
+                run(&Call { file, request, given: size, bytes, in_place: true })
             }
             argument => Self::dispatch_copied(argument, file, request, run),
         }
     }
 
     /// As [`Self::dispatch`], for a struct that lies in the caller's memory, or is not exactly ours.
+    #[inline(never)]
     fn dispatch_copied(
         argument: Argument,
         file: &'a F,
@@ -209,7 +213,8 @@ impl<'a, F: ?Sized> Call<'a, F> {
             Argument::Sized { size, min } => request.copy_in_sized(size, min, &mut buffer)?,
             Argument::Argsz { min } => request.copy_in_argsz(min, &mut buffer)?,
         };
-        run(&Call { file, request, given, bytes: Cell::from_mut(buffer.as_mut_slice()).as_slice_of_cells() })
+        let bytes = Cell::from_mut(buffer.as_mut_slice()).as_slice_of_cells();
+        run(&Call { file, request, given, bytes, in_place: false })
     }
 
     /// The struct, as far as it was copied; the rest is zero.
@@ -229,6 +234,30 @@ impl<'a, F: ?Sized> Call<'a, F> {
     #[inline(never)]
     fn copy_beginning(&self, value: &mut [u8]) {
         copy_out_of(self.bytes, value);
+    }
+
+    /// The struct of `SIZE` bytes where it lies, for an op whose time goes into moving it about.
+    #[inline(always)]
+    pub(crate) fn fields<const SIZE: usize>(&self) -> Fields<'_, SIZE> {
+        const { assert!(SIZE <= LARGEST) }
+        Fields(self.bytes.first_chunk().expect("a row's struct is its handler's"))
+    }
+
+    /// As [`Self::respond`], for what the handler has put into the [`Fields`].
+    ///
+    /// # Errors
+    /// As [`Self::respond`].
+    #[inline(always)]
+    pub(crate) fn respond_fields<const SIZE: usize>(&self, fields: &Fields<'_, SIZE>) -> Result<(), OpError> {
+        if self.in_place { Ok(()) } else { self.respond_copied(fields.0) }
+    }
+
+    #[inline(never)]
+    fn respond_copied(&self, fields: &[Cell<u8>]) -> Result<(), OpError> {
+        let mut copy = [0; LARGEST];
+        copy_out_of(fields, &mut copy);
+        let used = fields.len().min(self.given as usize);
+        Ok(self.request.write(self.request.arg, &copy[..used])?)
     }
 
     /// Notes why an op that returns another number than 0 did not do what it was asked for.
@@ -299,6 +328,35 @@ impl<'a, F: ?Sized> Call<'a, F> {
     /// For a wait that ends early when the caller has been killed.
     pub(crate) fn interrupt(&self) -> CallerInterrupt<'_> {
         CallerInterrupt(self.caller)
+    }
+}
+
+/// An op's struct, read and written field by field. A copy of all of it goes through the widest registers, and each
+/// field is then fetched from where the copy was put.
+pub(crate) struct Fields<'a, const SIZE: usize>(&'a [Cell<u8>; SIZE]);
+
+impl<const SIZE: usize> Fields<'_, SIZE> {
+    #[inline(always)]
+    fn get<const LENGTH: usize>(&self, at: usize) -> [u8; LENGTH] {
+        std::array::from_fn(|byte| self.0[at + byte].get())
+    }
+
+    /// The field of 32 bits at byte `at`.
+    #[inline(always)]
+    pub(crate) fn u32_at(&self, at: usize) -> u32 {
+        u32::from_ne_bytes(self.get(at))
+    }
+
+    /// The field of 64 bits at byte `at`.
+    #[inline(always)]
+    pub(crate) fn u64_at(&self, at: usize) -> u64 {
+        u64::from_ne_bytes(self.get(at))
+    }
+
+    /// Changes the field of 64 bits at byte `at`.
+    #[inline(always)]
+    pub(crate) fn put_u64(&self, at: usize, value: u64) {
+        value.to_ne_bytes().into_iter().enumerate().for_each(|(byte, value)| self.0[at + byte].set(value));
     }
 }
 
