@@ -6,7 +6,7 @@
 //! the CPU's format) or second-stage ([`SecondStage`], with read and write bits of their own), and those hold the
 //! leaves. All lie in guest memory, by guest-physical address, and are reached through [`crate::GuestMemory`] only.
 //!
-//! Two readers walk the paging structures. [`walk`] follows one address, for a DMA through a nested page table.
+//! Two readers walk the paging structures. [`walk()`] follows one address, for a DMA through a nested page table.
 //! [`Replay`] goes over all leaves of a range in order and joins those that continue each other, for a shadow address
 //! space. Both decode an entry by the same [`Stage`], so they cannot disagree about what a leaf is.
 //!

@@ -1,7 +1,7 @@
 //! `VtdUnit`: an IOMMU unit of Intel's kind, as iommufd asks it.
 //!
 //! It describes itself by its capability registers, makes page tables that can be the parents of nested ones, and nested
-//! ones of a guest's first stage. What it says it can do is what [`walk`] does with the same [`Capability`].
+//! ones of a guest's first stage. What it says it can do is what [`walk()`] does with the same [`Capability`].
 //!
 //! The structs in the client's memory are rows of 64-bit words, as the hardware has them; their kinds and layouts are
 //! those of Linux `include/uapi/linux/iommufd.h` (`iommu_hw_info_vtd`, `iommu_hwpt_vtd_s1`,
