@@ -6,7 +6,7 @@
 //! an area obeys all of them, so what counts are the intersections of their windows, each with the largest page.
 //!
 //! The alignment of the address space itself is for what holds everywhere; here is only what is stricter somewhere.
-//! That may be more than [`PAGE_SIZE`]: the pages of user memory are then still taken one by one.
+//! That may be more than [`crate::PAGE_SIZE`]: the pages of user memory are then still taken one by one.
 
 use crate::addr::{Iova, IovaRange};
 use crate::error::IoasError;
