@@ -15,6 +15,8 @@ choose_guest() {
   # What the guest has besides kernel and busybox: packages, and the program that they are for.
   guest_extra_packages=()
   guest_extra_program=
+  # The Debian release to take packages from, where it is not the machine's own.
+  guest_release=
   case $guest_arch in
     x86_64)
       guest_debian=amd64
@@ -53,12 +55,14 @@ guest_apt() {
     -o APT::Architecture="$guest_debian" -o APT::Architectures="$guest_debian" -o APT::Sandbox::User=root "$@"
 }
 
-# guest_sources: the lines of a sources.list for the guest's architecture.
+# guest_sources: the lines of a sources.list for the guest's architecture, of $guest_release where there is one.
 guest_sources() {
   local lines
   lines=$(apt-get indextargets --format 'deb [arch=%] $(REPO_URI) $(RELEASE) main $(ORIGIN)' 'Created-By: Packages' |
     sed -n "s/%/$guest_debian/; s/ main Debian\$/ main/p" | sort -u)
   [[ -n $lines ]] || die "apt knows no Debian mirror: is 'apt-get update' due, or is this not Debian?"
+  # Any release is on the mirror that has the machine's own.
+  [[ -z $guest_release ]] || lines=$(grep -v -e -security -e ports <<<"$lines" | sed -n "1s/ [^ ]* main\$/ $guest_release main/p")
   printf '%s\n' "$lines"
 }
 
@@ -66,7 +70,7 @@ guest_sources() {
 fetch_guest() {
   local packages kernel root=$guest_directory/root log=$guest_directory/apt.log
   [[ ! -e $guest_directory/complete ]] || return 0
-  note "downloading Debian's kernel for $guest_arch (70 MB, once)"
+  note "downloading Debian's kernel for $guest_arch${guest_release:+ of $guest_release} (70 to 110 MB, once)"
   rm -rf "$guest_directory"
   mkdir -p "$root" "$guest_directory"/{packages,apt/lists/partial,apt/archives/partial}
   : >"$guest_directory/apt/status"
@@ -83,14 +87,15 @@ fetch_guest() {
   touch "$guest_directory/complete"
 }
 
-# module_closure DIRECTORY MODULE: the module's file and those of what it depends on, in the order to load them.
+# module_closure DIRECTORY MODULE: the module's file and those of what it depends on, in the order to load them. A
+# compressed one may be among them.
 module_closure() {
-  local file dependency
-  file=$(find "$1" -name "${2//-/[-_]}.ko" -o -name "${2//_/[-_]}.ko" | head -1)
+  local file dependency name=${2//[-_]/[-_]}
+  file=$(find "$1" -name "$name.ko" -o -name "$name.ko.xz" | head -1)
   [[ -n $file ]] || return 0 # built into the kernel
   while read -r dependency; do
     module_closure "$1" "$dependency"
-  done < <(tr '\0' '\n' <"$file" | sed -n 's/^depends=//p' | tr ',' '\n' | sed '/^$/d')
+  done < <(xz -dcf <"$file" | tr '\0' '\n' | sed -n 's/^depends=//p' | tr ',' '\n' | sed '/^$/d')
   printf '%s\n' "$file"
 }
 
