@@ -1,6 +1,6 @@
 //! Calls: the requests that have been read and not answered, and when a killed caller lets go of one.
 //!
-//! A request is answered exactly once. Who answers first wins: the worker that does it, through a [`Reply`] that
+//! A request is answered exactly once, by the way it came ([`WayBack`]). Who answers first wins: the worker that does it, through a [`Reply`] that
 //! answers EIO if it is dropped without a word, or the watcher below, which answers EINTR.
 //!
 //! A caller waits in the kernel and, once we have read its request, cannot even be killed. FUSE tells us of a signal
@@ -26,7 +26,6 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::channel::Channel;
 use crate::files::Errno;
 use crate::process;
 use crate::wire::InHeader;
@@ -36,8 +35,14 @@ pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Requests of one client (process) that are worked on at the same time.
 pub(crate) const PER_CLIENT: usize = 16;
 
-/// One request: who asks, and whether the answer has been given.
-#[derive(Debug)]
+/// The way by which a request came, and by which its answer goes back.
+pub(crate) trait WayBack: Send + Sync {
+    /// Answers the request: errno 0 and bytes, or an errno. False when the kernel does not want the answer any more.
+    /// Called once for each request, by any thread.
+    fn answer(&self, unique: u64, errno: i32, parts: &[&[u8]]) -> bool;
+}
+
+/// One request: who asks, how the answer goes back, and whether it has been given.
 pub(crate) struct Call {
     /// The request's name in the protocol.
     pub(crate) unique: u64,
@@ -45,6 +50,7 @@ pub(crate) struct Call {
     pub(crate) tid: u32,
     /// The caller's user id.
     pub(crate) uid: u32,
+    back: Arc<dyn WayBack>,
     answered: AtomicBool,
     killed: AtomicBool,
     /// A worker has it, as against the queue of those over the bound.
@@ -54,11 +60,12 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    pub(crate) fn new(header: &InHeader) -> Arc<Self> {
+    pub(crate) fn new(header: &InHeader, back: Arc<dyn WayBack>) -> Arc<Self> {
         Arc::new(Self {
             unique: header.unique,
             tid: header.pid,
             uid: header.uid,
+            back,
             answered: AtomicBool::new(false),
             killed: AtomicBool::new(false),
             worked_on: AtomicBool::new(false),
@@ -81,9 +88,9 @@ impl Call {
         let _ = self.tgid.set(client);
     }
 
-    /// True for the one who may answer.
-    fn claim(&self) -> bool {
-        !self.answered.swap(true, Ordering::AcqRel)
+    /// Answers, unless somebody has. False when the answer was not taken.
+    fn answer(&self, errno: i32, parts: &[&[u8]]) -> bool {
+        !self.answered.swap(true, Ordering::AcqRel) && self.back.answer(self.unique, errno, parts)
     }
 }
 
@@ -114,7 +121,7 @@ impl Reply<'_> {
     fn finish(&mut self, errno: i32, parts: &[&[u8]]) -> bool {
         self.done = true;
         self.calls.live.lock().remove(&self.call.unique);
-        self.call.claim() && self.calls.channel.answer(self.call.unique, errno, parts)
+        self.call.answer(errno, parts)
     }
 }
 
@@ -129,7 +136,6 @@ impl Drop for Reply<'_> {
 
 /// All calls of one session.
 pub(crate) struct Calls {
-    channel: Arc<Channel>,
     live: Mutex<HashMap<u64, Arc<Call>>>,
     watched: Mutex<Watched>,
     wake: Condvar,
@@ -142,8 +148,8 @@ struct Watched {
 }
 
 impl Calls {
-    pub(crate) fn new(channel: Arc<Channel>) -> Arc<Self> {
-        Arc::new(Self { channel, live: Mutex::default(), watched: Mutex::default(), wake: Condvar::new() })
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { live: Mutex::default(), watched: Mutex::default(), wake: Condvar::new() })
     }
 
     /// Notes a request that has just been read.
@@ -218,10 +224,8 @@ impl Calls {
             return false;
         }
         call.killed.store(true, Ordering::Release);
-        if call.claim() {
-            tracing::debug!(tid = call.tid, unique = call.unique, "the caller has been killed: EINTR");
-            self.channel.answer(call.unique, libc::EINTR, &[]);
-        }
+        tracing::debug!(tid = call.tid, unique = call.unique, "the caller has been killed: EINTR");
+        call.answer(libc::EINTR, &[]);
         true
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
-use super::calls::slices;
+use super::calls::{WayBack, slices};
 use crate::wire::{NOTIFY_POLL, NotifyPoll, OutHeader};
 
 /// A connection to the kernel.
@@ -53,9 +53,10 @@ impl Channel {
             Err(error) => tracing::warn!(%error, "the kernel does not take a notification of poll"),
         }
     }
+}
 
-    /// Answers a request: errno 0 and bytes, or an errno. False when the kernel does not want the answer any more.
-    pub(crate) fn answer(&self, unique: u64, errno: i32, parts: &[&[u8]]) -> bool {
+impl WayBack for Channel {
+    fn answer(&self, unique: u64, errno: i32, parts: &[&[u8]]) -> bool {
         let length = size_of::<OutHeader>() + parts.iter().map(|part| part.len()).sum::<usize>();
         let header = OutHeader { len: u32::try_from(length).unwrap_or(u32::MAX), error: -errno, unique };
         match nix::sys::uio::writev(&self.device, &slices(header.as_bytes(), parts)) {

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use ioas::caller::FdError;
 use parking_lot::Mutex;
 
-use self::calls::{Call, Calls};
+use self::calls::{Call, Calls, WayBack};
 use self::channel::Channel;
 use self::opens::{Opened, Opens, Releasing};
 use crate::crew::{Crew, Source};
@@ -224,7 +224,10 @@ impl<E: Exports> Source for Engine<E> {
             match header.opcode {
                 opcode::FORGET | opcode::BATCH_FORGET => self.forget(&header, body),
                 opcode::INTERRUPT => self.interrupt(body),
-                _ => return Some(self.note(header, body)),
+                _ => {
+                    let back = Arc::clone(&self.channel) as Arc<dyn WayBack>;
+                    return Some(self.note(header, body.to_vec(), back));
+                }
             }
         }
     }
@@ -250,11 +253,11 @@ impl<E: Exports> Source for Engine<E> {
 
 impl<E: Exports> Engine<E> {
     /// Notes a request in the order in which it came.
-    fn note(&self, header: InHeader, body: &[u8]) -> Request<E::File> {
-        let call = Call::new(&header);
+    fn note(&self, header: InHeader, body: Vec<u8>, back: Arc<dyn WayBack>) -> Request<E::File> {
+        let call = Call::new(&header, back);
         self.calls.begin(&call);
         let handle = match header.opcode {
-            opcode::RELEASE => wire::decode::<wire::ReleaseIn>(body).map(|(release, _)| release.fh),
+            opcode::RELEASE => wire::decode::<wire::ReleaseIn>(&body).map(|(release, _)| release.fh),
             _ => None,
         };
         let releasing = handle.and_then(|handle| self.files.opens.begin_release(handle));
@@ -262,7 +265,7 @@ impl<E: Exports> Engine<E> {
             // The kernel makes this request, for the client that had the file opened.
             call.on_behalf_of(releasing.open.origin.client);
         }
-        Request { header, call, body: body.to_vec(), releasing, taken: Instant::now() }
+        Request { header, call, body, releasing, taken: Instant::now() }
     }
 
     /// A request that waited and whose client has room now.
@@ -313,7 +316,7 @@ impl<E: Exports> Session<E> {
         files: Arc<Files<E::File>>,
     ) -> std::io::Result<Self> {
         let channel = Arc::new(Channel::new(device));
-        let calls = Calls::new(Arc::clone(&channel));
+        let calls = Calls::new();
         let engine = Arc::new(Engine {
             exports,
             tree,
