@@ -304,14 +304,7 @@ impl Bell {
 /// The properties of an x86 server's IOMMU.
 pub(crate) fn x86() -> DeviceProperties {
     let msi = IovaRange::from_bounds(Iova(0xfee0_0000), Iova(0xfeef_ffff)).expect("in order");
-    DeviceProperties {
-        unit: "dmar0".into(),
-        format: Format::x86(48).expect("a format"),
-        reserved: vec![msi],
-        coherent: true,
-        dirty_tracking: true,
-        windows: None,
-    }
+    DeviceProperties { reserved: vec![msi], ..DeviceProperties::new("dmar0", Format::x86(48).expect("a format")) }
 }
 
 /// A server with devices, and what its tests ask of it.

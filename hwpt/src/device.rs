@@ -23,7 +23,7 @@ use crate::fault::{DmaCause, FaultSink};
 use crate::format::Format;
 use crate::hwpt::Hwpt;
 use crate::page_requests::{FaultRoute, PageRequest, Permission, RequestFlags, Response};
-use crate::spapr::WindowRules;
+use crate::spapr::{WindowError, WindowRules};
 use crate::sys::{Current, Former, Guarded};
 
 /// What a device's IOMMU can do, and what the device keeps for itself.
@@ -41,6 +41,22 @@ pub struct DeviceProperties {
     pub dirty_tracking: bool,
     /// The windows that the IOMMU can have, if it translates by windows; `format` is then that of its default window.
     pub windows: Option<WindowRules>,
+}
+
+impl DeviceProperties {
+    /// Behind `unit`, which walks tables of this format, enforces coherency, tracks dirty pages and has no windows. The
+    /// device keeps no IOVAs for itself.
+    pub fn new(unit: impl Into<String>, format: Format) -> Self {
+        Self { unit: unit.into(), format, reserved: Vec::new(), coherent: true, dirty_tracking: true, windows: None }
+    }
+
+    /// As [`new`](Self::new), but `unit` translates by windows: those that `rules` allow, the default one of them first.
+    ///
+    /// # Errors
+    /// What [`WindowRules::default_format`] says of the rules.
+    pub fn with_windows(unit: impl Into<String>, rules: WindowRules) -> Result<Self, WindowError> {
+        Ok(Self { windows: Some(rules.clone()), ..Self::new(unit, rules.default_format()?) })
+    }
 }
 
 /// Called each time a device has been attached, with its properties of before; returns those it has from now on.

@@ -390,14 +390,7 @@ mod tests {
     }
 
     fn device() -> Arc<Device> {
-        let properties = DeviceProperties {
-            unit: "unit".into(),
-            format: Format::x86(48).expect("valid"),
-            reserved: Vec::new(),
-            coherent: true,
-            dirty_tracking: true,
-            windows: None,
-        };
+        let properties = DeviceProperties::new("unit", Format::x86(48).expect("valid"));
         Device::new("device", properties, Arc::new(IgnoreFaults))
     }
 

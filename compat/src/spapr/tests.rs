@@ -37,8 +37,7 @@ struct World {
 }
 
 fn power(rules: &WindowRules) -> DeviceProperties {
-    let format = rules.default_format().expect("a default window");
-    DeviceProperties { format, reserved: Vec::new(), windows: Some(rules.clone()), ..x86() }
+    DeviceProperties::with_windows("phb0", rules.clone()).expect("a default window")
 }
 
 fn errno<T>(result: Result<T, VfioError>) -> i32 {

@@ -226,14 +226,7 @@ fn server_with_device() -> Arc<Server> {
         bdf: "0000:c1:00.0".parse().expect("canonical"),
         group: 7,
         noiommu: false,
-        properties: DeviceProperties {
-            unit: "unit".to_owned(),
-            format: Format::x86(48).expect("a format"),
-            reserved: Vec::new(),
-            coherent: true,
-            dirty_tracking: true,
-            windows: None,
-        },
+        properties: DeviceProperties::new("unit", Format::x86(48).expect("a format")),
         model: Probe::new().expect("a device"),
     };
     server.add_device(spec).expect("the first of its address");

@@ -35,12 +35,8 @@ struct Inject {
 fn power_properties() -> DeviceProperties {
     let rules = WindowRules::default();
     DeviceProperties {
-        unit: "unit".to_owned(),
-        format: rules.default_format().expect("the default rules"),
-        reserved: Vec::new(),
-        coherent: true,
         dirty_tracking: false,
-        windows: Some(rules),
+        ..DeviceProperties::with_windows("unit", rules).expect("the default rules")
     }
 }
 

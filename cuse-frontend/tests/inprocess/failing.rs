@@ -215,14 +215,7 @@ fn page_table_that_fails_at_any_step_is_not_made() {
 /// An engine with PASIDs, attached to a page table of one IOAS, and a page table of another, in which memory is mapped.
 fn with_pasids() -> (Up, u32, Mapping) {
     let server = Server::new(ServerOptions::default());
-    let properties = DeviceProperties {
-        unit: "unit".to_owned(),
-        format: Format::x86(48).expect("a format"),
-        reserved: Vec::new(),
-        coherent: true,
-        dirty_tracking: true,
-        windows: None,
-    };
+    let properties = DeviceProperties::new("unit", Format::x86(48).expect("a format"));
     let (bdf, model) = ("0000:c1:00.0".parse().expect("canonical"), Ioat::new().expect("an engine"));
     server.add_device(DeviceSpec { bdf, group: 7, noiommu: false, properties, model }).expect("the first");
     let up = opened(InProcess::new(server).expect("/proc/self"));

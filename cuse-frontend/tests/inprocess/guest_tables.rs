@@ -37,14 +37,7 @@ struct Guest {
 
 fn guest(strict: bool) -> Guest {
     let server = Server::new(ServerOptions::default());
-    let properties = DeviceProperties {
-        unit: "unit".to_owned(),
-        format: Format::x86(48).expect("a format"),
-        reserved: Vec::new(),
-        coherent: true,
-        dirty_tracking: true,
-        windows: None,
-    };
+    let properties = DeviceProperties::new("unit", Format::x86(48).expect("a format"));
     let (bdf, model) = ("0000:c1:00.0".parse().expect("canonical"), Probe::new().expect("a device"));
     let spec = DeviceSpec { bdf, group: 7, noiommu: false, properties, model };
     let unit = Arc::new(VtdUnit::new(Capability::FULL).strict(strict));

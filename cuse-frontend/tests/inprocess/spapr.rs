@@ -32,14 +32,7 @@ struct World {
 fn world(version: SpaprVersion) -> World {
     let windows = WindowRules::default();
     let server = Server::new(ServerOptions { personality: Personality::Spapr(version), ..ServerOptions::default() });
-    let properties = DeviceProperties {
-        unit: "unit".to_owned(),
-        format: windows.default_format().expect("a default window"),
-        reserved: Vec::new(),
-        coherent: true,
-        dirty_tracking: true,
-        windows: Some(windows),
-    };
+    let properties = DeviceProperties::with_windows("unit", windows).expect("a default window");
     let (bdf, model) = ("0000:c1:00.0".parse().expect("canonical"), Probe::new().expect("a device"));
     server.add_device(DeviceSpec { bdf, group: 7, noiommu: false, properties, model }).expect("the first");
     let front = InProcess::new(server).expect("/proc/self");

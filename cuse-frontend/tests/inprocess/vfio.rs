@@ -34,12 +34,8 @@ pub(crate) fn front(groups: &[(u32, bool)]) -> InProcess {
             group: *group,
             noiommu: *noiommu,
             properties: DeviceProperties {
-                unit: "unit".to_owned(),
-                format: Format::x86(48).expect("a format"),
                 reserved: vec![reserved],
-                coherent: true,
-                dirty_tracking: true,
-                windows: None,
+                ..DeviceProperties::new("unit", Format::x86(48).expect("a format"))
             },
             model: Probe::new().expect("a device"),
         };

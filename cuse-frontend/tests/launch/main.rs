@@ -59,14 +59,7 @@ fn page_request() -> OpRow {
 
 fn server() -> Result<Arc<Server>, String> {
     let server = Server::new(ServerOptions { added_rows: vec![page_request()], ..ServerOptions::default() });
-    let properties = DeviceProperties {
-        unit: "test".into(),
-        format: Format::x86(48).map_err(|error| error.to_string())?,
-        reserved: Vec::new(),
-        coherent: true,
-        dirty_tracking: false,
-        windows: None,
-    };
+    let properties = DeviceProperties::new("test", Format::x86(48).map_err(|error| error.to_string())?);
     let model = Probe::new().map_err(|error| error.to_string())?;
     let bdf = BDF.parse().map_err(|error| format!("{error}"))?;
     let spec = DeviceSpec { bdf, group: GROUP, noiommu: false, properties, model };

@@ -19,8 +19,7 @@ const TOP: u64 = u64::MAX - ((1 << 30) - 1);
 /// A device behind an IOMMU of windows, at these bases.
 fn power(bases: &[u64]) -> DeviceProperties {
     let rules = WindowRules { bases: bases.iter().copied().map(Iova).collect(), ..WindowRules::default() };
-    let format = rules.default_format().expect("the default window obeys the rules");
-    DeviceProperties { unit: "phb0".into(), format, reserved: Vec::new(), windows: Some(rules), ..server() }
+    DeviceProperties::with_windows("phb0", rules).expect("the default window obeys the rules")
 }
 
 /// The same, with these windows for whoever attaches it to an IOAS.

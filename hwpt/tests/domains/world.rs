@@ -23,12 +23,8 @@ pub(crate) fn bounds(start: u64, last: u64) -> IovaRange {
 /// A default device's: an x86 server's IOMMU with its MSI window.
 pub(crate) fn server() -> DeviceProperties {
     DeviceProperties {
-        unit: "dmar0".into(),
-        format: Format::x86(48).expect("valid"),
         reserved: vec![bounds(0xfee0_0000, 0xfeef_ffff)],
-        coherent: true,
-        dirty_tracking: true,
-        windows: None,
+        ..DeviceProperties::new("dmar0", Format::x86(48).expect("valid"))
     }
 }
 
@@ -40,12 +36,9 @@ pub(crate) fn incoherent() -> DeviceProperties {
 /// As hostile as Linux's mock: pages of half a frame, an aperture from 16 MiB to 2 GiB, a hole in the middle.
 pub(crate) fn hostile() -> DeviceProperties {
     DeviceProperties {
-        unit: "mock".into(),
-        format: Format::new(0x800, vec![bounds(0x100_0000, 0x7fff_ffff)]).expect("valid"),
         reserved: vec![bounds(0x4000_0000, 0x4000_ffff)],
-        coherent: true,
         dirty_tracking: false,
-        windows: None,
+        ..DeviceProperties::new("mock", Format::new(0x800, vec![bounds(0x100_0000, 0x7fff_ffff)]).expect("valid"))
     }
 }
 

@@ -32,14 +32,7 @@ impl Ours {
         front.ioctl_on(fd, command(nr::IOAS_ALLOC), alloc.as_mut_bytes())?;
         let list = front.file(fd)?.domains(alloc.out_ioas_id).context("it has just been made")?;
         let group = Group::new(1);
-        let properties = DeviceProperties {
-            unit: "unit".to_owned(),
-            format: Format::x86(48)?,
-            reserved: Vec::new(),
-            coherent: true,
-            dirty_tracking: true,
-            windows: None,
-        };
+        let properties = DeviceProperties::new("unit", Format::x86(48)?);
         group.add_device(&Device::new("0000:c1:00.0", properties, Arc::new(IgnoreFaults)))?;
         let hwpt = list.attach(&group)?;
         let memory = front.adopt(memory)?;

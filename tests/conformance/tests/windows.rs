@@ -19,14 +19,7 @@ fn server(strict: bool) -> Arc<Server> {
     let server = Server::new(ServerOptions { strict, ..ServerOptions::default() });
     for bdf in DEVICES {
         let rules = WindowRules { bases: BASES.map(Iova).to_vec(), ..WindowRules::default() };
-        let properties = DeviceProperties {
-            unit: "phb0".to_owned(),
-            format: rules.default_format().expect("the default window obeys the rules"),
-            reserved: Vec::new(),
-            coherent: true,
-            dirty_tracking: true,
-            windows: Some(rules),
-        };
+        let properties = DeviceProperties::with_windows("phb0", rules).expect("the default window obeys the rules");
         let (bdf, model) = (bdf.parse().expect("an address"), Probe::new().expect("a probe"));
         server.add_device(DeviceSpec { bdf, group: GROUP, noiommu: false, properties, model }).expect("added");
     }

@@ -48,14 +48,7 @@ impl Client {
             charges_tables: true,
             faults: Arc::new(IgnoreFaults),
         });
-        let properties = DeviceProperties {
-            unit: "0".into(),
-            format: Format::x86(48).expect("48 bits"),
-            reserved: Vec::new(),
-            coherent: true,
-            dirty_tracking: true,
-            windows: None,
-        };
+        let properties = DeviceProperties::new("0", Format::x86(48).expect("48 bits"));
         let bdf = "0000:c1:00.0".parse().expect("an address");
         vfio.add_device(DeviceSpec { bdf, group: 7, noiommu: false, properties, model }).expect("added");
         let caller = FakeClient::new();

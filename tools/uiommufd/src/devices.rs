@@ -58,15 +58,9 @@ fn model(spec: &Spec) -> Result<Arc<dyn DeviceModel>> {
 }
 
 fn properties(spec: &Spec) -> Result<DeviceProperties> {
-    Ok(DeviceProperties {
-        unit: spec.unit.clone(),
-        format: match &spec.windows {
-            Some(windows) => windows.default_format()?,
-            None => Format::new(spec.page_sizes, vec![spec.aperture])?,
-        },
-        reserved: spec.reserved.clone(),
-        coherent: spec.coherent,
-        dirty_tracking: true,
-        windows: spec.windows.clone(),
-    })
+    let unit = match &spec.windows {
+        Some(windows) => DeviceProperties::with_windows(&spec.unit, windows.clone())?,
+        None => DeviceProperties::new(&spec.unit, Format::new(spec.page_sizes, vec![spec.aperture])?),
+    };
+    Ok(DeviceProperties { reserved: spec.reserved.clone(), coherent: spec.coherent, ..unit })
 }

@@ -60,14 +60,7 @@ fn add(server: &Arc<Server>, nth: u32, noiommu: bool, disk: &std::path::Path) ->
     let group = 10 + nth;
     let bdf = format!("0000:c{}:00.0", nth + 1);
     let reserved = IovaRange::new(Iova(0xfee0_0000), 0x10_0000).context("the MSI window")?;
-    let properties = DeviceProperties {
-        unit: "0".to_owned(),
-        format: Format::x86(48)?,
-        reserved: vec![reserved],
-        coherent: true,
-        dirty_tracking: true,
-        windows: None,
-    };
+    let properties = DeviceProperties { reserved: vec![reserved], ..DeviceProperties::new("0", Format::x86(48)?) };
     let spec = DeviceSpec { bdf: bdf.parse()?, group, noiommu, properties, model: Nvme::new(Options::new(disk))? };
     let node = server.add_device(spec)?;
     Ok(Device { bdf, group, noiommu, node: Some(node) })

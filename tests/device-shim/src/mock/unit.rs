@@ -117,12 +117,9 @@ impl MockUnit {
         let number = self.made.fetch_add(1, Ordering::Relaxed);
         let name: Arc<str> = format!("iommufd_mock{number}").into();
         let properties = DeviceProperties {
-            unit: "iommufd_mock".into(),
-            format: Kind::Default.format(),
-            reserved: Vec::new(),
             coherent: false,
             dirty_tracking: flags & wire::DEVICE_NO_DIRTY == 0,
-            windows: None,
+            ..DeviceProperties::new("iommufd_mock", Kind::Default.format())
         };
         let driver = Arc::clone(self) as Arc<dyn IommuDriver>;
         let device = Device::behind(driver, Arc::clone(&name), properties, Arc::new(IgnoreFaults));
