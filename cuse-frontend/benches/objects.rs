@@ -6,6 +6,8 @@
 //! leaves of 4 KiB and again with 16 of 1 GiB, and with nothing dirty. A copy's is to follow the areas, so one of
 //! 16 GiB stands beside one of 1 GiB; and that no memory was touched shows in the sparse file, which stays empty.
 
+#[path = "support/machine.rs"]
+mod machine;
 #[path = "support/tap.rs"]
 mod tap;
 
@@ -22,10 +24,10 @@ use cuse_frontend::uapi::iommufd::{
     nr as iommu,
 };
 use cuse_frontend::uapi::vfio::{AttachIommufdPt, BindIommufd, nr as vfio};
-use cuse_frontend::{DeviceSpec, InProcess, Server, ServerOptions};
+use cuse_frontend::{InProcess, ServerOptions};
 use hwpt::{DeviceProperties, Format};
 use ioas::{Iova, IovaRange};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use machine::machine;
 use tap::Tap;
 use zerocopy::IntoBytes;
 
@@ -52,28 +54,15 @@ struct World {
 impl World {
     /// `devices` devices whose tables have leaves of these sizes (a bitmap).
     fn new(devices: u32, page_sizes: u64) -> Self {
-        let server = Server::new(ServerOptions::default());
         let aperture = IovaRange::from_bounds(Iova(0), Iova((1 << 48) - 1)).expect("sorted");
-        let properties = DeviceProperties {
-            unit: "unit".to_owned(),
-            format: Format::new(page_sizes, vec![aperture]).expect("a format"),
-            reserved: Vec::new(),
-            coherent: true,
-            dirty_tracking: true,
-            windows: None,
-        };
+        let properties = DeviceProperties::new("unit", Format::new(page_sizes, vec![aperture]).expect("a format"));
         let taps: Vec<_> = (0..devices).map(|_| Tap::new()).collect();
-        for (number, tap) in (0..).zip(&taps) {
-            let bdf = format!("0000:c1:0{number}.0").parse().expect("canonical");
-            let (properties, model) = (properties.clone(), Arc::clone(tap) as _);
-            server.add_device(DeviceSpec { bdf, group: number, noiommu: false, properties, model }).expect("new");
-        }
+        let models = taps.iter().map(|tap| Arc::clone(tap) as _);
+        let server = machine(ServerOptions::default(), &properties, models).expect("a server");
         let front = InProcess::new(server).expect("/proc/self");
         front.pretend_memlock_limit(u64::MAX);
         let iommufd = front.open(NodeKind::Iommufd).expect("a node");
-        let file = File::from(memfd_create("client", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
-        file.set_len(SIZE).expect("a sparse file of any size");
-        let memory = Mapping::new(&file, usize::try_from(SIZE).expect("64 bits"));
+        let (file, memory) = Mapping::sparse(SIZE);
         let mut world = Self { front, iommufd, taps, devices: Vec::new(), file, memory };
         world.devices = (0..devices).map(|number| world.bind(number)).collect();
         world
@@ -134,11 +123,7 @@ fn dirty_bitmap(page_sizes: u64) -> (f64, f64) {
         assert_eq!(found, if dirty { (SIZE / PAGE).div_ceil(DIRTY_EVERY) } else { 0 });
         time
     };
-    let mut median = |dirty| {
-        let mut times: Vec<f64> = (0..ROUNDS).map(|_| time(dirty)).collect();
-        times.sort_by(f64::total_cmp);
-        times[ROUNDS / 2]
-    };
+    let mut median = |dirty| bounds::middle((0..ROUNDS).map(|_| time(dirty)));
     (median(true), median(false))
 }
 
@@ -151,19 +136,16 @@ fn copy(length: u64) -> f64 {
     world.map(source, length);
     let flags = map_flags::FIXED_IOVA | map_flags::WRITEABLE | map_flags::READABLE;
     let cmd = IoasCopy { size: 40, flags, dst_ioas_id: target, src_ioas_id: source, length, dst_iova: 0, src_iova: 0 };
-    let mut times: Vec<f64> = (0..101)
-        .map(|_| {
-            let start = Instant::now();
-            world.call(world.iommufd, iommu::IOAS_COPY, cmd);
-            let time = start.elapsed().as_secs_f64() * 1e9;
-            let cmd = IoasUnmap { size: 24, ioas_id: target, iova: 0, length };
-            assert_eq!(world.call(world.iommufd, iommu::IOAS_UNMAP, cmd).length, length);
-            time
-        })
-        .collect();
+    let median = bounds::middle((0..101).map(|_| {
+        let start = Instant::now();
+        world.call(world.iommufd, iommu::IOAS_COPY, cmd);
+        let time = start.elapsed().as_secs_f64() * 1e9;
+        let cmd = IoasUnmap { size: 24, ioas_id: target, iova: 0, length };
+        assert_eq!(world.call(world.iommufd, iommu::IOAS_UNMAP, cmd).length, length);
+        time
+    }));
     assert_eq!(world.file.metadata().expect("our own file").blocks(), 0, "memory was touched");
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+    median
 }
 
 fn main() {

@@ -1,8 +1,7 @@
 //! How long a DMA waits for a page that is missing: from the fault to the DMA that goes on, over the FUSE nodes, beside
 //! a call that does nothing.
 //!
-//! This program is the launcher, which runs it again as COMMAND; COMMAND is the client. A thread of the server is the
-//! device: it reads a word of the client's memory again and again, as a device that is at work, until the client says
+//! A thread of the server is the device: it reads a word of the client's memory again and again, as a device that is at work, until the client says
 //! go; a while later it writes to a page that is not mapped. The client finds the page request, in poll(2) or by
 //! reading again and again, maps the page and answers. The device then writes down how long its DMA took. What the
 //! client needs to map the page, which is its own affair, is taken off.
@@ -11,11 +10,14 @@
 mod adopt;
 #[path = "sys/ioctl.rs"]
 mod ioctl;
+#[path = "support/machine.rs"]
+mod machine;
+#[path = "support/nodes.rs"]
+mod nodes;
 #[path = "support/tap.rs"]
 mod tap;
 
-use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
@@ -24,17 +26,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bounds::Mapping;
-use cuse_frontend::launch::{self, Exit};
 use cuse_frontend::uapi::command;
 use cuse_frontend::uapi::iommufd::{
     FaultAlloc, HwptAlloc, IoasAlloc, IoasMap, PageFault, PageResponse, map_flags, nr as iommu, response_code,
 };
 use cuse_frontend::uapi::vfio::{AttachIommufdPt, BindIommufd, nr as vfio};
-use cuse_frontend::{DeviceSpec, Server, ServerOptions};
+use cuse_frontend::{Server, ServerOptions};
 use hwpt::{DeviceProperties, Format};
 use ioas::Iova;
+use machine::machine;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use tap::Tap;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -52,26 +53,13 @@ const LEAD: Duration = Duration::from_micros(300);
 const ROUNDS: u64 = 1000;
 /// Calls that do nothing, before each round.
 const NOTHINGS: usize = 8;
-const GET_API_VERSION: u32 = 0x3b64;
 /// IOMMU_HWPT_FAULT_ID_VALID.
 const FAULT_ID_VALID: u32 = 4;
-/// The first word of the process that measures.
-const CLIENT: &str = "client";
 
 fn server() -> Result<Arc<Server>, String> {
-    let server = Server::new(ServerOptions::default());
-    let properties = DeviceProperties {
-        unit: "bench".into(),
-        format: Format::x86(48).map_err(|error| error.to_string())?,
-        reserved: Vec::new(),
-        coherent: true,
-        dirty_tracking: true,
-        windows: None,
-    };
+    let properties = DeviceProperties::new("bench", Format::x86(48).map_err(|error| error.to_string())?);
     let tap = Tap::new();
-    let bdf = "0000:c1:00.0".parse().map_err(|error| format!("{error}"))?;
-    let model = Arc::clone(&tap) as _;
-    server.add_device(DeviceSpec { bdf, group: 1, noiommu: false, properties, model }).map_err(|e| e.to_string())?;
+    let server = machine(ServerOptions::default(), &properties, [Arc::clone(&tap) as _])?;
     ioas::thread::spawn("bench-device", move || device(&tap)).map_err(|error| error.to_string())?;
     Ok(server)
 }
@@ -118,8 +106,7 @@ fn call<T: IntoBytes>(file: &File, number: u8, cmd: &mut T) {
 
 impl Client {
     fn new() -> Self {
-        let open = |path: &str| OpenOptions::new().read(true).write(true).open(path).expect("a node");
-        let (iommufd, device) = (open("/dev/iommu"), open("/dev/vfio/devices/vfio0"));
+        let (iommufd, device) = (nodes::open("/dev/iommu"), nodes::open("/dev/vfio/devices/vfio0"));
         let mut bind = BindIommufd { argsz: 24, iommufd: iommufd.as_raw_fd(), ..BindIommufd::default() };
         call(&device, vfio::DEVICE_BIND_IOMMUFD, &mut bind);
         let mut ioas = IoasAlloc { size: 12, ..IoasAlloc::default() };
@@ -135,9 +122,7 @@ impl Client {
             ..HwptAlloc::default()
         };
         call(&iommufd, iommu::HWPT_ALLOC, &mut hwpt);
-        let words = File::from(memfd_create("words", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
-        words.set_len(PAGE).expect("a page");
-        let memory = Mapping::new(&words, PAGE as usize);
+        let (words, memory) = Mapping::sparse(PAGE);
         let faults = adopt::adopt(queue.out_fault_fd);
         let client = Self { iommufd, device, ioas: ioas.out_ioas_id, faults, memory, words, round: 0 };
         client.map(WORDS);
@@ -178,16 +163,12 @@ impl Client {
         for _ in 0..ROUNDS {
             for _ in 0..NOTHINGS {
                 let start = Instant::now();
-                ioctl::ioctl(&self.iommufd, GET_API_VERSION, 0).expect("the call");
+                ioctl::ioctl(&self.iommufd, nodes::NOTHING, 0).expect("the call");
                 nothings.push(start.elapsed().as_secs_f64() * 1e9);
             }
             rounds.push(self.round(waiting));
         }
-        let median = |times: &mut Vec<f64>| {
-            times.sort_by(f64::total_cmp);
-            times[times.len() / 2]
-        };
-        (median(&mut rounds), median(&mut nothings))
+        (bounds::middle(rounds), bounds::middle(nothings))
     }
 }
 
@@ -228,29 +209,14 @@ impl Waiting {
     }
 }
 
-fn client() -> ExitCode {
+fn client() {
     let mut client = Client::new();
     let (ours, nothing) = client.measure(Waiting::Poll);
     bounds::at_most_ratio("page request, client in poll, beside a no-op", ours, nothing, 5.0);
     let (ours, nothing) = client.measure(Waiting::Read);
     bounds::at_most_ratio("page request, client reading, beside a no-op", ours, nothing, 3.0);
-    ExitCode::SUCCESS
 }
 
 fn main() -> ExitCode {
-    let program = std::env::current_exe().expect("this program");
-    if std::env::args().nth(1).as_deref() == Some(CLIENT) {
-        return client();
-    }
-    match launch::run(&[program.into_os_string(), OsString::from(CLIENT)], server) {
-        Ok(Exit::Status(0)) => ExitCode::SUCCESS,
-        Ok(other) => {
-            eprintln!("the client ended with {other:?}");
-            ExitCode::FAILURE
-        }
-        Err(error) => {
-            println!("Skipped(fuse: {error})");
-            ExitCode::SUCCESS
-        }
-    }
+    nodes::measure("page_requests", server, client)
 }

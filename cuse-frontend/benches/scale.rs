@@ -6,19 +6,24 @@
 //!
 //! What a leaf costs is measured by one mapping of a million pages, and taken off what a mapping costs.
 
+#[path = "support/container.rs"]
+mod container;
+#[path = "support/machine.rs"]
+mod machine;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use bounds::{Counting, Mapping};
-use cuse_frontend::files::NodeKind;
+use container::container;
 use cuse_frontend::uapi::command;
 use cuse_frontend::uapi::vfio::{DmaMap, DmaUnmap, map_flags, nr};
-use cuse_frontend::{DeviceSpec, InProcess, Server, ServerOptions};
+use cuse_frontend::{InProcess, ServerOptions};
 use device_shim::probe::{Probe, command as probe, register, status};
 use hwpt::{DeviceProperties, Format};
 use ioas::{Iova, IovaRange};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use machine::machine;
 use zerocopy::IntoBytes;
 
 const PAGE: u64 = 4096;
@@ -45,32 +50,16 @@ struct World {
 impl World {
     /// A container whose domain has leaves of these sizes (a bitmap), and `bytes` of client memory.
     fn new(page_sizes: u64, bytes: u64) -> Self {
-        let server = Server::new(ServerOptions { dma_entry_limit: u32::MAX, ..ServerOptions::default() });
         let aperture = IovaRange::from_bounds(Iova(0), Iova((1 << 48) - 1)).expect("sorted");
-        let properties = DeviceProperties {
-            unit: "unit".to_owned(),
-            format: Format::new(page_sizes, vec![aperture]).expect("a format"),
-            reserved: Vec::new(),
-            coherent: true,
-            dirty_tracking: true,
-            windows: None,
-        };
-        let bdf = "0000:c1:00.0".parse().expect("canonical");
-        let model = Probe::new().expect("a device");
-        server.add_device(DeviceSpec { bdf, group: 7, noiommu: false, properties, model }).expect("the first");
-        let front = InProcess::new(server).expect("/proc/self");
-        front.pretend_memlock_limit(u64::MAX);
-        let (group, container) = (front.open(NodeKind::Group(7)), front.open(NodeKind::Container));
-        let (group, container) = (group.expect("a node"), container.expect("a node"));
-        let call = |fd, number, arg| front.ioctl(fd, command(number), arg).expect("a new container");
-        call(group, nr::GROUP_SET_CONTAINER, (&raw const container) as u64);
-        call(container, nr::SET_IOMMU, TYPE1V2);
-        let device = call(group, nr::GROUP_GET_DEVICE_FD, c"0000:c1:00.0".as_ptr() as u64);
+        let properties = DeviceProperties::new("unit", Format::new(page_sizes, vec![aperture]).expect("a format"));
+        let options = ServerOptions { dma_entry_limit: u32::MAX, ..ServerOptions::default() };
+        let server = machine(options, &properties, [Probe::new().expect("a device") as _]).expect("a server");
+        let (front, container, group) = container(server, TYPE1V2);
+        let name = c"0000:c1:00.0".as_ptr() as u64;
+        let device = front.ioctl(group, command(nr::GROUP_GET_DEVICE_FD), name).expect("a new device");
         // Memory and bus mastering, as a guest's driver does.
         front.write(device, CONFIG + 4, &6_u16.to_le_bytes()).expect("the command register");
-        let file = File::from(memfd_create("client", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
-        file.set_len(bytes).expect("a sparse file of any size");
-        let memory = Mapping::new(&file, usize::try_from(bytes).expect("64 bits"));
+        let (file, memory) = Mapping::sparse(bytes);
         Self { front, container, device, file, memory }
     }
 
@@ -125,10 +114,9 @@ fn many_mappings() {
     let world = World::new(PAGE, MANY * PAGE);
     let leaf = allocated_by(|| world.map(0, MANY * PAGE)) / MANY as f64;
     world.unmap_all();
-    let mut few: Vec<f64> = (0..101).map(|_| mappings(&world, FEW).0).collect();
-    few.sort_by(f64::total_cmp);
+    let few = bounds::middle((0..101).map(|_| mappings(&world, FEW).0));
     let (time, bytes) = mappings(&world, MANY);
-    bounds::at_most_ratio("an area of 1,000,000, beside one of 1,000", time, few[few.len() / 2], 3.0);
+    bounds::at_most_ratio("an area of 1,000,000, beside one of 1,000", time, few, 3.0);
     bounds::at_most_bytes("memory of an area, besides its leaf", bytes - leaf, 200.0);
     bounds::at_most_bytes("memory of a 4 KiB leaf", leaf, 9.0);
 }

@@ -12,12 +12,8 @@ use ioas::{Access, Accounting, Ioas, Iova, IovaRange, PageStore};
 fn group(number: u32, coherent: bool) -> Arc<Group> {
     let everything = IovaRange::from_bounds(Iova(0), Iova((1 << 48) - 1)).expect("sorted");
     let properties = DeviceProperties {
-        unit: "unit".into(),
-        format: Format::new(1 << 12, vec![everything]).expect("valid"),
-        reserved: Vec::new(),
         coherent,
-        dirty_tracking: true,
-        windows: None,
+        ..DeviceProperties::new("unit", Format::new(1 << 12, vec![everything]).expect("valid"))
     };
     let group = Group::new(number);
     group.add_device(&Device::new("device", properties, Arc::new(IgnoreFaults))).expect("not attached");

@@ -26,26 +26,15 @@ fn rates(mut one: impl FnMut(usize), mut other: impl FnMut(usize)) -> (f64, f64)
         start.elapsed().as_secs_f64()
     };
     let offsets = (0..COPIES).map(|copy| copy * MIB % ALL);
-    let (mut ones, mut others): (Vec<_>, Vec<_>) =
+    let (ones, others): (Vec<_>, Vec<_>) =
         offsets.map(|offset| (time(&mut one, offset), time(&mut other, offset))).unzip();
-    let median = |times: &mut Vec<f64>| {
-        times.sort_by(f64::total_cmp);
-        MIB as f64 / times[COPIES / 2]
-    };
-    (median(&mut ones), median(&mut others))
+    (MIB as f64 / bounds::middle(ones), MIB as f64 / bounds::middle(others))
 }
 
 fn main() {
     let (client, ioas) = (FakeClient::new(), Ioas::new(PageStore::new(Accounting::Once)));
     let (list, group) = (HwptList::new(Arc::clone(&ioas)), Group::new(1));
-    let properties = DeviceProperties {
-        unit: "unit".into(),
-        format: Format::x86(48).expect("valid"),
-        reserved: Vec::new(),
-        coherent: true,
-        dirty_tracking: true,
-        windows: None,
-    };
+    let properties = DeviceProperties::new("unit", Format::x86(48).expect("valid"));
     let device = Device::new("device", properties, Arc::new(IgnoreFaults));
     group.add_device(&device).expect("not attached");
     list.attach(&group).expect("memory");

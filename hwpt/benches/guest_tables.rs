@@ -133,14 +133,7 @@ fn each(count: u64, entry: impl Fn(u64) -> u64) -> Vec<u64> {
 }
 
 fn device(driver: &Arc<dyn IommuDriver>, function: u64) -> Arc<Device> {
-    let properties = DeviceProperties {
-        unit: "unit".into(),
-        format: Format::x86(48).expect("valid"),
-        reserved: Vec::new(),
-        coherent: true,
-        dirty_tracking: true,
-        windows: None,
-    };
+    let properties = DeviceProperties::new("unit", Format::x86(48).expect("valid"));
     Device::behind(Arc::clone(driver), format!("device {function}"), properties, Arc::new(IgnoreFaults))
 }
 

@@ -40,14 +40,7 @@ fn both(mut lookup: impl FnMut(u64)) -> (f64, f64) {
 
 fn ours() -> (f64, f64) {
     let everything = IovaRange::from_bounds(Iova(0), Iova((1 << 48) - 1)).expect("sorted");
-    let properties = DeviceProperties {
-        unit: "unit".into(),
-        format: Format::new(1 << 12, vec![everything]).expect("valid"),
-        reserved: Vec::new(),
-        coherent: true,
-        dirty_tracking: true,
-        windows: None,
-    };
+    let properties = DeviceProperties::new("unit", Format::new(1 << 12, vec![everything]).expect("valid"));
     let (client, ioas) = (FakeClient::new(), Ioas::new(PageStore::new(Accounting::Once)));
     let (list, group) = (HwptList::new(Arc::clone(&ioas)), Group::new(1));
     let device = Device::new("device", properties, Arc::new(IgnoreFaults));

@@ -40,14 +40,7 @@ struct Machine {
 
 fn machine() -> Machine {
     let rules = WindowRules::default();
-    let properties = DeviceProperties {
-        unit: "phb0".into(),
-        format: rules.default_format().expect("no rule is broken"),
-        reserved: Vec::new(),
-        coherent: true,
-        dirty_tracking: true,
-        windows: Some(rules.clone()),
-    };
+    let properties = DeviceProperties::with_windows("phb0", rules.clone()).expect("no rule is broken");
     let store = PageStore::new(Accounting::Once);
     let ioas = Ioas::new(Arc::clone(&store));
     let (list, group) = (HwptList::new(Arc::clone(&ioas)), Group::new(1));

@@ -34,9 +34,18 @@ pub fn median(rounds: usize, calls: u32, mut operation: impl FnMut()) -> f64 {
         start.elapsed().as_secs_f64() * 1e9 / f64::from(calls)
     };
     black_box(round());
-    let mut times: Vec<f64> = (0..rounds).map(|_| round()).collect();
+    middle((0..rounds).map(|_| round()))
+}
+
+/// The median of these; of two in the middle, the greater.
+///
+/// # Panics
+/// When there are none.
+#[must_use]
+pub fn middle(times: impl IntoIterator<Item = f64>) -> f64 {
+    let mut times: Vec<f64> = times.into_iter().collect();
     times.sort_by(f64::total_cmp);
-    times[rounds / 2]
+    times[times.len() / 2]
 }
 
 /// As [`median`], of ours and of the peer, taken in turns, so that what disturbs one disturbs the other.
@@ -51,10 +60,7 @@ pub fn medians(rounds: usize, calls: u32, mut operations: [&mut dyn FnMut(); 2])
             times.push(median(1, calls, operation));
         }
     }
-    times.map(|mut times| {
-        times.sort_by(f64::total_cmp);
-        times[times.len() / 2]
-    })
+    times.map(middle)
 }
 
 /// Ours must take at most `bound` times the peer's time. Both in nanoseconds.

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 /// A file, mapped shared from its start. Others write to it, so no reference to it is ever made.
@@ -14,6 +15,18 @@ pub struct Mapping {
 }
 
 impl Mapping {
+    /// A memfd of `length` bytes, more than 0, that are all holes, and all of it mapped.
+    ///
+    /// # Panics
+    /// When the system has no descriptor or no address space left.
+    #[must_use]
+    pub fn sparse(length: u64) -> (File, Self) {
+        let file = File::from(memfd_create("bench", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
+        file.set_len(length).expect("a sparse file of any size");
+        let mapping = Self::new(&file, usize::try_from(length).expect("64 bits"));
+        (file, mapping)
+    }
+
     /// Maps `length` bytes, more than 0.
     ///
     /// # Panics
