@@ -12,6 +12,7 @@ use std::time::Duration;
 use ioas::caller::{FdError, Uid};
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
+use nix::unistd::Pid;
 
 use crate::client::{Clients, OwnFiles, ProcessCaller, TransportCall};
 use crate::facade::{Facade, View};
@@ -35,13 +36,15 @@ pub(crate) struct Fuse {
 }
 
 impl Fuse {
-    /// Begins to serve a `/dev/fuse` descriptor that has been mounted.
+    /// Begins to serve a `/dev/fuse` descriptor that process `mounter` has mounted, whose user namespace owns the mount.
     ///
     /// # Errors
     /// When threads cannot be made.
-    pub(crate) fn start(device: OwnedFd, server: Arc<Server>, view: View) -> std::io::Result<Arc<Self>> {
+    pub(crate) fn start(device: OwnedFd, server: Arc<Server>, view: View, mounter: Pid) -> std::io::Result<Arc<Self>> {
         let files = Files::new();
-        let clients = Clients::new(Arc::clone(&files) as Arc<dyn OwnFiles>);
+        let clients = Clients::new(Arc::clone(&files) as Arc<dyn OwnFiles>)
+            .judged_where(mounter.as_raw())
+            .limited_to(server.memlock_limit());
         let facade = Facade::new(&server, view);
         let tree = Arc::new(Tree::new(move || facade.layout()));
         let nodes = Arc::new(Nodes { server, clients, files: Arc::clone(&files) });

@@ -47,6 +47,8 @@ pub struct ServerOptions {
     /// Root may say who pays even where the machine has taken CAP_SYS_RESOURCE from it, as containers do. For tests
     /// that are written for root.
     pub root_sets_payer: bool,
+    /// What counts as every client's RLIMIT_MEMLOCK, in bytes, in place of its own; `u64::MAX` is no limit.
+    pub memlock_limit: Option<u64>,
     /// Rows added to the op table of `/dev/iommu`, for ioctls that it does not have.
     pub added_rows: Vec<OpRow>,
 }
@@ -63,6 +65,7 @@ impl Default for ServerOptions {
             charges_tables: true,
             strict: false,
             root_sets_payer: false,
+            memlock_limit: None,
             added_rows: Vec::new(),
         }
     }
@@ -109,9 +112,10 @@ pub struct Server {
     failures: Arc<FailureLog>,
     /// Immutable.
     container: Flavour,
-    /// Immutable, as the next two.
+    /// Immutable, as the next three.
     strict: bool,
     root_sets_payer: bool,
+    memlock_limit: Option<u64>,
     added_rows: Vec<OpRow>,
     devices: RwLock<Vec<DeviceEntry>>,
     opens: Mutex<Vec<Weak<OpenFile>>>,
@@ -135,7 +139,7 @@ impl Server {
     #[must_use]
     pub fn new(options: ServerOptions) -> Arc<Self> {
         let ServerOptions { accounting, dirty, dma_entry_limit, container, personality, charges_tables, .. } = options;
-        let ServerOptions { strict, root_sets_payer, added_rows, .. } = options;
+        let ServerOptions { strict, root_sets_payer, memlock_limit, added_rows, .. } = options;
         let store = PageStore::new(accounting);
         let failures = Arc::new(FailureLog::default());
         let faults = Arc::clone(&failures) as Arc<dyn FaultSink>;
@@ -155,6 +159,7 @@ impl Server {
             failures,
             strict,
             root_sets_payer,
+            memlock_limit,
             added_rows,
             devices,
             opens,
@@ -165,6 +170,11 @@ impl Server {
     /// Whether a caller may say who pays for what an iommufd holds.
     pub(crate) fn may_set_payer(&self, caller: &dyn ClientCall) -> bool {
         caller.capable(Capability::SysResource) || (self.root_sets_payer && caller.uid() == Uid(0))
+    }
+
+    /// What counts as every client's RLIMIT_MEMLOCK, in place of its own.
+    pub(crate) fn memlock_limit(&self) -> Option<u64> {
+        self.memlock_limit
     }
 
     /// The added row of an ioctl of `/dev/iommu`.

@@ -113,12 +113,13 @@ impl Caller for ProcessCaller<'_> {
     }
 
     fn memlock_limit(&self) -> u64 {
-        sys::memlock_limit(self.tid).unwrap_or(0)
+        self.clients.memlock_limit.unwrap_or_else(|| sys::memlock_limit(self.tid).unwrap_or(0))
     }
 
     fn capable(&self, capability: Capability) -> bool {
         let has = sys::effective_capabilities(self.tid).is_ok_and(|set| sys::holds(set, capability));
-        has && self.process().is_ok_and(|process| process.namespace.is_ours())
+        let owner = self.clients.owner.as_ref();
+        has && owner.is_some_and(|owner| self.process().is_ok_and(|process| process.namespace.is(owner)))
     }
 
     fn file(&self, fd: i32) -> Result<Arc<FileBacking>, FdError> {

@@ -36,6 +36,12 @@ pub(super) fn kind(fd: impl AsFd, mode: u32) -> io::Result<FileKind> {
     })
 }
 
+/// Open for reading, and not by O_PATH, so that it can be mapped.
+pub(super) fn may_read(fd: impl AsFd) -> io::Result<bool> {
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    Ok(flags & OFlag::O_ACCMODE != OFlag::O_WRONLY && !flags.contains(OFlag::O_PATH))
+}
+
 /// Open for writing, and not sealed against new writable mappings.
 fn may_write(fd: impl AsFd) -> io::Result<bool> {
     let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);

@@ -13,13 +13,21 @@
 //! well, but holds other data than the client sees, and a store would modify the file: only a mapping with the shared
 //! flag is ever opened. What is opened must be a regular file whose pages can be held, found out before a real open,
 //! because opening a device node has effects; and never one of our own mount, whose memory is found through the open file instead.
+//!
+//! `map_files` takes CAP_CHECKPOINT_RESTORE in the first user namespace. Without it the file is looked for among those
+//! that the process has open ([`open_here`]), by device and inode number: whoever shares memory by a descriptor has it, as
+//! long as it stays open. What is found there has at least the rights of the mapping, and is used with no more. Shared memory
+//! that has no descriptor (MAP_SHARED | MAP_ANONYMOUS, SysV) is then reached as private memory is: through the mapping
+//! that its process has of it.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Seek};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 
 use ioas::caller::{ClientFile, FileId, FileKind, MemoryError, MemoryMap, MmId, Vma};
 use ioas::{UserAddr, UserRange};
@@ -40,6 +48,8 @@ pub(crate) struct ProcessMemory {
     /// The text of `maps` is read by one thread at a time: they share its position.
     reading: Mutex<()>,
     own: Arc<dyn OwnFiles>,
+    /// What counts as RLIMIT_MEMLOCK in place of the process's own. Immutable.
+    memlock_limit: Option<u64>,
 }
 
 impl ProcessMemory {
@@ -50,7 +60,14 @@ impl ProcessMemory {
         let mem = File::options().read(true).write(true).open(format!("/proc/{tgid}/mem"))?;
         let pidfd = sys::pidfd_open(tgid)?;
         let id = MmId(NEXT.fetch_add(1, Ordering::Relaxed));
-        Ok(Self { id, tgid, maps, mem, pidfd, parse: AtomicBool::new(false), reading: Mutex::new(()), own })
+        let (parse, reading) = (AtomicBool::new(false), Mutex::new(()));
+        Ok(Self { id, tgid, maps, mem, pidfd, parse, reading, own, memlock_limit: None })
+    }
+
+    /// This limit counts, in bytes, where one is given, and not the process's.
+    pub(super) fn limited_to(mut self, memlock_limit: Option<u64>) -> Self {
+        self.memlock_limit = memlock_limit;
+        self
     }
 
     /// True until the last process that uses the memory map has exited or exec'ed.
@@ -125,6 +142,56 @@ impl ProcessMemory {
         let opened = File::options().read(true).write(writable).open(reopened)?;
         file::describe(opened.into(), stat).map(Some)
     }
+
+    /// What [`Self::open_mapped`] gives, without its privilege: EPERM when the process has no such file open.
+    fn find_mapped(&self, raw: &sys::ProcmapQuery) -> io::Result<Option<ClientFile>> {
+        let writable = raw.vma_flags & sys::VMA_WRITABLE != 0;
+        let id = FileId { device: device(raw), inode: raw.inode };
+        let found = open_here(self.tgid, &self.pidfd, id, writable)?;
+        static FOUND: Once = Once::new();
+        static COPIED: Once = Once::new();
+        match &found {
+            Some(_) => FOUND.call_once(|| {
+                tracing::info!(
+                    "no privilege for map_files: files of shared mappings are looked for among open descriptors"
+                );
+            }),
+            None => COPIED.call_once(|| {
+                tracing::warn!(
+                    pid = self.tgid,
+                    "shared memory without an open descriptor is copied, for want of privilege"
+                );
+            }),
+        }
+        let found = found.ok_or_else(|| io::Error::from_raw_os_error(libc::EPERM))?;
+        Ok((found.kind != FileKind::Unpinnable).then_some(found))
+    }
+}
+
+/// The file `id` as process `tgid` has it open: a copy of its descriptor, and at least with the rights that are asked for, but
+/// to be used with no more. `None` when it is not open so.
+fn open_here(tgid: i32, pidfd: &OwnedFd, id: FileId, writable: bool) -> io::Result<Option<ClientFile>> {
+    for entry in std::fs::read_dir(format!("/proc/{tgid}/fd"))? {
+        let path = entry?.path();
+        let Some(number) = path.file_name().and_then(|name| name.to_str()?.parse().ok()) else { continue };
+        // The file system of the file is asked nothing: it may be another's that never answers.
+        let Ok(seen) = CString::new(path.into_os_string().into_vec()) else { continue };
+        let Ok((major, minor, inode)) = crate::sys::fuse::cached_identity(&seen) else { continue };
+        if (FileId { device: u64::from(major) << 32 | u64::from(minor), inode }) != id {
+            continue;
+        }
+        // Another file may have that number by now, and what can be done with it the copy says.
+        let Ok(copy) = sys::pidfd_getfd(pidfd, number) else { continue };
+        let stat = sys::stat(&copy)?;
+        if (FileId { device: stat.device, inode: stat.inode }) != id || !file::may_read(&copy)? {
+            continue;
+        }
+        let file = file::describe(copy, stat)?;
+        if file.writable || !writable {
+            return Ok(Some(ClientFile { writable, ..file }));
+        }
+    }
+    Ok(None)
 }
 
 fn device(raw: &sys::ProcmapQuery) -> u64 {
@@ -180,7 +247,11 @@ impl MemoryMap for ProcessMemory {
         if Some(device(&raw)) == self.own.device() {
             return self.region_of(raw.inode, vma.writable).ok_or(MemoryError::Denied);
         }
-        match self.open_mapped(&raw) {
+        let opened = match self.open_mapped(&raw) {
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => self.find_mapped(&raw),
+            opened => opened,
+        };
+        match opened {
             Ok(file) => file.ok_or(changed),
             // Gone meanwhile; or a file that nobody can open again, as memfd_secret's, and that cannot be held.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENXIO)) => Err(changed),
@@ -210,7 +281,7 @@ impl MemoryMap for ProcessMemory {
         if !sys::pidfd_alive(&self.pidfd) {
             return None;
         }
-        sys::memlock_limit(self.tgid).ok()
+        self.memlock_limit.or_else(|| sys::memlock_limit(self.tgid).ok())
     }
 }
 
@@ -269,5 +340,27 @@ mod tests {
         for broken in ["", "7f00", "7f00-8000", "7f00-8000 r--s", "x-8000 r--s 0 0:0 0", "7f00-8000 r--s 0 00 0"] {
             assert!(parse_line(broken).is_none(), "{broken}");
         }
+    }
+
+    #[test]
+    fn file_is_found_among_open_descriptors_with_no_more_rights_than_asked_for() {
+        let tgid = std::process::id().cast_signed();
+        let pidfd = sys::pidfd_open(tgid).expect("this process");
+        let memory = nix::sys::memfd::memfd_create(c"test", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).expect("a memfd");
+        let stat = sys::stat(&memory).expect("its numbers");
+        let id = FileId { device: stat.device, inode: stat.inode };
+        let find = |writable| open_here(tgid, &pidfd, id, writable).expect("looked for");
+        for writable in [true, false] {
+            let found = find(writable).expect("it is open");
+            assert_eq!((found.id, found.kind, found.writable), (id, FileKind::Shmem, writable));
+        }
+        let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+        let (read_only, write_only) = (File::open(&path), File::options().write(true).open(&path));
+        drop(memory);
+        assert!(find(false).is_some() && find(true).is_none(), "opened for reading, and for writing, but not for both");
+        drop(read_only);
+        assert!(find(false).is_none(), "what cannot be read cannot be mapped");
+        drop(write_only);
+        assert!(find(false).is_none());
     }
 }

@@ -60,15 +60,34 @@ struct Process {
 /// All processes that have made calls, and what is kept of them.
 pub struct Clients {
     own: Arc<dyn OwnFiles>,
+    /// Where capabilities count. Immutable.
+    owner: Option<namespace::Name>,
+    /// What counts as RLIMIT_MEMLOCK of every client, in bytes, in place of its own. Immutable.
+    memlock_limit: Option<u64>,
     /// By thread id: threads of one process share an entry, which is there by the process's id too.
     processes: Mutex<HashMap<i32, Arc<Process>>>,
 }
 
 impl Clients {
-    /// Nobody yet.
+    /// Nobody yet. Capabilities count in the user namespace of this server.
     #[must_use]
     pub fn new(own: Arc<dyn OwnFiles>) -> Self {
-        Self { own, processes: Mutex::default() }
+        let owner = namespace::Name::of(std::process::id().cast_signed());
+        Self { own, owner, memlock_limit: None, processes: Mutex::default() }
+    }
+
+    /// Capabilities count in the user namespace that process `pid` is in now.
+    #[must_use]
+    pub fn judged_where(mut self, pid: i32) -> Self {
+        self.owner = namespace::Name::of(pid);
+        self
+    }
+
+    /// Clients are judged by this limit, in bytes, where one is given, and not by their RLIMIT_MEMLOCK.
+    #[must_use]
+    pub fn limited_to(mut self, memlock_limit: Option<u64>) -> Self {
+        self.memlock_limit = memlock_limit;
+        self
     }
 
     /// The caller of one call: the thread that waits for the answer (as this process sees its number), and what the
@@ -109,7 +128,10 @@ impl Clients {
         let shared = others.iter().find(|other| sys::same_memory_map(tid, other.tgid) == Some(true));
         let memory = match shared.map(|other| &other.memory) {
             Some(memory) if memory.in_use() => Arc::clone(memory),
-            _ => Arc::new(ProcessMemory::open(tgid, Arc::clone(&self.own)).map_err(memory_error)?),
+            _ => {
+                let memory = ProcessMemory::open(tgid, Arc::clone(&self.own)).map_err(memory_error)?;
+                Arc::new(memory.limited_to(self.memlock_limit))
+            }
         };
         let pidfd = sys::pidfd_open(tgid).map_err(memory_error)?;
         let namespace = UserNamespace::open(tgid).map_err(memory_error)?;

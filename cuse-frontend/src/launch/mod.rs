@@ -1,22 +1,26 @@
 //! The launcher: how a command comes to see our nodes ([`run()`]), and how the machine does ([`serve()`]).
 //!
 //! `run` keeps the nodes in the mount namespace of the command, and completes for it the ioctls that return a
-//! descriptor. `serve` mounts them where everybody sees them. Both begin a session over one FUSE mount whose root is
+//! descriptor; it needs no privilege where an ordinary user can have a user namespace. `serve` mounts them where everybody
+//! sees them. Both begin a session over one FUSE mount whose root is
 //! the directory of VFIO nodes.
 //!
 //! This is the only part that knows mounts, namespaces, seccomp and signals. It knows nothing of what the nodes answer.
 
 mod filter;
+mod line;
 pub(crate) mod namespace;
 mod run;
 mod serve;
 mod supervisor;
+mod user_namespace;
 
 pub use run::{Exit, run};
 pub use serve::serve;
 
 use std::os::fd::OwnedFd;
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
@@ -24,8 +28,11 @@ use nix::sys::stat::Mode;
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
     /// FUSE is not to be had.
-    #[error("cannot open /dev/fuse: {0}")]
-    NoFuse(nix::errno::Errno),
+    #[error("{}", no_fuse(*.0))]
+    NoFuse(Errno),
+    /// The machine or the container does not let this user mount.
+    #[error("{0}")]
+    Lacking(String),
     /// The server could not be made.
     #[error("{0}")]
     Server(String),
@@ -38,6 +45,20 @@ pub enum LaunchError {
     /// The operating system refused something.
     #[error("{0}: {1}")]
     System(&'static str, std::io::Error),
+}
+
+fn no_fuse(errno: Errno) -> String {
+    match errno {
+        Errno::EACCES | Errno::EPERM => format!(
+            "/dev/fuse is needed and must not be opened by this user ({}): its mode is 0666 where udev's rules are at \
+             work, and a container must be given the device",
+            errno.desc()
+        ),
+        _ => format!(
+            "/dev/fuse is needed (modprobe fuse, or give the container that device) and cannot be opened: {}",
+            errno.desc()
+        ),
+    }
 }
 
 /// Opens `/dev/fuse`. Asked first, so that a machine without it is told so before anything else happens.

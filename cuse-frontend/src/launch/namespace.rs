@@ -11,29 +11,40 @@
 //! /dev/iommu -> vfio/.iommu a link: a bind mount of a file would be opened without a LOOKUP, and only a LOOKUP
 //!                           gives an open file a name that the server can tell it by
 //! /dev/.machine/sys/…       the machine's directories that ours are mounted on, for the links in ours
+//! /dev/.machine/dev         the machine's own /dev, where /dev/ptmx has to be a link to the one there
 //! /sys/bus/pci/devices, /sys/kernel/iommu_groups, /sys/module    our facade, with links to the machine's entries
 //! ```
 //!
 //! All of this is made by the process that becomes COMMAND, in a mount namespace of its own, so it ends with the last
-//! process in that namespace and nobody has to clean up.
+//! process in that namespace and nobody has to clean up. Who may not mount outside has a user namespace as well
+//! ([`super::user_namespace`]). The machine's mounts are locked there: none can be removed, given other flags, or
+//! be shown without what is mounted below it. So every bind is recursive, and nothing is ever remounted; what a container has
+//! masked or made read-only stays so.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 
+use super::user_namespace::{self, Borrowed, Refusal};
 use crate::facade::DIRECTORIES;
+use crate::sys::launch as sys;
 
 /// Where the machine's own directories can be reached that ours are mounted on.
 pub(crate) const MACHINE: &str = "/dev/.machine";
 /// The name in the tree that `/dev/iommu` links to.
 const IOMMU: &str = "vfio/.iommu";
+/// The maker of terminals.
+const PTMX: &str = "ptmx";
 
 /// A step that failed, and the path it was about.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +53,13 @@ pub(crate) struct NamespaceError {
     step: &'static str,
     path: PathBuf,
     cause: io::Error,
+}
+
+impl NamespaceError {
+    /// The setting of the machine that is the reason, if it is one.
+    fn refusal(&self) -> Option<Refusal> {
+        self.cause.raw_os_error().map(Errno::from_raw).and_then(Refusal::of_mount)
+    }
 }
 
 trait Step<T> {
@@ -54,37 +72,83 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     }
 }
 
-/// Puts the calling process into a mount namespace of its own where `/dev/iommu`, `/dev/vfio` and the facade are
-/// those of the FUSE connection `device`. Once it is mounted, `serve` is called and returns when its session runs; the
-/// steps after that ask it. Returns the root of the mount.
+/// Why there is no namespace.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum EnterError {
+    /// The machine does not let this user have one.
+    #[error("{0}")]
+    Refused(Refusal),
+    /// `/dev/fuse` cannot be opened inside.
+    #[error("{}", super::no_fuse(*.0))]
+    NoFuse(Errno),
+    /// A step failed.
+    #[error(transparent)]
+    Step(#[from] NamespaceError),
+}
+
+/// A namespace in which COMMAND can be executed.
+pub(super) struct Namespace {
+    /// A path descriptor of the root of the mount.
+    pub(super) root: OwnedFd,
+    /// What is to be given back before that, in a user namespace.
+    pub(super) borrowed: Option<Borrowed>,
+}
+
+/// Puts the calling process into a mount namespace of its own, and a user namespace where that takes one, where
+/// `/dev/iommu`, `/dev/vfio` and the facade are those of a new FUSE connection. Once it is mounted, `serve` is called
+/// with the connection's `/dev/fuse` and returns when its session runs; the steps after that ask it.
 ///
 /// # Errors
-/// The step that failed. The process should end then; outside nothing has changed.
-pub(super) fn enter(device: BorrowedFd<'_>, serve: impl FnOnce() -> io::Result<()>) -> Result<OwnedFd, NamespaceError> {
-    unshare(CloneFlags::CLONE_NEWNS).step("cannot make a mount namespace for", "/")?;
-    // Mounts that the machine makes later still arrive; ours do not leave.
-    let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).step("cannot detach the mounts below", "/")?;
-    cover(Path::new("/dev"), &["vfio", "iommu"])?;
+/// Why not. The process should end then; outside nothing has changed.
+pub(super) fn enter(serve: impl FnOnce(OwnedFd) -> io::Result<()>) -> Result<Namespace, EnterError> {
+    let borrowed = if user_namespace::may_mount() {
+        unshare(CloneFlags::CLONE_NEWNS).step("cannot make a mount namespace for", "/")?;
+        // Mounts that the machine makes later still arrive; ours do not leave. In a user namespace that is so anyway.
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+            .step("cannot detach the mounts below", "/")?;
+        None
+    } else {
+        Some(user_namespace::enter().map_err(EnterError::Refused)?)
+    };
+    // Who mounts must have opened it in the same user namespace.
+    let device = open("/dev/fuse", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(EnterError::NoFuse)?;
+    cover(Path::new("/dev"), &["vfio", "iommu"]).map_err(|error| match &borrowed {
+        Some(_) => error.refusal().map_or(EnterError::Step(error), EnterError::Refused),
+        None => EnterError::Step(error),
+    })?;
     let nodes = Path::new("/dev/vfio");
     fs::create_dir(nodes).step("cannot make", nodes)?;
-    mount_fuse(device, nodes)?;
-    serve().step("nobody serves", nodes)?;
+    // FUSE lets all users in by the user namespace that they are in, and the server of one is not in it.
+    let admits = if borrowed.is_some() { Admits::OurUser } else { Admits::Everybody };
+    mount_fuse(device.as_fd(), nodes, admits)?;
+    serve(device).step("nobody serves", nodes)?;
     symlink(IOMMU, "/dev/iommu").step("cannot link", "/dev/iommu")?;
     for directory in DIRECTORIES {
         show_facade(directory)?;
     }
-    open(nodes, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).step("cannot open", nodes)
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root = open(nodes, flags, Mode::empty()).step("cannot open", nodes)?;
+    Ok(Namespace { root, borrowed })
+}
+
+/// Whom the kernel lets into a mount; the modes of the nodes come on top.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Admits {
+    /// Whoever is in the user namespace that mounts.
+    Everybody,
+    /// Processes of the user who mounts, in any user namespace.
+    OurUser,
 }
 
 /// Mounts the FUSE connection `device` on the directory `at`.
-pub(super) fn mount_fuse(device: BorrowedFd<'_>, at: &Path) -> Result<(), NamespaceError> {
-    let options = format!(
-        "fd={},rootmode=40755,user_id={},group_id={},allow_other,default_permissions",
-        device.as_raw_fd(),
-        nix::unistd::getuid(),
-        nix::unistd::getgid()
-    );
+pub(super) fn mount_fuse(device: BorrowedFd<'_>, at: &Path, admits: Admits) -> Result<(), NamespaceError> {
+    let (user, group) = (nix::unistd::getuid(), nix::unistd::getgid());
+    let mut options =
+        format!("fd={},rootmode=40755,user_id={user},group_id={group},default_permissions", device.as_raw_fd());
+    if admits == Admits::Everybody {
+        options.push_str(",allow_other");
+    }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("uiommufd"), at, Some("fuse.uiommufd"), flags, Some(options.as_str())).step("cannot mount FUSE on", at)
 }
@@ -121,12 +185,18 @@ fn cover(directory: &Path, ours: &[&str]) -> Result<(), NamespaceError> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let machine = open(directory, flags, Mode::empty()).step("cannot open", directory)?;
     let names: Vec<_> = fs::read_dir(directory).step("cannot list", directory)?.flatten().collect();
+    let terminals = fs::symlink_metadata(directory.join(PTMX)).is_ok_and(|ptmx| ptmx.file_type().is_char_device());
+    let whole = terminals.then(|| sys::clone_mounts(machine.as_fd())).transpose().step("cannot copy", directory)?;
     mount(Some("uiommufd"), directory, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, Some("mode=755"))
         .step("cannot mount a tmpfs on", directory)?;
     // The descriptor still leads to the directory below, and to what is mounted on its entries.
     let below = PathBuf::from(format!("/proc/self/fd/{}", machine.as_raw_fd()));
     for entry in names.iter().filter(|entry| ours.iter().all(|name| entry.file_name() != *name)) {
         let shown = directory.join(entry.file_name());
+        if let (Some(whole), true) = (&whole, entry.file_name() == PTMX) {
+            show_ptmx(&below.join(PTMX), whole, &shown)?;
+            continue;
+        }
         // An entry that has gone since, or that we may not see, is not worth failing for.
         if let Err(error) = show(&below.join(entry.file_name()), &shown) {
             tracing::debug!(%error, "an entry of the machine is not shown");
@@ -142,9 +212,6 @@ fn show(below: &Path, shown: &Path) -> Result<(), NamespaceError> {
         let target = fs::read_link(below).step("cannot read", below)?;
         return symlink(target, shown).step("cannot link", shown);
     }
-    if shown.ends_with("dev/ptmx") {
-        return show_ptmx(below, shown);
-    }
     if kind.is_dir() {
         fs::create_dir(shown).step("cannot make", shown)?;
     } else {
@@ -153,13 +220,18 @@ fn show(below: &Path, shown: &Path) -> Result<(), NamespaceError> {
     bind(below, shown)
 }
 
-/// Shows the maker of terminals. It looks for `pts` beside itself, so it cannot be bound: a node of the same kind is
-/// made, or, where that is forbidden, a link to the one that `pts` has.
-fn show_ptmx(below: &Path, shown: &Path) -> Result<(), NamespaceError> {
+/// Shows the maker of terminals. It looks for `pts` beside itself, by mount and directory, so it cannot be bound alone: a
+/// node of the same kind is made, or, where that takes more privilege than there is, a link into `whole`, a copy of the
+/// machine's `/dev` with all its mounts.
+fn show_ptmx(below: &Path, whole: &OwnedFd, shown: &Path) -> Result<(), NamespaceError> {
     let machine = nix::sys::stat::stat(below).step("cannot look at", below)?;
     let mode = Mode::from_bits_truncate(machine.st_mode);
-    match nix::sys::stat::mknod(shown, nix::sys::stat::SFlag::S_IFCHR, mode, machine.st_rdev) {
-        Ok(()) => fs::set_permissions(shown, fs::Permissions::from_mode(mode.bits())).step("cannot give", shown),
-        Err(_) => symlink("pts/ptmx", shown).step("cannot link", shown),
+    if nix::sys::stat::mknod(shown, nix::sys::stat::SFlag::S_IFCHR, mode, machine.st_rdev).is_ok() {
+        return fs::set_permissions(shown, fs::Permissions::from_mode(mode.bits())).step("cannot give", shown);
     }
+    let reach = Path::new(MACHINE).join("dev");
+    fs::create_dir_all(&reach).step("cannot make", &reach)?;
+    let at = CString::new(reach.as_os_str().as_bytes()).map_err(io::Error::other).step("cannot name", &reach)?;
+    sys::attach_mounts(whole, &at).step("cannot mount the machine's /dev on", &reach)?;
+    symlink(reach.join(PTMX), shown).step("cannot link", shown)
 }

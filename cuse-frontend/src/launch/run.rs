@@ -4,8 +4,8 @@
 //! launcher                                    child
 //! fork ------------------------------------->  waits
 //! makes the server
-//! "go" ------------------------------------->  enters the namespace: mounts
-//!      <------------------------------ mounted
+//! "go" ------------------------------------->  enters the namespace: opens /dev/fuse, mounts
+//!      <------------------- mounted, /dev/fuse
 //! begins the session
 //! "go" ------------------------------------->  binds (which the session answers), installs the seccomp filter
 //!      <--------------- listener, root of mount
@@ -15,24 +15,23 @@
 //! ```
 //!
 //! The fork comes before the server's first thread, so the child finds no lock that is taken for ever. The server is
-//! COMMAND's parent: it may look into COMMAND even where only ancestors may (Yama's ptrace scope 1). If the launcher
-//! dies, COMMAND lives on and its calls fail; when COMMAND ends, the launcher ends as COMMAND did.
+//! COMMAND's parent: it may look into COMMAND even where only ancestors may (Yama's ptrace scope 1). It stays outside the
+//! user namespace that COMMAND has when this is done without privilege. If the launcher dies, COMMAND lives on and its calls fail; when COMMAND ends, the launcher ends as COMMAND did.
 
 use std::ffi::{CString, OsString};
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, pthread_sigmask, raise};
 use nix::sys::signalfd::SignalFd;
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
-};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, execvp, read, write};
+use nix::unistd::{ForkResult, Pid, execvp};
 
+use super::line::{Line, Word, early_end};
+use super::namespace::EnterError;
+use super::user_namespace::Borrowed;
 use super::{LaunchError, filter, fuse_device, namespace, supervisor};
 use crate::facade::View;
 use crate::fuse::Fuse;
@@ -53,10 +52,6 @@ const SI_KERNEL: i32 = 0x80;
 /// Exit statuses of a shell for a command that cannot be executed, and for one that is not there.
 const CANNOT_EXECUTE: i32 = 126;
 const NOT_FOUND: i32 = 127;
-/// What the child says when the FUSE connection can be served.
-const MOUNTED: &str = "mounted";
-/// The longest sentence that a child sends about its failure, in bytes.
-const SENTENCE: usize = 1024;
 
 /// Runs `command` with the nodes of the server that `make_server` makes, and returns how it ended. Call it while the
 /// process has one thread.
@@ -69,20 +64,19 @@ pub fn run<E: std::fmt::Display>(
 ) -> Result<Exit, LaunchError> {
     let command: Result<Vec<_>, _> = command.iter().map(|word| CString::new(word.as_bytes())).collect();
     let command = command.map_err(|_| LaunchError::Child("a word of the command holds a NUL".into()))?;
-    let device = fuse_device()?;
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-        .map_err(system("socketpair"))?;
+    drop(fuse_device()?);
+    let (ours, theirs) = Line::pair().map_err(system("socketpair"))?;
     let forwarded = forwarded_signals();
     let mut mask = SigSet::empty();
     pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&forwarded), Some(&mut mask)).map_err(system("sigprocmask"))?;
     match sys::fork().map_err(system("fork"))? {
         ForkResult::Child => {
             drop(ours);
-            std::process::exit(child(&device, &theirs, &mask, &command))
+            std::process::exit(child(&theirs, &mask, &command))
         }
         ForkResult::Parent { child } => {
             drop(theirs);
-            let started = parent(device, &ours, make_server);
+            let started = parent(child, &ours, make_server);
             if started.is_err() {
                 // It waits for our word, or has failed and is about to end.
                 drop(ours);
@@ -106,97 +100,61 @@ fn forwarded_signals() -> SigSet {
 
 /// Makes the server, lets the child enter its namespace, and begins to supervise it.
 fn parent<E: std::fmt::Display>(
-    device: OwnedFd,
-    socket: &OwnedFd,
+    child: Pid,
+    line: &Line,
     make_server: impl FnOnce() -> Result<Arc<Server>, E>,
 ) -> Result<Arc<Fuse>, LaunchError> {
+    let system = |what| move |error| LaunchError::System(what, error);
+    let go = || line.go().map_err(|errno| LaunchError::System("the launcher's socket", errno.into()));
     let server = make_server().map_err(|error| LaunchError::Server(error.to_string()))?;
-    write(socket, b"go").map_err(system("the launcher's socket"))?;
-    match receive(socket)? {
-        (sentence, _) if sentence == MOUNTED => {}
-        (sentence, _) if sentence.is_empty() => return Err(early_end()),
-        (sentence, _) => return Err(LaunchError::Child(sentence)),
-    }
+    go()?;
+    let mut mounted = line.hear()?;
+    let (Word::Mounted, Some(device)) = (mounted.word, mounted.files.pop()) else { return Err(early_end()) };
     let view = View::Private(namespace::MACHINE);
-    let fuse = Fuse::start(device, server, view).map_err(|error| LaunchError::System("the FUSE session", error))?;
-    fuse.show_status().map_err(|error| LaunchError::System("the status socket", error))?;
-    write(socket, b"go").map_err(system("the launcher's socket"))?;
-    let (sentence, mut files) = receive(socket)?;
-    match (files.len(), sentence.is_empty()) {
-        (2, _) => {
-            let (listener, root) = (files.remove(1), files.remove(0));
-            fuse.mounted_at(root).map_err(|error| LaunchError::System("the mount", error))?;
-            supervisor::start(listener, Arc::clone(&fuse)).map_err(|error| LaunchError::System("a thread", error))?;
+    let fuse = Fuse::start(device, server, view, child).map_err(system("the FUSE session"))?;
+    fuse.show_status().map_err(system("the status socket"))?;
+    go()?;
+    let mut made = line.hear()?;
+    match made.word {
+        Word::Made => {
+            let Some(listener) = made.files.pop() else { return Err(early_end()) };
+            supervisor::start(listener, Arc::clone(&fuse)).map_err(system("a thread"))?;
         }
-        (1, _) => {
-            tracing::warn!("{sentence}: ioctls that return a descriptor answer ENOTTY");
-            fuse.mounted_at(files.remove(0)).map_err(|error| LaunchError::System("the mount", error))?;
-        }
-        (_, false) => return Err(LaunchError::Child(sentence)),
-        (_, true) => return Err(early_end()),
+        _ => tracing::warn!("{}: ioctls that return a descriptor answer ENOTTY", made.sentence),
     }
-    write(socket, b"go").map_err(system("the launcher's socket"))?;
+    let Some(root) = made.files.pop() else { return Err(early_end()) };
+    fuse.mounted_at(root).map_err(system("the mount"))?;
+    go()?;
     Ok(fuse)
 }
 
-fn early_end() -> LaunchError {
-    LaunchError::Child("the child ended before it could start the command".into())
-}
-
-/// A sentence and descriptors from the child; neither when it has ended.
-fn receive(socket: &OwnedFd) -> Result<(String, Vec<OwnedFd>), LaunchError> {
-    let mut bytes = [0; SENTENCE];
-    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 2]);
-    let mut parts = [IoSliceMut::new(&mut bytes)];
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
-        .map_err(system("the launcher's socket"))?;
-    let mut files = Vec::new();
-    for control in message.cmsgs().map_err(system("the launcher's socket"))? {
-        if let ControlMessageOwned::ScmRights(descriptors) = control {
-            files.extend(descriptors.into_iter().map(sys::adopt));
-        }
-    }
-    let length = message.bytes;
-    Ok((String::from_utf8_lossy(&bytes[..length]).trim().to_owned(), files))
-}
-
-fn send(socket: &OwnedFd, sentence: &str, files: &[std::os::fd::RawFd]) -> Result<(), Errno> {
-    // A packet of no bytes would look like the end.
-    let sentence = if sentence.is_empty() { " " } else { &sentence[..sentence.floor_char_boundary(SENTENCE)] };
-    let rights = [ControlMessage::ScmRights(files)];
-    let rights = if files.is_empty() { &rights[..0] } else { &rights[..] };
-    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(sentence.as_bytes())], rights, MsgFlags::MSG_NOSIGNAL, None)
-        .map(drop)
-}
-
-/// True when the launcher has said "go"; false when it has ended.
-fn told_to_go(socket: &OwnedFd) -> bool {
-    let mut word = [0; 2];
-    matches!(read(socket, &mut word), Ok(2))
-}
-
 /// What the child does until it is COMMAND. Returns an exit status only when it has failed.
-fn child(device: &OwnedFd, socket: &OwnedFd, mask: &SigSet, command: &[CString]) -> i32 {
-    if !told_to_go(socket) {
+fn child(line: &Line, mask: &SigSet, command: &[CString]) -> i32 {
+    if !line.told_to_go() {
         return CANNOT_EXECUTE;
     }
-    let serve = || {
-        send(socket, MOUNTED, &[])?;
-        if told_to_go(socket) { Ok(()) } else { Err(std::io::ErrorKind::BrokenPipe.into()) }
+    let serve = |device: OwnedFd| {
+        line.say(Word::Mounted, "", &[device.as_fd()])?;
+        if line.told_to_go() { Ok(()) } else { Err(std::io::ErrorKind::BrokenPipe.into()) }
     };
-    let root = match namespace::enter(device.as_fd(), serve) {
-        Ok(root) => root,
+    let namespace::Namespace { root, borrowed } = match namespace::enter(serve) {
+        Ok(namespace) => namespace,
         Err(error) => {
+            let lacking = matches!(error, EnterError::Refused(_) | EnterError::NoFuse(_));
             // Without the launcher there is nobody to tell.
-            let _ = send(socket, &error.to_string(), &[]);
+            let _ = line.say(if lacking { Word::Lacking } else { Word::Failed }, &error.to_string(), &[]);
             return CANNOT_EXECUTE;
         }
     };
     let told = match install_filter() {
-        Ok(listener) => send(socket, "", &[root.as_raw_fd(), listener.as_raw_fd()]),
-        Err(error) => send(socket, &format!("no seccomp filter ({error})"), &[root.as_raw_fd()]),
+        Ok(listener) => line.say(Word::Made, "", &[root.as_fd(), listener.as_fd()]),
+        Err(error) => line.say(Word::Unfiltered, &format!("no seccomp filter ({error})"), &[root.as_fd()]),
     };
-    if told.is_err() || !told_to_go(socket) {
+    if told.is_err() || !line.told_to_go() {
+        return CANNOT_EXECUTE;
+    }
+    if let Some(Err(errno)) = borrowed.map(Borrowed::give_back) {
+        eprintln!("uiommufd: cannot give capabilities up: {errno}");
         return CANNOT_EXECUTE;
     }
     if let Err(errno) = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(mask), None) {

@@ -24,7 +24,7 @@ use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, setsid};
 
-use super::{LaunchError, fuse_device, namespace};
+use super::{LaunchError, fuse_device, namespace, user_namespace};
 use crate::facade::View;
 use crate::fuse::Fuse;
 use crate::server::Server;
@@ -109,6 +109,11 @@ pub fn serve<E: std::fmt::Display>(
     ready: impl FnOnce(),
 ) -> Result<(), LaunchError> {
     let place = Place::below(at)?;
+    if !user_namespace::may_mount() {
+        let sentence =
+            "to serve the machine takes root (CAP_SYS_ADMIN); 'uiommufd run' gives one command the nodes without it";
+        return Err(LaunchError::Lacking(sentence.into()));
+    }
     let device = fuse_device()?;
     place.clean_up();
     place.check_free()?;
@@ -145,11 +150,11 @@ fn serve_at<E: std::fmt::Display>(
     let child = |error: namespace::NamespaceError| LaunchError::Child(error.to_string());
     let io = |what| move |error| LaunchError::System(what, error);
     fs::create_dir(&place.nodes).map_err(io("cannot make the directory of nodes"))?;
-    namespace::mount_fuse(device.as_fd(), &place.nodes).map_err(child)?;
+    namespace::mount_fuse(device.as_fd(), &place.nodes, namespace::Admits::Everybody).map_err(child)?;
     let number = mounts_at(&place.nodes).unwrap_or_default();
     watcher.write_all(number.as_bytes()).map_err(io("the watcher"))?;
     symlink(IOMMU, &place.iommu).map_err(io("cannot make the link of /dev/iommu"))?;
-    let fuse = Fuse::start(device, server, View::Public).map_err(io("the FUSE session"))?;
+    let fuse = Fuse::start(device, server, View::Public, Pid::this()).map_err(io("the FUSE session"))?;
     fuse.show_status().map_err(io("the status socket"))?;
     let root = open(&place.nodes, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
     fuse.mounted_at(root.map_err(system("cannot open the mount"))?).map_err(io("the mount"))?;

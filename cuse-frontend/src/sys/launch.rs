@@ -1,5 +1,7 @@
-//! What the launcher needs of the kernel: fork, seccomp notification, and sending a signal to itself.
+//! What the launcher needs of the kernel: fork, seccomp notification, mounts that hang nowhere, and the set that bounds
+//! capabilities.
 
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
@@ -134,6 +136,55 @@ pub(crate) fn install_file(
     };
     // SAFETY: the ioctl reads one struct seccomp_notif_addfd.
     unsafe { ioctls::notif_addfd(listener.as_raw_fd(), &raw const addition) }
+}
+
+/// A copy of the mount at `directory` from there on, with all that is mounted below, that is mounted nowhere yet.
+///
+/// # Errors
+/// As open_tree(2).
+pub(crate) fn clone_mounts(directory: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let flags =
+        libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | (libc::AT_RECURSIVE | libc::AT_EMPTY_PATH).cast_unsigned();
+    // SAFETY: the path is an empty C string; the rest are numbers.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, directory.as_raw_fd(), c"".as_ptr(), flags) };
+    let fd = RawFd::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just opened the descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Mounts what [`clone_mounts`] gave on the directory `at`.
+///
+/// # Errors
+/// As move_mount(2).
+pub(crate) fn attach_mounts(mounts: &OwnedFd, at: &CStr) -> Result<(), Errno> {
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
+    // SAFETY: both paths are C strings; the rest are numbers.
+    let result = unsafe {
+        libc::syscall(libc::SYS_move_mount, mounts.as_raw_fd(), c"".as_ptr(), libc::AT_FDCWD, at.as_ptr(), flags)
+    };
+    Errno::result(result).map(drop)
+}
+
+/// The capabilities, bit by number, that this thread can gain by exec.
+pub(crate) fn bounding_set() -> u64 {
+    let has = |number: &u32| {
+        // SAFETY: takes a number; one that the kernel does not know is answered with EINVAL.
+        unsafe { libc::prctl(libc::PR_CAPBSET_READ, libc::c_ulong::from(*number)) == 1 }
+    };
+    (0..u64::BITS).filter(has).fold(0, |set, number| set | 1 << number)
+}
+
+/// Takes every capability that is not in `set` out of what this thread can gain by exec.
+///
+/// # Errors
+/// EPERM without CAP_SETPCAP; some may have been taken out.
+pub(crate) fn limit_bounding_set(set: u64) -> Result<(), Errno> {
+    let beyond = bounding_set() & !set;
+    for number in (0..u64::BITS).filter(|number| beyond >> number & 1 != 0) {
+        // SAFETY: takes a number.
+        Errno::result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number)) })?;
+    }
+    Ok(())
 }
 
 /// Takes over a descriptor that came in a message.

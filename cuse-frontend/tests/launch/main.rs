@@ -23,6 +23,8 @@ use cuse_frontend::launch::{self, Exit, LaunchError};
 use cuse_frontend::{DeviceSpec, OpError, OpRow, Server, ServerOptions};
 use device_shim::probe::Probe;
 use hwpt::{DeviceProperties, FaultRoute, Format, PageRequest, Permission, RequestFlags, Response};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill, raise};
 use nix::unistd::Pid;
 
@@ -301,6 +303,17 @@ fn serve_refuses_what_is_there_already() {
     assert!(taken.is_dir());
 }
 
+/// From now on in a mount namespace where no other server of this machine is seen, and none comes or goes.
+fn leave_the_machine() {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).expect("tried before");
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private");
+    for line in our_mounts() {
+        let at = line.split(' ').nth(4).expect("a mount point");
+        umount2(at, MntFlags::MNT_DETACH).expect("unmounted");
+    }
+}
+
 fn may_mount() -> Result<(), String> {
     std::fs::OpenOptions::new()
         .read(true)
@@ -346,6 +359,7 @@ fn main() -> ExitCode {
         println!("test launch ... Skipped({reason}), {} tests", tests.len());
         return ExitCode::SUCCESS;
     }
+    leave_the_machine();
     let (mut passed, mut failed) = (0, 0);
     for (name, test) in
         tests.into_iter().filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|word| name.contains(*word)))

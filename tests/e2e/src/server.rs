@@ -20,11 +20,15 @@ use tempfile::TempDir;
 
 use crate::{PATIENCE, repository, wait_until};
 
-/// The `uiommufd` that belongs to this build, built if need be.
+/// The `uiommufd` that belongs to this build, built if need be; or the one that `UIOMMUFD_PROGRAM` names, for who
+/// cannot build.
 #[must_use]
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
+        if let Some(program) = std::env::var_os("UIOMMUFD_PROGRAM") {
+            return program.into();
+        }
         let test = std::env::current_exe().expect("a test has a path");
         let profile = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
         let mut build = Command::new(env!("CARGO"));

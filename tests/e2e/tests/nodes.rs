@@ -123,9 +123,14 @@ fn with_input(words: Vec<String>) -> Vec<String> {
     ["sh", "-c", script, "with-input"].map(str::to_owned).into_iter().chain(words).collect()
 }
 
-/// Options of a server that is a POWER machine with one NVMe controller.
+/// Options of a server that is a POWER machine with one NVMe controller. Windows and their tables cost more than an
+/// ordinary user may lock.
 fn power(container: &str, image: &Image) -> Vec<String> {
-    ["--container".to_owned(), container.to_owned()].into_iter().chain(nvme(BDF, image)).collect()
+    ["--container", container, "--memlock", "unlimited"]
+        .map(str::to_owned)
+        .into_iter()
+        .chain(nvme(BDF, image))
+        .collect()
 }
 
 #[test]

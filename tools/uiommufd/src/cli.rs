@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -92,6 +93,10 @@ pub(crate) struct ServerOptions {
     /// Charges a held page once per payer, or once per mapping as Linux does.
     #[arg(long, value_enum, default_value_t = Accounting::Once)]
     pub(crate) accounting: Accounting,
+    /// Judges clients by this limit of locked memory, and not by their own (ulimit -l): bytes, with K, M, G or T behind, or
+    /// 'unlimited'
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memlock: Option<Memlock>,
     /// Charges the TCE tables of windows, as Linux does, or not.
     #[arg(long, value_enum, default_value_t = TceCharge::Linux)]
     pub(crate) tce_charge: TceCharge,
@@ -114,6 +119,31 @@ pub(crate) enum Personality {
     SpaprV1,
     /// POWER's TCE tables with registered memory and dynamic windows.
     SpaprV2,
+}
+
+/// A limit of locked memory in bytes; `u64::MAX` is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Memlock(pub(crate) u64);
+
+impl FromStr for Memlock {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "unlimited" {
+            return Ok(Self(u64::MAX));
+        }
+        let shift = match text.bytes().last() {
+            Some(b'K') => 10,
+            Some(b'M') => 20,
+            Some(b'G') => 30,
+            Some(b'T') => 40,
+            _ => 0,
+        };
+        let digits = if shift == 0 { text } else { &text[..text.len() - 1] };
+        let number: Option<u64> = digits.parse().ok();
+        let bytes = number.and_then(|number| number.checked_mul(1 << shift));
+        bytes.map(Self).ok_or_else(|| "a number of bytes, with K, M, G or T behind, or 'unlimited'".to_owned())
+    }
 }
 
 /// How often a held page is charged.
@@ -147,7 +177,7 @@ pub(crate) enum Dirty {
 mod tests {
     use clap::{CommandFactory, Parser};
 
-    use super::{Cli, Command, Personality};
+    use super::{Cli, Command, Memlock, Personality};
 
     #[test]
     fn command_line_definition_is_consistent() {
@@ -160,6 +190,16 @@ mod tests {
         let Command::Run { options, command } = cli.expect("a valid line").command else { panic!("run") };
         assert_eq!((options.devices.len(), command.len()), (1, 3));
         assert_eq!((options.container, options.dma_entry_limit), (Personality::Native, 65535));
+    }
+
+    #[test]
+    fn memlock_is_a_size_or_unlimited_and_nothing_else() {
+        let limit = |text: &str| text.parse().ok().map(|Memlock(bytes)| bytes);
+        assert_eq!(limit("unlimited"), Some(u64::MAX));
+        assert_eq!([limit("0"), limit("4096"), limit("64K"), limit("3G")], [0, 4096, 65_536, 3 << 30].map(Some));
+        for wrong in ["", "K", "-1", "1.5G", "1X", "16777216T", "99999999999999999999"] {
+            assert_eq!(limit(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

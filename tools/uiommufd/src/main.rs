@@ -93,7 +93,7 @@ fn end_as(exit: Exit) -> ExitCode {
 /// What kept a server from starting: 2 if it is the user's or the machine's, and nothing has been mounted.
 fn failed(error: LaunchError) -> ExitCode {
     let code = match error {
-        LaunchError::NoFuse(_) | LaunchError::Server(_) => USAGE,
+        LaunchError::NoFuse(_) | LaunchError::Lacking(_) | LaunchError::Server(_) => USAGE,
         _ => 1,
     };
     eprintln!("uiommufd: {error}");

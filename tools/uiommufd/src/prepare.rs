@@ -3,20 +3,17 @@
 //! What fails here is one line on stderr and exit status 2, and has changed nothing outside this process.
 
 use std::ffi::OsString;
-use std::fs::OpenOptions;
 use std::io::IsTerminal;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use cuse_frontend::Server;
+use cuse_frontend::launch;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{Accounting, Dirty, Personality, ServerOptions, TceCharge};
+use crate::cli::{Accounting, Dirty, Memlock, Personality, ServerOptions, TceCharge};
 use crate::devices;
 use crate::spec::{self, Spec};
-
-/// The device through which the kernel hands us requests.
-const FUSE: &str = "/dev/fuse";
 
 /// A command line that has been found good, up to the devices themselves.
 pub(crate) struct Prepared {
@@ -32,9 +29,7 @@ pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
     start_log(&options.log)?;
     let power = matches!(options.container, Personality::SpaprV1 | Personality::SpaprV2);
     let specs = spec::parse_all(&texts(&options.devices)?, power)?;
-    OpenOptions::new().read(true).write(true).open(FUSE).with_context(|| {
-        format!("{FUSE} is needed (modprobe fuse, or give the container that device) and cannot be opened")
-    })?;
+    drop(launch::fuse_device()?);
     let options = cuse_frontend::ServerOptions {
         accounting: match options.accounting {
             Accounting::Once => ioas::Accounting::Once,
@@ -57,6 +52,7 @@ pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
         charges_tables: options.tce_charge == TceCharge::Linux,
         strict: options.strict,
         root_sets_payer: options.selftest,
+        memlock_limit: options.memlock.map(|Memlock(bytes)| bytes),
         added_rows: if options.selftest { vec![device_shim::mock::row()] } else { Vec::new() },
     };
     Ok(Prepared { options, specs })
