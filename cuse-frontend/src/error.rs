@@ -158,6 +158,30 @@ pub enum OpError {
     /// From a page table or a group.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// No transport here can give the caller a descriptor (ENOTTY).
+    #[error(
+        "it returns a descriptor, which no ioctl can give to this program: start it by `uiommufd run`, or, unless it is \
+         statically linked, with libuiommufd_preload.so in LD_PRELOAD"
+    )]
+    CannotGive,
+    /// The caller's mount namespace does not have our tree, or at a path that is too long (ENOTTY).
+    #[error("the program does not see the directory of our nodes, in which it would have to open a descriptor")]
+    OutOfSight,
+    /// Too many descriptors wait to be opened by the caller (EMFILE).
+    #[error("{most} descriptors wait already for the program to open them")]
+    TooManyOffers {
+        /// The bound.
+        most: usize,
+    },
+    /// No descriptor waits under the name (ENOENT).
+    #[error("no descriptor waits under that name")]
+    NoOffer,
+    /// The caller did not open a descriptor that waited for it; the op is undone.
+    #[error("the program has not opened the new descriptor within {seconds} s")]
+    NotOpened {
+        /// How long it waited.
+        seconds: u64,
+    },
     /// An added row refuses, with an errno of its own.
     #[error("{reason}")]
     Extra {
@@ -196,10 +220,12 @@ impl OpError {
             | Self::Range(RangeError::Zero) => libc::EINVAL,
             Self::NoNode => libc::ENXIO,
             Self::TooLong { .. } => libc::E2BIG,
-            Self::UnknownOp(_) => libc::ENOTTY,
+            Self::UnknownOp(_) | Self::CannotGive | Self::OutOfSight => libc::ENOTTY,
             Self::Unsupported { .. } => libc::EOPNOTSUPP,
             Self::Overflow { .. } | Self::Range(RangeError::Overflow) => libc::EOVERFLOW,
-            Self::NoObject { .. } | Self::NotMapped(_) => libc::ENOENT,
+            Self::NoObject { .. } | Self::NotMapped(_) | Self::NoOffer => libc::ENOENT,
+            Self::TooManyOffers { .. } => libc::EMFILE,
+            Self::NotOpened { .. } => libc::ETIMEDOUT,
             Self::BadPosition { .. } => libc::ESPIPE,
             Self::TooLarge { .. } => libc::ERANGE,
             Self::Interrupted(_) => libc::EINTR,

@@ -112,6 +112,16 @@ impl Promise {
         caller.write(at, &fd.to_ne_bytes()).map_err(|_| Errno(libc::EFAULT))?;
         Ok(0)
     }
+
+    /// Where the client wants the number; see [`Self::keep`].
+    pub(crate) fn at(&self) -> Option<UserAddr> {
+        self.at
+    }
+
+    /// The client has opened the descriptor, and writes its number itself.
+    pub(crate) fn kept(mut self) {
+        self.undo = None;
+    }
 }
 
 impl Drop for Promise {
@@ -358,7 +368,16 @@ impl OpenFile {
         }
     }
 
-    fn refused(&self, caller: &dyn ClientCall, name: &'static str, error: &OpError) -> Errno {
+    /// Records that an ioctl would have given `caller` a descriptor, and that the transport cannot do that: ENOTTY.
+    #[cold]
+    pub(crate) fn cannot_give(&self, caller: &dyn ClientCall, cmd: u32) -> Errno {
+        let (pid, op) = (caller.pid(), self.op_name(cmd));
+        tracing::warn!(pid, op, "{}", OpError::CannotGive);
+        self.refused(caller, op, &OpError::CannotGive)
+    }
+
+    /// Records why a call is refused.
+    pub(crate) fn refused(&self, caller: &dyn ClientCall, name: &'static str, error: &OpError) -> Errno {
         let errno = Errno(error.errno());
         self.server.record_failure(caller.pid(), name, errno, error);
         errno

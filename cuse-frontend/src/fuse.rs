@@ -18,10 +18,11 @@ use crate::client::{Clients, OwnFiles, ProcessCaller, TransportCall};
 use crate::facade::{Facade, View};
 use crate::files::{Errno, IoctlReply, NodeKind, OpenFile};
 use crate::iommufd::Mapper;
+use crate::offers::{self, Offers};
 use crate::process;
 use crate::server::Server;
 use crate::session::{Caller, Exports, Files, Session};
-use crate::tree::Tree;
+use crate::tree::{Recipient, Tree};
 use crate::uapi::command;
 use crate::uapi::iommufd::nr;
 use crate::uapi::vfio;
@@ -47,7 +48,8 @@ impl Fuse {
             .limited_to(server.memlock_limit());
         let facade = Facade::new(&server, view);
         let tree = Arc::new(Tree::new(move || facade.layout()));
-        let nodes = Arc::new(Nodes { server, clients, files: Arc::clone(&files) });
+        let offers = Offers::new(Arc::clone(&server), Arc::clone(&tree), Arc::clone(&files));
+        let nodes = Arc::new(Nodes { server, clients, files: Arc::clone(&files), offers });
         let session = Session::start(device, Arc::clone(&nodes), Arc::clone(&tree), files)?;
         Ok(Arc::new(Self { nodes, tree, session, root: OnceLock::new() }))
     }
@@ -103,9 +105,10 @@ impl Fuse {
     /// When the mount cannot be reached or has gone. The file is closed.
     pub(crate) fn open_descriptor(&self, file: &Arc<OpenFile>, client: u32) -> std::io::Result<OwnedFd> {
         let root = self.root.get().ok_or(std::io::ErrorKind::NotConnected)?;
-        let name = self.tree.offer(file, client)?;
+        let recipient = Recipient { client, opener: std::process::id(), uid: None };
+        let (name, _) = self.tree.offer(Arc::clone(file), recipient)?;
         let opened = openat(root, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
-        self.tree.withdraw(&name);
+        drop(self.tree.withdraw(&name));
         Ok(opened?)
     }
 
@@ -129,6 +132,7 @@ struct Nodes {
     server: Arc<Server>,
     clients: Clients,
     files: Arc<Files<OpenFile>>,
+    offers: Arc<Offers>,
 }
 
 impl OwnFiles for Files<OpenFile> {
@@ -204,13 +208,15 @@ impl Exports for Nodes {
             // What the client closed before uses nothing any more.
             self.files.settle_for(caller.tgid());
         }
-        match file.ioctl(&self.client(caller), cmd, arg)? {
+        let client = self.client(caller);
+        if offers::is_for_us(cmd) {
+            let client = offers::Client { call: &client, process: caller.tgid(), uid: caller.uid() };
+            return self.offers.answer(file, client, cmd, arg);
+        }
+        match file.ioctl(&client, cmd, arg)? {
             IoctlReply::Value(value) => Ok(value),
             // Dropping the file undoes the call.
-            IoctlReply::NewFile(_) => {
-                tracing::warn!(cmd, tid = caller.tid(), "only `uiommufd run` can give a client a new descriptor");
-                Err(Errno(libc::ENOTTY))
-            }
+            IoctlReply::NewFile(_) => Err(file.cannot_give(&client, cmd)),
         }
     }
 
@@ -234,6 +240,10 @@ impl Exports for Nodes {
 
     fn is_stream(&self, file: &OpenFile) -> bool {
         file.is_stream()
+    }
+
+    fn closed(&self, file: &OpenFile) {
+        self.offers.closed(file);
     }
 
     fn mapping<'a>(&self, file: &'a OpenFile) -> Option<BorrowedFd<'a>> {

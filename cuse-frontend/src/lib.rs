@@ -15,6 +15,7 @@ mod fuse;
 mod inprocess;
 pub mod iommufd;
 pub mod launch;
+mod offers;
 mod ops;
 mod process;
 mod server;

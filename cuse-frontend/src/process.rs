@@ -38,6 +38,30 @@ pub(crate) fn has_mapped(process: u32, (major, minor): (u32, u32), inode: u64, o
     Some(maps.lines().any(is_it))
 }
 
+/// Where a process sees the root of the mount whose device number is `major:minor`, in its own mount namespace and below
+/// its own root directory; the last such place, which hides earlier ones. `None` when it does not see it.
+pub(crate) fn mount_point(process: u32, (major, minor): (u32, u32)) -> Option<String> {
+    let mounts = fs::read_to_string(format!("/proc/{process}/mountinfo")).ok()?;
+    let device = format!("{major}:{minor}");
+    mounts.lines().rev().find_map(|line| {
+        let mut fields = line.split(' ').skip(2);
+        let (on, root, at) = (fields.next()?, fields.next()?, fields.next()?);
+        (on == device && root == "/").then(|| unescape(at))
+    })
+}
+
+/// A path as the kernel's lists of mounts show it: white space and backslashes are three octal digits.
+fn unescape(path: &str) -> String {
+    let mut parts = path.split('\\');
+    let mut plain = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        plain.extend(code.map(char::from));
+        plain.push_str(part.get(3..).unwrap_or_default());
+    }
+    plain
+}
+
 fn status(tid: u32) -> Option<String> {
     fs::read_to_string(format!("/proc/{tid}/status")).ok()
 }
@@ -65,6 +89,16 @@ mod tests {
         // The file system of the program may be one whose maps show another device, as overlays do.
         assert!(mapped(0).is_some());
         assert_eq!(super::has_mapped(u32::MAX, device, 1, 0), None);
+    }
+
+    #[test]
+    fn mount_point_of_the_root_is_found_by_its_device_number() {
+        use std::os::linux::fs::MetadataExt;
+        let proc = std::fs::metadata("/proc").expect("mounted").st_dev();
+        let device = (nix::sys::stat::major(proc) as u32, nix::sys::stat::minor(proc) as u32);
+        assert!(super::mount_point(std::process::id(), device).is_some_and(|at| at.starts_with('/')));
+        assert_eq!(super::mount_point(std::process::id(), (4095, 1)), None);
+        assert_eq!(super::unescape(r"/a\040b\134c"), r"/a b\c");
     }
 
     #[test]

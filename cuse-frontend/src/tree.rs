@@ -10,14 +10,16 @@
 //! a request into our own mount. Ids are never reused.
 //!
 //! Beside the layout there are one-time names ([`Tree::offer`]): an open file that a client is to be given is opened
-//! by such a name, once. The tree only refers to it: the kernel may remember the name long after the file has been
-//! closed, and that must not keep the file.
+//! by such a name, once, and by one process alone; for every other process there is no such name. The kernel may
+//! remember the name long after the file has been closed, and that must not keep the file: whoever opens it takes it
+//! out of the [`Offered`], and so does whoever ends the offer.
 //!
-//! Lock order: `names` is a leaf. Texts are produced, and the machine's directories read, under no lock.
+//! Lock order: `names`, and the file of an offer, are leaves. Texts are produced, and the machine's directories read,
+//! under no lock.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
@@ -146,33 +148,47 @@ impl Machine {
 }
 
 /// A node that the kernel knows.
-#[derive(Clone)]
 pub(crate) struct Known<F> {
     path: Arc<str>,
     pub(crate) what: Found<F>,
     lookups: u64,
 }
 
-/// A file that a client is to be given; gone when it has been closed.
-pub(crate) struct Offer<F> {
-    pub(crate) file: Weak<F>,
+/// Whom a file is offered to, by process ids as the server sees them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Recipient {
     /// The process that it is for.
     pub(crate) client: u32,
+    /// The process that opens it: the client, or the server in its place.
+    pub(crate) opener: u32,
+    /// Who owns the name; the owner of all other nodes without it.
+    pub(crate) uid: Option<u32>,
 }
 
-impl<F> Clone for Offer<F> {
-    fn clone(&self) -> Self {
-        Self { file: Weak::clone(&self.file), client: self.client }
+/// A file that a client is to be given, until it has been taken out.
+pub(crate) struct Offered<F> {
+    file: Mutex<Option<Arc<F>>>,
+    pub(crate) recipient: Recipient,
+}
+
+impl<F> Offered<F> {
+    /// The file, for whoever comes first: the one who opens it, or the one who ends the offer.
+    pub(crate) fn take(&self) -> Option<Arc<F>> {
+        self.file.lock().take()
+    }
+
+    /// Whether the file has been taken out.
+    pub(crate) fn is_taken(&self) -> bool {
+        self.file.lock().is_none()
     }
 }
 
 /// What opening a known node gives.
-#[derive(Clone)]
 pub(crate) enum Found<F> {
     /// Something of the layout.
     Entry(Entry),
     /// A file that was offered under a one-time name.
-    Offered(Offer<F>),
+    Offered(Arc<Offered<F>>),
 }
 
 /// Mode, owner and group that a client has set.
@@ -191,7 +207,7 @@ struct Names<F> {
     /// Ids of what has one id only.
     lasting: HashMap<Arc<str>, u64>,
     ownership: HashMap<Arc<str>, Ownership>,
-    offered: HashMap<String, Offer<F>>,
+    offered: HashMap<String, Arc<Offered<F>>>,
     next: u64,
 }
 
@@ -217,30 +233,35 @@ impl<F> Tree<F> {
         Self { layout: Box::new(layout), owner, names: Mutex::new(names) }
     }
 
-    /// Offers an open file under a name in the root that nobody can guess and that works once. The caller keeps the
-    /// file until the name has been opened.
-    pub(crate) fn offer(&self, file: &Arc<F>, client: u32) -> std::io::Result<String> {
+    /// Offers an open file under a name in the root that nobody can guess, that exists for the recipient's opener alone
+    /// and that works once. The offer keeps the file until it is taken out; the name stays until it is withdrawn.
+    ///
+    /// # Errors
+    /// Without random numbers.
+    pub(crate) fn offer(&self, file: Arc<F>, recipient: Recipient) -> std::io::Result<(String, Arc<Offered<F>>)> {
         let mut secret = [0; 16];
         std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut secret)?;
         let name = format!(".open-{:032x}", u128::from_ne_bytes(secret));
-        self.names.lock().offered.insert(name.clone(), Offer { file: Arc::downgrade(file), client });
-        Ok(name)
+        let offered = Arc::new(Offered { file: Mutex::new(Some(file)), recipient });
+        self.names.lock().offered.insert(name.clone(), Arc::clone(&offered));
+        Ok((name, offered))
     }
 
-    /// Takes an offer back that nobody has looked up.
-    pub(crate) fn withdraw(&self, name: &str) {
-        self.names.lock().offered.remove(name);
+    /// Ends an offer: the name goes. Returns the file if nobody has opened it.
+    pub(crate) fn withdraw(&self, name: &str) -> Option<Arc<F>> {
+        let offered = self.names.lock().offered.remove(name);
+        offered?.take()
     }
 
-    /// Looks a name up and counts the lookup: the id and attributes.
+    /// Looks a name up for process `caller()` and counts the lookup: the id and attributes.
     ///
     /// # Errors
     /// ENOENT, ESTALE for a parent that was forgotten.
-    pub(crate) fn look_up(&self, parent: u64, name: &[u8]) -> Result<(u64, Attr), Errno> {
+    pub(crate) fn look_up(&self, parent: u64, name: &[u8], caller: impl Fn() -> u32) -> Result<(u64, Attr), Errno> {
         let name = std::str::from_utf8(name).map_err(|_| Errno(libc::ENOENT))?;
-        let offered = if parent == ROOT_ID { self.names.lock().offered.remove(name) } else { None };
-        if let Some(file) = offered {
-            return Ok(self.remember(name, Found::Offered(file)));
+        let offered = if parent == ROOT_ID { self.names.lock().offered.get(name).cloned() } else { None };
+        if let Some(offered) = offered.filter(|offered| offered.recipient.opener == caller() && !offered.is_taken()) {
+            return Ok(self.remember(name, Found::Offered(offered)));
         }
         let above = self.path(parent)?;
         let (path, entry) = (self.layout)().find(&above, name).ok_or(Errno(libc::ENOENT))?;
@@ -297,7 +318,7 @@ impl<F> Tree<F> {
         }
         match &self.names.lock().known.get(&id).ok_or(Errno(libc::ESTALE))?.what {
             Found::Entry(entry) => Ok(Found::Entry(entry.clone())),
-            Found::Offered(offer) => Ok(Found::Offered(offer.clone())),
+            Found::Offered(offered) => Ok(Found::Offered(Arc::clone(offered))),
         }
     }
 
@@ -357,9 +378,9 @@ impl<F> Tree<F> {
     }
 
     fn attr_of(&self, id: u64, known: &Known<F>, ownership: Option<&Ownership>) -> Attr {
-        let (mode, size) = match &known.what {
-            Found::Entry(entry) => (entry.mode(), entry.size()),
-            Found::Offered(_) => (libc::S_IFREG | 0o600, NODE_SIZE),
+        let (mode, size, owner) = match &known.what {
+            Found::Entry(entry) => (entry.mode(), entry.size(), None),
+            Found::Offered(offered) => (libc::S_IFREG | 0o600, NODE_SIZE, offered.recipient.uid),
         };
         let set = ownership.copied().unwrap_or_default();
         Attr {
@@ -367,7 +388,7 @@ impl<F> Tree<F> {
             size,
             mode: set.mode.map_or(mode, |bits| mode & libc::S_IFMT | bits),
             nlink: 1,
-            uid: set.uid.unwrap_or(self.owner.0),
+            uid: set.uid.or(owner).unwrap_or(self.owner.0),
             gid: set.gid.unwrap_or(self.owner.1),
             blksize: 4096,
             ..Attr::default()
@@ -388,6 +409,10 @@ pub(crate) fn machine(directory: &Path, reach: Option<&str>) -> Option<Machine> 
 mod tests {
     use super::*;
 
+    fn me() -> u32 {
+        1
+    }
+
     fn tree() -> Tree<()> {
         let mut layout = Layout::new();
         layout.add("vfio", Entry::Node(NodeKind::Container));
@@ -400,50 +425,56 @@ mod tests {
     #[test]
     fn device_node_looked_up_twice_has_two_ids_and_a_directory_one() {
         let tree = tree();
-        let node = |_| tree.look_up(ROOT_ID, b"vfio").expect("there").0;
-        let directory = |_| tree.look_up(ROOT_ID, b"devices").expect("there").0;
+        let node = |_| tree.look_up(ROOT_ID, b"vfio", me).expect("there").0;
+        let directory = |_| tree.look_up(ROOT_ID, b"devices", me).expect("there").0;
         assert_ne!(node(0), node(1));
         assert_eq!(directory(0), directory(1));
-        assert!(tree.look_up(directory(2), b"vfio0").is_ok());
-        assert_eq!(tree.look_up(directory(3), b"vfio1").map(|found| found.0), Err(Errno(libc::ENOENT)));
+        assert!(tree.look_up(directory(2), b"vfio0", me).is_ok());
+        assert_eq!(tree.look_up(directory(3), b"vfio1", me).map(|found| found.0), Err(Errno(libc::ENOENT)));
     }
 
     #[test]
     fn node_forgotten_as_often_as_looked_up_is_stale() {
         let tree = tree();
-        let (id, _) = tree.look_up(ROOT_ID, b"sys").expect("there");
-        tree.look_up(ROOT_ID, b"sys").expect("there");
+        let (id, _) = tree.look_up(ROOT_ID, b"sys", me).expect("there");
+        tree.look_up(ROOT_ID, b"sys", me).expect("there");
         tree.forget(id, 1);
         assert!(tree.attr(id).is_ok());
         tree.forget(id, 1);
         assert_eq!(tree.attr(id).map(|attr| attr.ino), Err(Errno(libc::ESTALE)));
-        assert_ne!(tree.look_up(ROOT_ID, b"sys").expect("there").0, id, "ids are never reused");
+        assert_ne!(tree.look_up(ROOT_ID, b"sys", me).expect("there").0, id, "ids are never reused");
     }
 
     #[test]
     fn mode_set_on_a_node_stays_for_later_lookups() {
         let tree = tree();
-        let (id, before) = tree.look_up(ROOT_ID, b"vfio").expect("there");
+        let (id, before) = tree.look_up(ROOT_ID, b"vfio", me).expect("there");
         assert_eq!(before.mode, libc::S_IFREG | 0o666);
         tree.set_ownership(id, Ownership { mode: Some(0o600), ..Ownership::default() }).expect("known");
-        let (_, after) = tree.look_up(ROOT_ID, b"vfio").expect("there");
+        let (_, after) = tree.look_up(ROOT_ID, b"vfio", me).expect("there");
         assert_eq!(after.mode, libc::S_IFREG | 0o600);
     }
 
+    const RECIPIENT: Recipient = Recipient { client: 1, opener: 2, uid: Some(1000) };
+
     #[test]
-    fn offered_file_is_found_once() {
+    fn offered_file_is_found_by_its_opener_alone_and_had_once() {
         let tree = tree();
-        let name = tree.offer(&Arc::new(()), 1).expect("random bytes");
-        assert!(tree.look_up(ROOT_ID, name.as_bytes()).is_ok());
-        assert_eq!(tree.look_up(ROOT_ID, name.as_bytes()).map(|found| found.0), Err(Errno(libc::ENOENT)));
+        let (name, offered) = tree.offer(Arc::new(()), RECIPIENT).expect("random bytes");
+        let found = |process: u32| tree.look_up(ROOT_ID, name.as_bytes(), || process).map(|found| found.1.uid);
+        assert_eq!((found(1), found(2)), (Err(Errno(libc::ENOENT)), Ok(1000)));
+        assert!(offered.take().is_some() && offered.take().is_none());
+        assert!(tree.withdraw(&name).is_none());
+        assert_eq!(found(2), Err(Errno(libc::ENOENT)));
     }
 
     #[test]
-    fn offered_file_that_was_closed_is_not_kept_by_a_name_the_kernel_remembers() {
+    fn offered_file_that_was_withdrawn_is_not_kept_by_a_name_the_kernel_remembers() {
         let (tree, file) = (tree(), Arc::new(()));
-        let name = tree.offer(&file, 1).expect("random bytes");
-        let (id, _) = tree.look_up(ROOT_ID, name.as_bytes()).expect("offered");
-        assert!(matches!(tree.what(id), Ok(Found::Offered(found)) if found.file.upgrade().is_some()));
+        let (name, _) = tree.offer(Arc::clone(&file), RECIPIENT).expect("random bytes");
+        let (id, _) = tree.look_up(ROOT_ID, name.as_bytes(), || 2).expect("offered");
+        assert!(tree.withdraw(&name).is_some());
+        assert!(matches!(tree.what(id), Ok(Found::Offered(offered)) if offered.is_taken()));
         assert_eq!(Arc::strong_count(&file), 1);
     }
 }

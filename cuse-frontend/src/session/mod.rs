@@ -80,6 +80,11 @@ pub(crate) trait Exports: Send + Sync + Sized + 'static {
         false
     }
 
+    /// The last descriptor of an open of a file is closed; the file is dropped next.
+    fn closed(&self, file: &Self::File) {
+        let _ = file;
+    }
+
     /// The file that an mmap maps.
     fn mapping<'a>(&self, file: &'a Self::File) -> Option<BorrowedFd<'a>>;
 

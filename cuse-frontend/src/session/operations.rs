@@ -37,6 +37,9 @@ impl<E: Exports> Engine<E> {
         match header.opcode {
             opcode::RELEASE => {
                 if let Some(releasing) = releasing {
+                    if let Opened::File(file) = &releasing.open.opened {
+                        self.exports.closed(file);
+                    }
                     if let Some(backing) = releasing.open.backing {
                         sys::fuse::backing_close(self.channel.device(), backing);
                     }
@@ -55,7 +58,7 @@ impl<E: Exports> Engine<E> {
             opcode::OPENDIR => {
                 reply.ok(&[wire::OpenOut::default().as_bytes()]);
             }
-            _ => match self.small(&header, &body) {
+            _ => match self.small(reply.call(), &header, &body) {
                 Ok(answer) => {
                     reply.ok(&[&answer]);
                 }
@@ -65,10 +68,10 @@ impl<E: Exports> Engine<E> {
     }
 
     /// Requests whose answer is a few bytes that nobody needs to take back.
-    fn small(&self, header: &InHeader, body: &[u8]) -> Result<Vec<u8>, Errno> {
+    fn small(&self, call: &Arc<super::Call>, header: &InHeader, body: &[u8]) -> Result<Vec<u8>, Errno> {
         match header.opcode {
             opcode::LOOKUP => {
-                let (nodeid, attr) = self.tree.look_up(header.nodeid, name(body))?;
+                let (nodeid, attr) = self.tree.look_up(header.nodeid, name(body), || call.tgid())?;
                 let entry = wire::EntryOut { nodeid, attr_valid: ATTR_VALID, attr, ..wire::EntryOut::default() };
                 Ok(entry.as_bytes().to_vec())
             }
@@ -176,10 +179,11 @@ impl<E: Exports> Engine<E> {
                 let caller = Caller { call, files: &self.files };
                 (self.exports.open(kind, &caller)?, origin)
             }
-            Found::Offered(offer) => {
-                let file = offer.file.upgrade().ok_or(Errno(libc::ESTALE))?;
+            Found::Offered(offered) if offered.recipient.opener != call.tgid() => return Err(Errno(libc::EACCES)),
+            Found::Offered(offered) => {
+                let file = offered.take().ok_or(Errno(libc::ESTALE))?;
                 let group = self.exports.group_of(&file);
-                (file, Origin { kind: None, group, client: offer.client })
+                (file, Origin { kind: None, group, client: offered.recipient.client })
             }
             Found::Entry(_) => return Err(Errno(libc::EISDIR)),
         };

@@ -15,7 +15,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::calls::PER_CLIENT;
 use super::*;
-use crate::tree::{Entry, Layout};
+use crate::tree::{Entry, Layout, Recipient};
 
 const DOUBLE: u32 = 0x3b64;
 const WHO: u32 = 0x3b65;
@@ -299,7 +299,8 @@ fn file_offered_under_a_one_time_name_is_that_file() {
         let first = mounted.open("7");
         let inode = first.metadata().expect("attributes").ino();
         let file = mounted.toy.files.of_inode(inode).expect("ours");
-        let name = mounted.session.engine.tree.offer(&file, 1).expect("random");
+        let recipient = Recipient { client: 1, opener: std::process::id(), uid: None };
+        let (name, _) = mounted.session.engine.tree.offer(Arc::clone(&file), recipient).expect("random");
         let second = mounted.open(&name);
         let fd = u64::try_from(second.as_raw_fd()).expect("fd");
         assert_eq!(ioctl(&first, WHO, fd), Ok(i32::try_from(file.number).expect("small")));

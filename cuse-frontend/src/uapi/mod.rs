@@ -8,6 +8,7 @@
 //! Field names are Linux's. A field called `reserved` is a `__reserved`, whose meaning (checked or ignored) is the
 //! op's.
 
+pub mod descriptor;
 pub mod iommufd;
 pub mod spapr;
 pub mod vfio;

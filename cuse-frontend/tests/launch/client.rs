@@ -11,22 +11,22 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 
 use crate::sys::{adopt, ioctl, ioctl_bytes};
-use crate::{BDF, GROUP};
+use crate::{BDF, GROUP, offers};
 
 const GET_API_VERSION: u32 = 0x3b64;
-const SET_IOMMU: u32 = 0x3b66;
-const GROUP_SET_CONTAINER: u32 = 0x3b68;
-const GROUP_GET_DEVICE_FD: u32 = 0x3b6a;
+pub(crate) const SET_IOMMU: u32 = 0x3b66;
+pub(crate) const GROUP_SET_CONTAINER: u32 = 0x3b68;
+pub(crate) const GROUP_GET_DEVICE_FD: u32 = 0x3b6a;
 const DEVICE_GET_INFO: u32 = 0x3b6b;
 const IOAS_ALLOC: u32 = 0x3b81;
-const DESTROY: u32 = 0x3b80;
-const FAULT_QUEUE_ALLOC: u32 = 0x3b8e;
+pub(crate) const DESTROY: u32 = 0x3b80;
+pub(crate) const FAULT_QUEUE_ALLOC: u32 = 0x3b8e;
 const TEST_CMD: u32 = 0x3ba0;
-const TYPE1V2: u64 = 3;
+pub(crate) const TYPE1V2: u64 = 3;
 /// Region 7 lies at 7 << 40.
-const CONFIG: u64 = 7 << 40;
+pub(crate) const CONFIG: u64 = 7 << 40;
 
-fn open(path: &str) -> File {
+pub(crate) fn open(path: &str) -> File {
     OpenOptions::new().read(true).write(true).open(path).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
@@ -109,7 +109,6 @@ fn waits_to_be_killed() {
     std::thread::sleep(Duration::from_secs(60));
 }
 
-/// Does what the word says. A failure panics, which gives exit status 101.
 /// Makes a fault queue, waits in poll(2) for a page request, and answers it.
 fn answers_page_requests() {
     let iommu = open("/dev/iommu");
@@ -142,6 +141,7 @@ fn answers_page_requests() {
     assert_eq!(ioctl_bytes(&iommu, DESTROY, &mut destroy), Ok(0), "closed before");
 }
 
+/// Does what the word says. A failure panics, which gives exit status 101.
 pub(crate) fn act(word: &str) -> ExitCode {
     match word {
         "reads-the-device" => reads_the_device(),
@@ -149,6 +149,11 @@ pub(crate) fn act(word: &str) -> ExitCode {
         "sees-the-machine" => sees_the_machine(),
         "outlives-the-server" => outlives_the_server(),
         "waits-to-be-killed" => waits_to_be_killed(),
+        "opens-what-was-returned" => offers::opens_what_was_returned(),
+        "leaves-what-was-returned" => offers::leaves_what_was_returned(),
+        "misuses-the-ioctl" => offers::misuses_the_ioctl(),
+        "undoes-another's" => offers::undoes_anothers(),
+        "is-killed-with-offers" => offers::is_killed_with_offers(),
         other => panic!("unknown client {other}"),
     }
     ExitCode::SUCCESS

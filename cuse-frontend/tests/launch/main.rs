@@ -4,6 +4,7 @@
 //! which is a launcher, a server, or COMMAND by its first word. Without one it runs the tests, one after the other.
 
 mod client;
+mod offers;
 #[allow(unsafe_code)]
 mod sys;
 
@@ -135,6 +136,15 @@ impl Ready {
     }
 }
 
+impl Drop for Ready {
+    /// A test that has failed leaves nobody running.
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = kill(pid(&self.child), Signal::SIGTERM);
+        }
+    }
+}
+
 fn pid(child: &Child) -> Pid {
     Pid::from_raw(i32::try_from(child.id()).expect("a pid"))
 }
@@ -237,11 +247,16 @@ fn command_killed_ends_run_by_the_same_signal() {
     assert_eq!(run.rest().0.signal(), Some(libc::SIGKILL));
 }
 
+/// What a server tells about itself.
+fn status(server: &Ready) -> serde_json::Value {
+    let address = SocketAddr::from_abstract_name(format!("uiommufd-{}", server.child.id())).expect("a name");
+    let answer = std::io::read_to_string(UnixStream::connect_addr(&address).expect("listening")).expect("an answer");
+    serde_json::from_str(&answer).expect("JSON")
+}
+
 fn status_is_told_while_command_runs() {
     let mut run = Ready::start(run_client("waits-to-be-killed"));
-    let address = SocketAddr::from_abstract_name(format!("uiommufd-{}", run.child.id())).expect("a name");
-    let answer = std::io::read_to_string(UnixStream::connect_addr(&address).expect("listening")).expect("an answer");
-    let status: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
+    let status = status(&run);
     assert_eq!(status["pid"], run.child.id());
     assert_eq!(status["transport"], "fuse");
     assert_eq!(status["open_files"], 3);
@@ -257,6 +272,39 @@ fn serve(at: &Path) -> Ready {
     assert_eq!(group.file_name().and_then(|name| name.to_str()), Some(GROUP.to_string().as_str()));
     assert!(at.join(format!("vfio/sys/{BDF}/iommu_group/devices/{BDF}/config")).exists());
     served
+}
+
+/// A client of `serve` whose nodes are below `at`.
+fn serve_client(at: &Path, what: &str) -> Command {
+    let mut command = itself(&["client", what]);
+    command.env("NODES", at);
+    command
+}
+
+fn clients_of_serve_open_what_ioctls_return_and_leave_nothing() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut served = serve(directory.path());
+    for what in ["opens-what-was-returned", "leaves-what-was-returned", "misuses-the-ioctl"] {
+        let ended = serve_client(directory.path(), what).status().expect("started");
+        assert!(ended.success(), "{what}");
+    }
+    let mut killed = Ready::start(serve_client(directory.path(), "is-killed-with-offers"));
+    assert_eq!(status(&served)["objects"], 16);
+    killed.kill(Signal::SIGKILL);
+    killed.rest();
+    let left = || {
+        let status = status(&served);
+        status["objects"].as_u64().expect("a number") + status["open_files"].as_u64().expect("a number")
+    };
+    eventually(|| left() == 0, "something is left of a client that was killed");
+    let status = status(&served);
+    let failures = status["failures"].as_array().expect("a list");
+    let told =
+        |words: &str| failures.iter().any(|failure| failure["reason"].as_str().is_some_and(|it| it.contains(words)));
+    assert!(told("start it by `uiommufd run`"), "{failures:#?}");
+    assert!(told("has not opened the new descriptor"), "{failures:#?}");
+    served.kill(Signal::SIGTERM);
+    assert_eq!(served.rest().0.code(), Some(0));
 }
 
 fn is_empty(at: &Path) -> bool {
@@ -351,6 +399,7 @@ fn main() -> ExitCode {
         server_killed_leaves_command_alive_with_errors,
         command_killed_ends_run_by_the_same_signal,
         status_is_told_while_command_runs,
+        clients_of_serve_open_what_ioctls_return_and_leave_nothing,
         serve_ended_by_a_signal_or_killed_removes_what_it_made,
         serve_killed_with_its_watcher_is_cleaned_up_after_by_the_next,
         serve_refuses_what_is_there_already,
