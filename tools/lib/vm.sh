@@ -81,13 +81,25 @@ pack_vm() {
 pack_directory() { (cd "$1" && find . | cpio --quiet -o -H newc -R 0:0); }
 
 # static_programs [TARGET]: builds the project's programs so that they run without any library, and prints where they are. They
-# are optimized a little, since an emulated machine runs them.
+# are optimized a little, since an emulated machine runs them. For a target that is not this machine's, the clients alone.
 static_programs() {
-  local target=${1:-x86_64-unknown-linux-gnu} directory
+  local target=${1:-x86_64-unknown-linux-gnu} directory packages=(conformance)
   directory=$(target_dir)/vm
+  if [[ $target == x86_64-unknown-linux-gnu ]]; then
+    packages+=(uiommufd e2e differential)
+  else
+    need_target "$target"
+  fi
   CARGO_PROFILE_DEV_OPT_LEVEL=1 CARGO_PROFILE_DEV_STRIP=debuginfo RUSTFLAGS='-C target-feature=+crt-static' \
     cargo build --quiet --manifest-path "$repo/Cargo.toml" --target-dir "$directory" --target "$target" \
-    --package uiommufd --package conformance --package e2e --package differential --bins >&2 ||
-    die "the programs for the VM do not build"
+    "${packages[@]/#/--package=}" --bins >&2 || die "the programs for $target do not build"
   printf '%s\n' "$directory/$target/debug"
+}
+
+# need_target TARGET: Rust's standard library for it.
+need_target() {
+  (
+    cd "$repo"
+    have rustup && { rustup target list --installed | grep -qx "$1" || rustup target add "$1"; } >"$cache/rustup.log" 2>&1
+  ) || die "Rust's standard library for $1 is not there: rustup target add $1"
 }

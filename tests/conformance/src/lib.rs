@@ -4,7 +4,8 @@
 //!
 //! - on the real Linux 7.3, as the static program `conformance-client` in a reference VM, which is how the files in
 //!   `recorded/` were made (each says so in its header);
-//! - over FUSE, the same program under `uiommufd run`;
+//! - over FUSE, the same program under `uiommufd run`; and as a 32-bit program;
+//! - on other kernels and over other front ends, in VMs (`tests/matrix`);
 //! - in process, where the comparing test calls the op tables directly.
 //!
 //! The comparing test holds each line against the recorded one. A line may differ only if `divergences.txt` names
@@ -26,6 +27,7 @@ pub mod rows;
 pub mod script;
 #[allow(unsafe_code)]
 mod sys;
+pub mod tally;
 pub mod way;
 pub mod windows;
 

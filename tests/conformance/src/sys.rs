@@ -12,7 +12,7 @@ use nix::errno::Errno;
 pub(crate) fn ioctl(file: RawFd, request: u32, argument: u64) -> Result<i32, Errno> {
     // SAFETY: the request numbers of VFIO and iommufd read and write only what the argument points to, which the
     // rows take from a `Memory` or from a struct that lives for the call; a wrong address is answered with EFAULT.
-    let answer = unsafe { libc::ioctl(file, libc::Ioctl::from(request), argument) };
+    let answer = unsafe { libc::ioctl(file, request as libc::Ioctl, argument as libc::c_ulong) };
     Errno::result(answer)
 }
 
@@ -214,7 +214,8 @@ pub(crate) fn give_up_locking(bytes: u64) {
 /// The address of the vDSO, memory that the kernel gave to this process.
 pub(crate) fn vdso() -> u64 {
     // SAFETY: takes a number only.
-    unsafe { libc::getauxval(libc::AT_SYSINFO_EHDR) }
+    let address = unsafe { libc::getauxval(libc::AT_SYSINFO_EHDR) };
+    address as u64
 }
 
 /// memfd_secret(2).

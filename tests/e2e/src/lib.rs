@@ -23,6 +23,7 @@ pub mod spapr;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod vfio;
+pub mod vm;
 pub mod ways;
 
 use std::io::Write;

@@ -33,6 +33,10 @@ pub struct Suite {
 const CONTAINER: &[&[Row]] =
     &[container::ROWS, info::ROWS, map::ROWS, unmap::ROWS, dirty::ROWS, life::ROWS, memory::ROWS, after::ROWS];
 
+/// Parts of the names of rows whose answers depend on what the operator chose: where a server with the options of Linux is asked
+/// all rows, one with the defaults is asked these.
+pub const CHOICES: &[&str] = &["/dirty_", "/memlock_"];
+
 /// Every suite.
 pub const SUITES: &[Suite] = &[
     Suite { name: Flavour::Type1.name(), flavour: Flavour::Type1, tables: CONTAINER },

@@ -1,59 +1,63 @@
-//! The rows over FUSE: `conformance-client` as the command of `uiommufd run`.
+//! The rows over FUSE: `conformance-client` as the command of `uiommufd run`, as a program of this machine's word size and
+//! as a 32-bit one, whose system calls the kernel translates.
 
-use std::collections::BTreeMap;
 use std::fs::File;
+use std::path::Path;
 
 use anyhow::Result;
-use conformance::record;
+use conformance::record::{self, Answers};
+use conformance::rows::CHOICES;
+use conformance::tally::Tally;
 use e2e::server::Run;
 
-use crate::{CHOICES, Tally};
+/// As the reference kernel, the server has the mock.
+const LIKE_LINUX: &[&str] = &["--selftest", "--accounting", "linux", "--dirty", "linux"];
+/// What the 32-bit client is built for: without libraries, so that no 32-bit ones are needed.
+const TARGET_32: &str = "i686-unknown-linux-musl";
 
-/// Runs the rows with Linux's accounting and dirty bits, then those that depend on them with the defaults.
+/// Runs the rows with Linux's accounting and dirty bits, then those that depend on them with the defaults; and the first again
+/// in 32 bits.
 pub(crate) fn run(tally: &mut Tally) {
     if File::options().read(true).write(true).open("/dev/fuse").is_err() {
         tally.skip("fuse", "/dev/fuse cannot be opened");
         return;
     }
+    let client = Path::new(env!("CARGO_BIN_EXE_conformance-client"));
     let rows = tally.rows();
-    // As the reference kernel, the server has the mock.
-    let like_linux = ["--selftest", "--accounting", "linux", "--dirty", "linux"];
-    let (noiommu, behind): (Vec<String>, Vec<String>) =
-        rows.iter().cloned().partition(|row| row.starts_with("noiommu/"));
-    one_server(tally, "fuse", &like_linux, "", &behind);
-    one_server(tally, "fuse", &like_linux, ",noiommu=on", &noiommu);
+    all_rows(tally, "fuse", client);
     let chosen: Vec<String> = rows.into_iter().filter(|row| CHOICES.iter().any(|part| row.contains(part))).collect();
-    one_server(tally, "fuse by default", &[], "", &chosen);
+    one_server(tally, "fuse by default", client, &[], "", &chosen);
+    match e2e::vm::programs(TARGET_32) {
+        Ok(directory) => all_rows(tally, "fuse, 32-bit", &directory.join("conformance-client")),
+        Err(error) => tally.skip("fuse, 32-bit", &format!("{error:#}")),
+    }
 }
 
-fn one_server(tally: &mut Tally, way: &str, options: &[&str], keys: &str, rows: &[String]) {
+fn all_rows(tally: &mut Tally, way: &str, client: &Path) {
+    let (noiommu, behind): (Vec<String>, Vec<String>) =
+        tally.rows().into_iter().partition(|row| row.starts_with("noiommu/"));
+    one_server(tally, way, client, LIKE_LINUX, "", &behind);
+    one_server(tally, way, client, LIKE_LINUX, ",noiommu=on", &noiommu);
+}
+
+fn one_server(tally: &mut Tally, way: &str, client: &Path, options: &[&str], keys: &str, rows: &[String]) {
     if rows.is_empty() {
         return;
     }
-    match answers(options, keys, rows) {
-        Ok((answers, stderr)) if answers.is_empty() => {
-            tally.fail(way, &format!("no row was answered; the server and the client said:\n{stderr}"));
-        }
-        Ok((answers, stderr)) => {
-            for row in rows {
-                tally.take(way, row, answers.get(row).map_or("no answer", String::as_str));
-            }
-            if answers.len() < rows.len() {
-                tally.fail(way, &format!("not every row was answered; the server and the client said:\n{stderr}"));
-            }
-        }
+    match answers(client, options, keys, rows) {
+        Ok((answers, stderr)) => tally.take_all(way, rows, &answers, &stderr),
         Err(error) => tally.fail(way, &format!("{error:#}")),
     }
 }
 
-fn answers(options: &[&str], keys: &str, rows: &[String]) -> Result<(BTreeMap<String, String>, String)> {
+fn answers(client: &Path, options: &[&str], keys: &str, rows: &[String]) -> Result<(Answers, String)> {
     let disks = [tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?];
     let mut words: Vec<String> = options.iter().map(|word| (*word).to_owned()).collect();
     for (disk, bdf) in disks.iter().zip(["0000:c1:00.0", "0000:c2:00.0"]) {
         disk.as_file().set_len(1 << 20)?;
         words.extend(["--device".to_owned(), format!("nvme@{bdf},file={}{keys}", disk.path().display())]);
     }
-    let mut command = vec![env!("CARGO_BIN_EXE_conformance-client").to_owned()];
+    let mut command = vec![client.display().to_string()];
     command.extend(rows.iter().cloned());
     let report = Run::start(&words, &command)?.finish()?;
     Ok((record::parse(&report.lines.join("\n")), report.stderr))

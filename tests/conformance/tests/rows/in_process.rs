@@ -14,7 +14,8 @@ use hwpt::{DeviceProperties, Format};
 use ioas::{Accounting, Iova, IovaRange};
 
 use crate::front::Front;
-use crate::{CHOICES, Tally};
+use conformance::rows::CHOICES;
+use conformance::tally::Tally;
 
 /// Runs the rows with Linux's accounting and dirty bits, then those that depend on them with the defaults.
 pub(crate) fn run(tally: &mut Tally) {
