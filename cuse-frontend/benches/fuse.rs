@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cuse_frontend::launch::{self, Exit};
+use cuse_frontend::launch::{self, Exit, LaunchOptions};
 use cuse_frontend::{DeviceSpec, Server, ServerOptions};
 use device_shim::probe::Probe;
 use hwpt::{DeviceProperties, Format};
@@ -141,7 +141,7 @@ fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(CLIENT) {
         return client();
     }
-    match launch::run(&[program.into_os_string(), OsString::from(CLIENT)], server) {
+    match launch::run(&[program.into_os_string(), OsString::from(CLIENT)], LaunchOptions::default(), server) {
         Ok(Exit::Status(0)) => ExitCode::SUCCESS,
         Ok(other) => {
             eprintln!("the client ended with {other:?}");

@@ -43,6 +43,15 @@ pub enum OpError {
     /// A file of this kind has no such call (EINVAL).
     #[error("a file of this kind is neither read nor written")]
     NoData,
+    /// A device's regions are not reached through a node whose reads and writes have no offset (EINVAL).
+    #[error("this node passes on no offset: the device's regions are reached through {}", node.display())]
+    NoOffset {
+        /// The node that they are reached through.
+        node: std::path::PathBuf,
+    },
+    /// More of the caller's memory would have to be brought by the kernel than it brings (ENOMEM).
+    #[error("the server may not access the client's memory, and the kernel does not bring as much as that")]
+    TooMuchToBring,
     /// A reserved field is not zero, or a flag or value is not known (EOPNOTSUPP).
     #[error("{field} {value:#x} is not supported")]
     Unsupported {
@@ -216,6 +225,7 @@ impl OpError {
             Self::TooShort { .. }
             | Self::NoIommuMode
             | Self::NoData
+            | Self::NoOffset { .. }
             | Self::Invalid { .. }
             | Self::Range(RangeError::Zero) => libc::EINVAL,
             Self::NoNode => libc::ENXIO,
@@ -237,7 +247,7 @@ impl OpError {
             Self::NoCompatIoas | Self::NoDevice(_) | Self::Fd(FdError::Revoked) => libc::ENODEV,
             Self::HasObjects { .. } => libc::EBUSY,
             Self::TooSmall { .. } => libc::EMSGSIZE,
-            Self::ListTooLong { .. } => libc::ENOMEM,
+            Self::ListTooLong { .. } | Self::TooMuchToBring => libc::ENOMEM,
             Self::Incapable(_) => libc::EPERM,
             Self::Fd(FdError::Bad(_)) => libc::EBADF,
             Self::Fd(FdError::Denied) => libc::EACCES,

@@ -17,6 +17,7 @@
 //! those of `/sys`. Nothing here can be written. The bus addresses in `resource` are made up: a BAR is reached through
 //! the device's descriptor, and only its size and kind mean something.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -24,6 +25,7 @@ use std::sync::{Arc, Weak};
 use compat::device::{Bdf, PciIdentity, Region};
 use parking_lot::Mutex;
 
+use crate::cuse::Number;
 use crate::files::NodeKind;
 use crate::server::{DeviceEntry, Server};
 use crate::tree::{self, Entry, Layout};
@@ -44,18 +46,23 @@ pub(crate) enum View {
 /// What the layout depends on: index, address, group and kind of group of each device.
 type Shape = Vec<(u32, Bdf, u32, bool)>;
 
+/// The numbers of nodes that are character devices.
+pub(crate) type Numbers = HashMap<NodeKind, Number>;
+
 /// The layout of a server's mount, made anew when the server's devices have changed.
 pub(crate) struct Facade {
     server: Weak<Server>,
     view: View,
+    /// Immutable; of the nodes that are character devices.
+    numbers: Numbers,
     made: Mutex<(Shape, Arc<Layout>)>,
 }
 
 impl Facade {
-    pub(crate) fn new(server: &Arc<Server>, view: View) -> Self {
+    pub(crate) fn new(server: &Arc<Server>, view: View, numbers: Numbers) -> Self {
         let devices = server.devices();
-        let made = (shape(&devices), Arc::new(lay_out(server, &devices, view)));
-        Self { server: Arc::downgrade(server), view, made: Mutex::new(made) }
+        let made = (shape(&devices), Arc::new(lay_out(server, &devices, view, &numbers)));
+        Self { server: Arc::downgrade(server), view, numbers, made: Mutex::new(made) }
     }
 
     /// The layout as it is now.
@@ -65,7 +72,7 @@ impl Facade {
         let shape = shape(&devices);
         let mut made = self.made.lock();
         if made.0 != shape {
-            *made = (shape, Arc::new(lay_out(&server, &devices, self.view)));
+            *made = (shape, Arc::new(lay_out(&server, &devices, self.view, &self.numbers)));
         }
         Arc::clone(&made.1)
     }
@@ -80,7 +87,7 @@ fn text(content: impl Into<String>) -> Entry {
     Entry::Text(Arc::new(move || content.clone().into_bytes()))
 }
 
-fn lay_out(server: &Server, devices: &[DeviceEntry], view: View) -> Layout {
+fn lay_out(server: &Server, devices: &[DeviceEntry], view: View, numbers: &Numbers) -> Layout {
     let mut layout = Layout::new();
     for node in server.nodes() {
         let path = match node.kind {
@@ -94,7 +101,7 @@ fn lay_out(server: &Server, devices: &[DeviceEntry], view: View) -> Layout {
     }
     layout.directory("sys");
     for device in devices {
-        add_device(&mut layout, device);
+        add_device(&mut layout, device, numbers.get(&NodeKind::Device(device.index)).copied());
         add_to_group(&mut layout, device);
     }
     add_modules(&mut layout, server);
@@ -105,7 +112,7 @@ fn lay_out(server: &Server, devices: &[DeviceEntry], view: View) -> Layout {
 }
 
 /// `bus/pci`: as Linux's drivers/pci/pci-sysfs.c shows a function.
-fn add_device(layout: &mut Layout, device: &DeviceEntry) {
+fn add_device(layout: &mut Layout, device: &DeviceEntry, number: Option<Number>) {
     let (bdf, group) = (device.bdf, device.group);
     let identity = device.model.identity();
     let PciIdentity { vendor, device: id, subsystem_vendor, subsystem_device, class, revision } = identity;
@@ -123,8 +130,9 @@ fn add_device(layout: &mut Layout, device: &DeviceEntry) {
     add("config", Entry::Text(Arc::new(move || config(&*model))));
     add("driver", Entry::Link("../../drivers/vfio-pci".into()));
     add("iommu_group", Entry::Link(format!("../../../../kernel/iommu_groups/{group}")));
-    // Our nodes are regular files: no device number leads to them.
-    add(&format!("vfio-dev/{}/dev", device.node_name()), text("0:0\n"));
+    // A node that is a regular file has none: no device number leads to it.
+    let number = number.unwrap_or(Number { major: 0, minor: 0 });
+    add(&format!("vfio-dev/{}/dev", device.node_name()), text(format!("{number}\n")));
     layout.add(&format!(".sys/bus/pci/drivers/vfio-pci/{bdf}"), Entry::Link(format!("../../devices/{bdf}")));
     layout.add(&format!("sys/{bdf}"), Entry::Link(format!("../.sys/bus/pci/devices/{bdf}")));
 }

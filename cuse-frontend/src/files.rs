@@ -17,7 +17,7 @@ use std::sync::Arc;
 use compat::{CdevFile, Container, DeviceFile, GroupFile};
 use hwpt::{HwptList, Watchers};
 use ioas::UserAddr;
-use ioas::caller::{Caller, FdError};
+use ioas::caller::{Caller, FdError, MemoryError};
 
 use crate::error::OpError;
 use crate::iommufd::{Context, Mapper};
@@ -153,6 +153,26 @@ pub trait ClientCall: Caller {
     /// True once the caller has been killed: a request that waits gives up waiting, and its work is finished
     /// behind it. A signal that does not kill never shows here.
     fn interrupted(&self) -> bool;
+
+    /// Whether the descriptor that the call is made of can be mapped; a character device's cannot.
+    fn can_map(&self) -> bool {
+        true
+    }
+
+    /// The op will read or write these bytes after it has begun to change something. To be called before that by ops
+    /// that do so: where the bytes have to be brought first, the op fails here and is run again.
+    ///
+    /// # Errors
+    /// [`MemoryError::Denied`] when they are not there; the op returns it at once, with nothing changed.
+    fn needs(&self, address: UserAddr, length: u64) -> Result<(), MemoryError> {
+        let _ = (address, length);
+        Ok(())
+    }
+
+    /// True when the op has failed only because bytes have to be brought, and will be run again.
+    fn comes_again(&self) -> bool {
+        false
+    }
 }
 
 /// A file that only an ioctl returns: a queue, or something of an added row. It has no position, and nothing of it
@@ -301,7 +321,11 @@ impl OpenFile {
     #[inline(never)]
     fn refused_ioctl(&self, caller: &dyn ClientCall, cmd: u32, error: &OpError) -> Errno {
         // Programs ask every file whether it is a terminal; that is no failure of theirs.
-        if is_ours(cmd) { self.refused(caller, self.op_name(cmd), error) } else { Errno(error.errno()) }
+        if is_ours(cmd) && !caller.comes_again() {
+            self.refused(caller, self.op_name(cmd), error)
+        } else {
+            Errno(error.errno())
+        }
     }
 
     /// The ops of an iommufd are called most, and are dispatched without a call on the way.
@@ -376,10 +400,12 @@ impl OpenFile {
         self.refused(caller, op, &OpError::CannotGive)
     }
 
-    /// Records why a call is refused.
+    /// Records why a call is refused, if it is.
     pub(crate) fn refused(&self, caller: &dyn ClientCall, name: &'static str, error: &OpError) -> Errno {
         let errno = Errno(error.errno());
-        self.server.record_failure(caller.pid(), name, errno, error);
+        if !caller.comes_again() {
+            self.server.record_failure(caller.pid(), name, errno, error);
+        }
         errno
     }
 

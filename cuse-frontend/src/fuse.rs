@@ -6,6 +6,7 @@
 //! [`Fuse::open_descriptor`].
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -15,13 +16,14 @@ use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use crate::client::{Clients, OwnFiles, ProcessCaller, TransportCall};
+use crate::cuse::{Channels, Cuse};
 use crate::facade::{Facade, View};
-use crate::files::{Errno, IoctlReply, NodeKind, OpenFile};
+use crate::files::{ClientCall, Errno, IoctlReply, NodeKind, OpenFile};
 use crate::iommufd::Mapper;
 use crate::offers::{self, Offers};
 use crate::process;
 use crate::server::Server;
-use crate::session::{Caller, Exports, Files, Session};
+use crate::session::{Caller, Exports, Files, Ioctl, IoctlAnswer, Place, Session};
 use crate::tree::{Recipient, Tree};
 use crate::uapi::command;
 use crate::uapi::iommufd::nr;
@@ -34,24 +36,36 @@ pub(crate) struct Fuse {
     session: Session<Nodes>,
     /// A path descriptor of the mount's root; set once it is mounted.
     root: OnceLock<OwnedFd>,
+    /// The nodes beside the mount.
+    cuse: Option<Cuse>,
 }
 
 impl Fuse {
-    /// Begins to serve a `/dev/fuse` descriptor that process `mounter` has mounted, whose user namespace owns the mount.
+    /// Begins to serve a `/dev/fuse` descriptor that process `mounter`, whose user namespace owns the mount, has mounted on
+    /// `at`, and the nodes beside it.
     ///
     /// # Errors
     /// When threads cannot be made.
-    pub(crate) fn start(device: OwnedFd, server: Arc<Server>, view: View, mounter: Pid) -> std::io::Result<Arc<Self>> {
+    pub(crate) fn start(
+        device: OwnedFd,
+        server: Arc<Server>,
+        view: View,
+        mounter: Pid,
+        channels: Option<Channels>,
+        at: &Path,
+    ) -> std::io::Result<Arc<Self>> {
         let files = Files::new();
         let clients = Clients::new(Arc::clone(&files) as Arc<dyn OwnFiles>)
             .judged_where(mounter.as_raw())
             .limited_to(server.memlock_limit());
-        let facade = Facade::new(&server, view);
+        let numbers = channels.as_ref().map(Channels::numbers).unwrap_or_default();
+        let facade = Facade::new(&server, view, numbers);
         let tree = Arc::new(Tree::new(move || facade.layout()));
         let offers = Offers::new(Arc::clone(&server), Arc::clone(&tree), Arc::clone(&files));
         let nodes = Arc::new(Nodes { server, clients, files: Arc::clone(&files), offers });
-        let session = Session::start(device, Arc::clone(&nodes), Arc::clone(&tree), files)?;
-        Ok(Arc::new(Self { nodes, tree, session, root: OnceLock::new() }))
+        let session = Session::start(device, Arc::clone(&nodes), Place::Tree(Arc::clone(&tree)), files)?;
+        let cuse = channels.map(|channels| Cuse::start(channels, &nodes, at)).transpose()?;
+        Ok(Arc::new(Self { nodes, tree, session, root: OnceLock::new(), cuse }))
     }
 
     /// Tells how to reach the mount: by a path descriptor of its root.
@@ -70,10 +84,12 @@ impl Fuse {
     /// When the socket cannot be made.
     pub(crate) fn show_status(&self) -> std::io::Result<()> {
         let nodes = Arc::clone(&self.nodes);
+        let devices = self.cuse.as_ref().map(Cuse::status);
         crate::socket::serve(move || {
             nodes.files.settle();
             let mut status = nodes.server.status();
-            status["transport"] = "fuse".into();
+            status["transport"] = if devices.is_some() { "cuse and fuse" } else { "fuse" }.into();
+            status["nodes"] = devices.clone().unwrap_or_else(|| serde_json::json!([]));
             status
         })
     }
@@ -112,9 +128,15 @@ impl Fuse {
         Ok(opened?)
     }
 
-    /// Waits until the mount has gone and every open file is closed, at most `limit`. True when that is so.
+    /// Waits until the mount has gone and every open file of it is closed, at most `limit`. True when that is so.
     pub(crate) fn wait(&self, limit: Option<Duration>) -> bool {
         self.session.wait(limit)
+    }
+
+    /// Ends the nodes beside the mount. Waits, at most `limit` for each, until their requests are finished. True when
+    /// they are.
+    pub(crate) fn end_nodes(&self, limit: Duration) -> bool {
+        self.cuse.as_ref().is_none_or(|cuse| cuse.end(limit))
     }
 }
 
@@ -128,7 +150,7 @@ const AFTER_CLOSE: [u8; 5] = [
 ];
 
 /// What the session serves: the nodes of one server.
-struct Nodes {
+pub(crate) struct Nodes {
     server: Arc<Server>,
     clients: Clients,
     files: Arc<Files<OpenFile>>,
@@ -143,9 +165,13 @@ impl OwnFiles for Files<OpenFile> {
     fn open_file(&self, inode: u64) -> Option<Arc<OpenFile>> {
         self.of_inode(inode).ok()
     }
+
+    fn copy_descriptor(&self, tid: u32, fd: i32) -> Option<Result<OwnedFd, FdError>> {
+        Self::copy_descriptor(self, tid, fd)
+    }
 }
 
-impl TransportCall for Caller<'_, Nodes> {
+impl<E: Exports<File = OpenFile>> TransportCall for Caller<'_, E> {
     fn own_file(&self, fd: i32) -> Result<Option<Arc<OpenFile>>, FdError> {
         Self::own_file(self, fd)
     }
@@ -183,8 +209,62 @@ impl TransportCall for ForeignCall<'_> {
 }
 
 impl Nodes {
-    fn client<'a>(&'a self, caller: &'a Caller<'a, Self>) -> ProcessCaller<'a> {
-        self.clients.caller(caller.tid(), caller)
+    /// The open files of the server.
+    pub(crate) fn files(&self) -> &Arc<Files<OpenFile>> {
+        &self.files
+    }
+
+    /// The caller of one call.
+    pub(crate) fn client<'a>(&'a self, tid: u32, call: &'a dyn TransportCall) -> ProcessCaller<'a> {
+        self.clients.caller(tid, call)
+    }
+
+    /// Opens a node.
+    ///
+    /// # Errors
+    /// As [`Server::open`].
+    pub(crate) fn open<E: Exports<File = OpenFile>>(
+        &self,
+        kind: NodeKind,
+        caller: &Caller<'_, E>,
+    ) -> Result<Arc<OpenFile>, Errno> {
+        self.server.open(kind, &self.client(caller.tid(), caller))
+    }
+
+    /// The group of devices that a node belongs to.
+    pub(crate) fn group(&self, kind: NodeKind) -> Option<u32> {
+        self.server.group_of(kind)
+    }
+
+    /// The last descriptor of an open of a file is closed.
+    pub(crate) fn closed(&self, file: &OpenFile) {
+        self.offers.closed(file);
+    }
+
+    /// Answers an ioctl of process `tgid`: the number it returns.
+    ///
+    /// # Errors
+    /// As [`OpenFile::ioctl`]; ENOTTY for one that returns a descriptor, which is undone.
+    pub(crate) fn answer(
+        &self,
+        file: &OpenFile,
+        client: &dyn ClientCall,
+        tgid: u32,
+        (cmd, arg): (u32, u64),
+    ) -> Result<i32, Errno> {
+        if AFTER_CLOSE.iter().any(|nr| cmd == command(*nr)) {
+            // What the client closed before uses nothing any more.
+            self.files.settle_for(tgid);
+        }
+        if offers::is_for_us(cmd) {
+            let client = offers::Client { call: client, process: tgid, uid: client.uid().0 };
+            return self.offers.answer(file, client, cmd, arg);
+        }
+        match file.ioctl(client, cmd, arg)? {
+            IoctlReply::Value(value) => Ok(value),
+            // Dropping the file undoes the call.
+            IoctlReply::NewFile(_) => Err(file.cannot_give(client, cmd)),
+        }
     }
 }
 
@@ -192,40 +272,28 @@ impl Exports for Nodes {
     type File = OpenFile;
 
     fn open(&self, kind: NodeKind, caller: &Caller<'_, Self>) -> Result<Arc<OpenFile>, Errno> {
-        self.server.open(kind, &self.client(caller))
+        Self::open(self, kind, caller)
     }
 
     fn group(&self, kind: NodeKind) -> Option<u32> {
-        self.server.group_of(kind)
+        Self::group(self, kind)
     }
 
     fn group_of(&self, file: &OpenFile) -> Option<u32> {
         self.server.group_of(file.kind())
     }
 
-    fn ioctl(&self, file: &OpenFile, caller: &Caller<'_, Self>, cmd: u32, arg: u64) -> Result<i32, Errno> {
-        if AFTER_CLOSE.iter().any(|nr| cmd == command(*nr)) {
-            // What the client closed before uses nothing any more.
-            self.files.settle_for(caller.tgid());
-        }
-        let client = self.client(caller);
-        if offers::is_for_us(cmd) {
-            let client = offers::Client { call: &client, process: caller.tgid(), uid: caller.uid() };
-            return self.offers.answer(file, client, cmd, arg);
-        }
-        match file.ioctl(&client, cmd, arg)? {
-            IoctlReply::Value(value) => Ok(value),
-            // Dropping the file undoes the call.
-            IoctlReply::NewFile(_) => Err(file.cannot_give(&client, cmd)),
-        }
+    fn ioctl(&self, file: &Arc<OpenFile>, caller: &Caller<'_, Self>, ioctl: &Ioctl<'_>) -> Result<IoctlAnswer, Errno> {
+        let client = self.client(caller.tid(), caller);
+        self.answer(file, &client, caller.tgid(), (ioctl.cmd, ioctl.arg)).map(IoctlAnswer::Value)
     }
 
     fn read(&self, file: &OpenFile, caller: &Caller<'_, Self>, at: u64, data: &mut [u8]) -> Result<usize, Errno> {
-        file.read(&self.client(caller), at, data)
+        file.read(&self.client(caller.tid(), caller), at, data)
     }
 
     fn write(&self, file: &OpenFile, caller: &Caller<'_, Self>, at: u64, data: &[u8]) -> Result<usize, Errno> {
-        file.write(&self.client(caller), at, data)
+        file.write(&self.client(caller.tid(), caller), at, data)
     }
 
     fn poll(&self, file: &OpenFile) -> u32 {
@@ -242,8 +310,8 @@ impl Exports for Nodes {
         file.is_stream()
     }
 
-    fn closed(&self, file: &OpenFile) {
-        self.offers.closed(file);
+    fn closed(&self, _handle: u64, file: &OpenFile) {
+        Self::closed(self, file);
     }
 
     fn mapping<'a>(&self, file: &'a OpenFile) -> Option<BorrowedFd<'a>> {

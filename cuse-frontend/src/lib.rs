@@ -8,6 +8,7 @@
 
 pub mod client;
 mod crew;
+mod cuse;
 mod error;
 mod facade;
 pub mod files;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use cuse_frontend::Server;
-use cuse_frontend::launch::{self, Exit};
+use cuse_frontend::launch::{self, Exit, LaunchOptions};
 use cuse_frontend::uapi::{command, vfio};
 
 /// The first word of the process that measures.
@@ -28,7 +28,7 @@ pub(crate) fn measure(bench: &str, server: fn() -> Result<Arc<Server>, String>, 
         return ExitCode::SUCCESS;
     }
     let program = std::env::current_exe().expect("this program");
-    match launch::run(&[program.into_os_string(), OsString::from(CLIENT)], server) {
+    match launch::run(&[program.into_os_string(), OsString::from(CLIENT)], LaunchOptions::default(), server) {
         Ok(Exit::Status(0)) => ExitCode::SUCCESS,
         Ok(other) => {
             eprintln!("the client ended with {other:?}");

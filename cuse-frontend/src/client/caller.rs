@@ -55,6 +55,9 @@ impl<'a> ProcessCaller<'a> {
     /// where the kernel can (Linux 6.9), else its process.
     fn descriptor(&self, fd: i32) -> Result<OwnedFd, FdError> {
         let process = self.process().map_err(|_| FdError::Denied)?;
+        if let Some(copy) = self.clients.own.copy_descriptor(self.tid.cast_unsigned(), fd) {
+            return copy;
+        }
         let copy = if self.tid == process.tgid {
             sys::pidfd_getfd(&process.pidfd, fd)
         } else {

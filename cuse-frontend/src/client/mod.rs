@@ -28,7 +28,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use ioas::caller::MemoryError;
+use ioas::caller::{FdError, MemoryError};
 use parking_lot::Mutex;
 
 pub(crate) use caller::whole;
@@ -47,6 +47,12 @@ pub trait OwnFiles: Send + Sync {
 
     /// The open file that has this inode number in the mount, where exactly one has it.
     fn open_file(&self, inode: u64) -> Option<Arc<OpenFile>>;
+
+    /// A copy of a client's descriptor, from who must look first that it is none of ours; `None` where anybody may make it.
+    fn copy_descriptor(&self, tid: u32, fd: i32) -> Option<Result<OwnedFd, FdError>> {
+        let _ = (tid, fd);
+        None
+    }
 }
 
 /// A process that has made a call, as it is kept between calls.

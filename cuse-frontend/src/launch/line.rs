@@ -14,10 +14,13 @@ use nix::sys::socket::{
 use nix::unistd::{read, write};
 
 use super::LaunchError;
+use crate::cuse::Entry;
 use crate::sys::launch as sys;
 
 /// The longest sentence, in bytes.
 const SENTENCE: usize = 1024;
+/// The longest list of devices, in bytes.
+const DEVICES: usize = 128 << 10;
 /// What the launcher says.
 const GO: &[u8] = b"go";
 
@@ -59,6 +62,25 @@ impl Line {
     pub(super) fn pair() -> Result<(Self, Self), Errno> {
         let (one, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self(one), Self(other)))
+    }
+
+    /// Lets the child begin: with the device nodes that it is to make.
+    ///
+    /// # Errors
+    /// EPIPE when it has ended, EMSGSIZE for a list that does not fit into a packet.
+    pub(super) fn tell(&self, devices: &[Entry]) -> Result<(), Errno> {
+        let list = serde_json::to_vec(devices).map_err(|_| Errno::EINVAL)?;
+        if list.len() > DEVICES {
+            return Err(Errno::EMSGSIZE);
+        }
+        write(&self.0, &list).map(drop)
+    }
+
+    /// Waits for the launcher's first word; `None` when it has ended.
+    pub(super) fn told_devices(&self) -> Option<Vec<Entry>> {
+        let mut list = vec![0; DEVICES];
+        let length = read(&self.0, &mut list).ok()?;
+        serde_json::from_slice(&list[..length]).ok()
     }
 
     /// Lets the child go on.
@@ -152,6 +174,19 @@ mod tests {
         drop(theirs);
         assert!(matches!(ours.hear(), Err(LaunchError::Child(_))));
         assert!(ours.go().is_err());
+    }
+
+    #[test]
+    fn devices_arrive_as_they_were_told() {
+        let (ours, theirs) = Line::pair().expect("a line");
+        let number = crate::cuse::Number { major: 511, minor: 7 };
+        let devices = [Entry { path: "vfio/7".into(), number, mode: 0o600 }];
+        ours.tell(&devices).expect("told");
+        assert_eq!(theirs.told_devices().as_deref(), Some(&devices[..]));
+        ours.tell(&[]).expect("told");
+        assert_eq!(theirs.told_devices(), Some(Vec::new()));
+        drop(ours);
+        assert_eq!(theirs.told_devices(), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //!
 //! This is the only part that knows mounts, namespaces, seccomp and signals. It knows nothing of what the nodes answer.
 
+mod devices;
 mod filter;
 mod line;
 pub(crate) mod namespace;
@@ -23,6 +24,13 @@ use std::os::fd::OwnedFd;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
+
+/// How a server's nodes look to programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LaunchOptions {
+    /// The nodes are character devices, by CUSE, where the machine has it. The FUSE mount is then beside them.
+    pub cuse: bool,
+}
 
 /// Why a command was not run, or the nodes not served. In every case nothing is left behind.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +50,9 @@ pub enum LaunchError {
     /// A path that is to be made is there already.
     #[error("{0} is there already")]
     Taken(std::path::PathBuf),
+    /// The nodes cannot be character devices.
+    #[error("{0}")]
+    NoDevices(String),
     /// The operating system refused something.
     #[error("{0}: {1}")]
     System(&'static str, std::io::Error),

@@ -7,7 +7,8 @@
 //!
 //! ```text
 //! /dev                      a cover, always
-//! /dev/vfio                 our FUSE mount; its root is the directory of VFIO nodes
+//! /dev/vfio                 our FUSE mount; its root is the directory of VFIO nodes. With CUSE that is /dev/uiommufd,
+//!                           and here, as /dev/iommu, are device nodes for the server's numbers
 //! /dev/iommu -> vfio/.iommu a link: a bind mount of a file would be opened without a LOOKUP, and only a LOOKUP
 //!                           gives an open file a name that the server can tell it by
 //! /dev/.machine/sys/…       the machine's directories that ours are mounted on, for the links in ours
@@ -33,9 +34,11 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, SFlag, mknod};
 
+use super::devices::MOUNT;
 use super::user_namespace::{self, Borrowed, Refusal};
+use crate::cuse::Entry;
 use crate::facade::DIRECTORIES;
 use crate::sys::launch as sys;
 
@@ -100,7 +103,7 @@ pub(super) struct Namespace {
 ///
 /// # Errors
 /// Why not. The process should end then; outside nothing has changed.
-pub(super) fn enter(serve: impl FnOnce(OwnedFd) -> io::Result<()>) -> Result<Namespace, EnterError> {
+pub(super) fn enter(devices: &[Entry], serve: impl FnOnce(OwnedFd) -> io::Result<()>) -> Result<Namespace, EnterError> {
     let borrowed = if user_namespace::may_mount() {
         unshare(CloneFlags::CLONE_NEWNS).step("cannot make a mount namespace for", "/")?;
         // Mounts that the machine makes later still arrive; ours do not leave. In a user namespace that is so anyway.
@@ -113,23 +116,45 @@ pub(super) fn enter(serve: impl FnOnce(OwnedFd) -> io::Result<()>) -> Result<Nam
     };
     // Who mounts must have opened it in the same user namespace.
     let device = open("/dev/fuse", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(EnterError::NoFuse)?;
-    cover(Path::new("/dev"), &["vfio", "iommu"]).map_err(|error| match &borrowed {
+    cover(Path::new("/dev"), &["vfio", "iommu", MOUNT]).map_err(|error| match &borrowed {
         Some(_) => error.refusal().map_or(EnterError::Step(error), EnterError::Refused),
         None => EnterError::Step(error),
     })?;
-    let nodes = Path::new("/dev/vfio");
+    let nodes = mount_point(devices);
+    let nodes = nodes.as_path();
     fs::create_dir(nodes).step("cannot make", nodes)?;
     // FUSE lets all users in by the user namespace that they are in, and the server of one is not in it.
     let admits = if borrowed.is_some() { Admits::OurUser } else { Admits::Everybody };
     mount_fuse(device.as_fd(), nodes, admits)?;
     serve(device).step("nobody serves", nodes)?;
-    symlink(IOMMU, "/dev/iommu").step("cannot link", "/dev/iommu")?;
+    if devices.is_empty() {
+        symlink(IOMMU, "/dev/iommu").step("cannot link", "/dev/iommu")?;
+    }
+    for device in devices {
+        make_device(device)?;
+    }
     for directory in DIRECTORIES {
-        show_facade(directory)?;
+        show_facade(nodes, directory)?;
     }
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let root = open(nodes, flags, Mode::empty()).step("cannot open", nodes)?;
     Ok(Namespace { root, borrowed })
+}
+
+/// Where the FUSE mount is in COMMAND's namespace: where the nodes are, or beside them if they are `devices`.
+pub(super) fn mount_point(devices: &[Entry]) -> PathBuf {
+    Path::new("/dev").join(if devices.is_empty() { "vfio" } else { MOUNT })
+}
+
+/// Makes a device node.
+fn make_device(device: &Entry) -> Result<(), NamespaceError> {
+    let path = Path::new("/dev").join(&device.path);
+    let directory = path.parent().unwrap_or(Path::new("/dev"));
+    fs::create_dir_all(directory).step("cannot make", directory)?;
+    let mode = Mode::from_bits_truncate(device.mode);
+    mknod(&path, SFlag::S_IFCHR, mode, device.number.rdev()).step("cannot make", &path)?;
+    // Whatever the umask is.
+    fs::set_permissions(&path, fs::Permissions::from_mode(device.mode)).step("cannot give", &path)
 }
 
 /// Whom the kernel lets into a mount; the modes of the nodes come on top.
@@ -154,9 +179,9 @@ pub(super) fn mount_fuse(device: BorrowedFd<'_>, at: &Path, admits: Admits) -> R
 }
 
 /// Mounts one directory of the facade over the machine's, and the machine's where ours links to it.
-fn show_facade(directory: &str) -> Result<(), NamespaceError> {
+fn show_facade(nodes: &Path, directory: &str) -> Result<(), NamespaceError> {
     let machine = Path::new("/sys").join(directory);
-    let ours = Path::new("/dev/vfio/.sys").join(directory);
+    let ours = nodes.join(".sys").join(directory);
     provide_directory(&machine)?;
     let reach = Path::new(MACHINE).join("sys").join(directory);
     fs::create_dir_all(&reach).step("cannot make", &reach)?;
@@ -226,7 +251,7 @@ fn show(below: &Path, shown: &Path) -> Result<(), NamespaceError> {
 fn show_ptmx(below: &Path, whole: &OwnedFd, shown: &Path) -> Result<(), NamespaceError> {
     let machine = nix::sys::stat::stat(below).step("cannot look at", below)?;
     let mode = Mode::from_bits_truncate(machine.st_mode);
-    if nix::sys::stat::mknod(shown, nix::sys::stat::SFlag::S_IFCHR, mode, machine.st_rdev).is_ok() {
+    if mknod(shown, SFlag::S_IFCHR, mode, machine.st_rdev).is_ok() {
         return fs::set_permissions(shown, fs::Permissions::from_mode(mode.bits())).step("cannot give", shown);
     }
     let reach = Path::new(MACHINE).join("dev");

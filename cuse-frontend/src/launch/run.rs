@@ -3,8 +3,8 @@
 //! ```text
 //! launcher                                    child
 //! fork ------------------------------------->  waits
-//! makes the server
-//! "go" ------------------------------------->  enters the namespace: opens /dev/fuse, mounts
+//! makes the server, and its devices
+//! which they are --------------------------->  enters the namespace: opens /dev/fuse, mounts
 //!      <------------------- mounted, /dev/fuse
 //! begins the session
 //! "go" ------------------------------------->  binds (which the session answers), installs the seccomp filter
@@ -29,10 +29,12 @@ use nix::sys::signalfd::SignalFd;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, execvp};
 
+use super::devices::Devices;
 use super::line::{Line, Word, early_end};
 use super::namespace::EnterError;
 use super::user_namespace::Borrowed;
-use super::{LaunchError, filter, fuse_device, namespace, supervisor};
+use super::{LaunchError, LaunchOptions, filter, fuse_device, namespace, supervisor};
+use crate::cuse::Naming;
 use crate::facade::View;
 use crate::fuse::Fuse;
 use crate::server::Server;
@@ -60,11 +62,13 @@ const NOT_FOUND: i32 = 127;
 /// [`LaunchError`]; then COMMAND was not started, and nothing is left behind.
 pub fn run<E: std::fmt::Display>(
     command: &[OsString],
+    options: LaunchOptions,
     make_server: impl FnOnce() -> Result<Arc<Server>, E>,
 ) -> Result<Exit, LaunchError> {
     let command: Result<Vec<_>, _> = command.iter().map(|word| CString::new(word.as_bytes())).collect();
     let command = command.map_err(|_| LaunchError::Child("a word of the command holds a NUL".into()))?;
     drop(fuse_device()?);
+    let devices = Devices::prepare(options, Naming::Private)?;
     let (ours, theirs) = Line::pair().map_err(system("socketpair"))?;
     let forwarded = forwarded_signals();
     let mut mask = SigSet::empty();
@@ -76,7 +80,7 @@ pub fn run<E: std::fmt::Display>(
         }
         ForkResult::Parent { child } => {
             drop(theirs);
-            let started = parent(child, &ours, make_server);
+            let started = parent(child, &ours, devices, make_server);
             if started.is_err() {
                 // It waits for our word, or has failed and is about to end.
                 drop(ours);
@@ -102,16 +106,20 @@ fn forwarded_signals() -> SigSet {
 fn parent<E: std::fmt::Display>(
     child: Pid,
     line: &Line,
+    devices: Option<Devices>,
     make_server: impl FnOnce() -> Result<Arc<Server>, E>,
 ) -> Result<Arc<Fuse>, LaunchError> {
     let system = |what| move |error| LaunchError::System(what, error);
     let go = || line.go().map_err(|errno| LaunchError::System("the launcher's socket", errno.into()));
     let server = make_server().map_err(|error| LaunchError::Server(error.to_string()))?;
-    go()?;
+    let channels = devices.map(|devices| devices.make(&server)).transpose()?;
+    let entries = channels.as_ref().map(|channels| channels.entries().to_vec()).unwrap_or_default();
+    line.tell(&entries).map_err(|errno| LaunchError::System("the launcher's socket", errno.into()))?;
     let mut mounted = line.hear()?;
     let (Word::Mounted, Some(device)) = (mounted.word, mounted.files.pop()) else { return Err(early_end()) };
     let view = View::Private(namespace::MACHINE);
-    let fuse = Fuse::start(device, server, view, child).map_err(system("the FUSE session"))?;
+    let at = namespace::mount_point(&entries);
+    let fuse = Fuse::start(device, server, view, child, channels, &at).map_err(system("the FUSE session"))?;
     fuse.show_status().map_err(system("the status socket"))?;
     go()?;
     let mut made = line.hear()?;
@@ -130,14 +138,12 @@ fn parent<E: std::fmt::Display>(
 
 /// What the child does until it is COMMAND. Returns an exit status only when it has failed.
 fn child(line: &Line, mask: &SigSet, command: &[CString]) -> i32 {
-    if !line.told_to_go() {
-        return CANNOT_EXECUTE;
-    }
+    let Some(devices) = line.told_devices() else { return CANNOT_EXECUTE };
     let serve = |device: OwnedFd| {
         line.say(Word::Mounted, "", &[device.as_fd()])?;
         if line.told_to_go() { Ok(()) } else { Err(std::io::ErrorKind::BrokenPipe.into()) }
     };
-    let namespace::Namespace { root, borrowed } = match namespace::enter(serve) {
+    let namespace::Namespace { root, borrowed } = match namespace::enter(&devices, serve) {
         Ok(namespace) => namespace,
         Err(error) => {
             let lacking = matches!(error, EnterError::Refused(_) | EnterError::NoFuse(_));

@@ -8,6 +8,9 @@
 //! When the pipe closes without a word of goodbye, it removes that: the mount only if it still is this server's, by
 //! its device number, so that a server started meanwhile keeps its own. If both are killed, the next `serve` at the
 //! same place cleans up.
+//!
+//! With CUSE the names in `/dev` are the kernel's, by each node's own channel, and go with the server. The FUSE mount is
+//! then on `uiommufd`, with no link to it.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -24,7 +27,9 @@ use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, setsid};
 
-use super::{LaunchError, fuse_device, namespace, user_namespace};
+use super::devices::{Devices, MOUNT, check_directory};
+use super::{LaunchError, LaunchOptions, fuse_device, namespace, user_namespace};
+use crate::cuse::{Channels, Naming};
 use crate::facade::View;
 use crate::fuse::Fuse;
 use crate::server::Server;
@@ -37,16 +42,23 @@ const GOODBYE: &str = "goodbye";
 /// How long open files may take to be closed at the end.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The two names that a server makes.
+/// The names that a server makes.
 struct Place {
+    /// The FUSE mount.
     nodes: PathBuf,
-    iommu: PathBuf,
+    /// The link into it, unless `/dev/iommu` is a character device.
+    iommu: Option<PathBuf>,
 }
 
 impl Place {
     fn below(at: &Path) -> Result<Self, LaunchError> {
         let at = at.canonicalize().map_err(|error| LaunchError::System("the directory to serve at", error))?;
-        Ok(Self { nodes: at.join("vfio"), iommu: at.join("iommu") })
+        Ok(Self { nodes: at.join("vfio"), iommu: Some(at.join("iommu")) })
+    }
+
+    /// The same place, with the mount beside character devices.
+    fn beside_devices(&self) -> Self {
+        Self { nodes: self.nodes.with_file_name(MOUNT), iommu: None }
     }
 
     /// Removes what a killed server has left here.
@@ -60,8 +72,8 @@ impl Place {
 
     /// Refuses what is not ours to touch.
     fn check_free(&self) -> Result<(), LaunchError> {
-        [&self.nodes, &self.iommu]
-            .into_iter()
+        std::iter::once(&self.nodes)
+            .chain(&self.iommu)
             .find(|path| path.symlink_metadata().is_ok())
             .map_or(Ok(()), |taken| Err(LaunchError::Taken(taken.clone())))
     }
@@ -74,9 +86,11 @@ impl Place {
 
     /// Removes the directory, if it is empty, and the link, if it is ours.
     fn remove_names(&self) {
-        if fs::read_link(&self.iommu).is_ok_and(|target| target == Path::new(IOMMU)) {
+        if let Some(iommu) = &self.iommu
+            && fs::read_link(iommu).is_ok_and(|target| target == Path::new(IOMMU))
+        {
             // Whoever removes it first, it is gone.
-            let _ = fs::remove_file(&self.iommu);
+            let _ = fs::remove_file(iommu);
         }
         // Not empty means that it is somebody else's by now.
         let _ = fs::remove_dir(&self.nodes);
@@ -105,10 +119,11 @@ fn mounts_at(path: &Path) -> Option<String> {
 /// [`LaunchError`]; then nothing is left behind.
 pub fn serve<E: std::fmt::Display>(
     at: &Path,
+    options: LaunchOptions,
     make_server: impl FnOnce() -> Result<Arc<Server>, E>,
     ready: impl FnOnce(),
 ) -> Result<(), LaunchError> {
-    let place = Place::below(at)?;
+    let mut place = Place::below(at)?;
     if !user_namespace::may_mount() {
         let sentence =
             "to serve the machine takes root (CAP_SYS_ADMIN); 'uiommufd run' gives one command the nodes without it";
@@ -116,11 +131,18 @@ pub fn serve<E: std::fmt::Display>(
     }
     let device = fuse_device()?;
     place.clean_up();
+    let devices = Devices::prepare(options, Naming::Public)?;
+    if devices.is_some() {
+        check_directory(at)?;
+        place = place.beside_devices();
+        place.clean_up();
+    }
     place.check_free()?;
     let ends: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
     pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&ends), None).map_err(system("sigprocmask"))?;
     let (watcher, mut line) = start_watcher(&place)?;
-    let served = serve_at(&place, device, make_server, ready, &ends, &mut line);
+    let make = || make(make_server, devices);
+    let served = serve_at(&place, device, make, ready, &ends, &mut line);
     place.unmount();
     place.remove_names();
     // A watcher that was killed needs no goodbye, and is reaped all the same.
@@ -128,7 +150,8 @@ pub fn serve<E: std::fmt::Display>(
     drop(line);
     let _ = waitpid(watcher, None);
     let fuse = served?;
-    if !fuse.wait(Some(PATIENCE)) {
+    let nodes_ended = fuse.end_nodes(PATIENCE);
+    if !fuse.wait(Some(PATIENCE)) || !nodes_ended {
         tracing::warn!("some requests are still blocked in their clients' memory");
     }
     Ok(())
@@ -138,23 +161,36 @@ fn system(what: &'static str) -> impl Fn(nix::errno::Errno) -> LaunchError {
     move |errno| LaunchError::System(what, errno.into())
 }
 
-fn serve_at<E: std::fmt::Display>(
+/// Makes the server, and its nodes if they are to be devices.
+fn make<E: std::fmt::Display>(
+    make_server: impl FnOnce() -> Result<Arc<Server>, E>,
+    devices: Option<Devices>,
+) -> Result<(Arc<Server>, Option<Channels>), LaunchError> {
+    let server = make_server().map_err(|error| LaunchError::Server(error.to_string()))?;
+    let channels = devices.map(|devices| devices.make(&server)).transpose()?;
+    Ok((server, channels))
+}
+
+fn serve_at(
     place: &Place,
     device: OwnedFd,
-    make_server: impl FnOnce() -> Result<Arc<Server>, E>,
+    make: impl FnOnce() -> Result<(Arc<Server>, Option<Channels>), LaunchError>,
     ready: impl FnOnce(),
     ends: &SigSet,
     watcher: &mut fs::File,
 ) -> Result<Arc<Fuse>, LaunchError> {
-    let server = make_server().map_err(|error| LaunchError::Server(error.to_string()))?;
+    let (server, channels) = make()?;
     let child = |error: namespace::NamespaceError| LaunchError::Child(error.to_string());
     let io = |what| move |error| LaunchError::System(what, error);
     fs::create_dir(&place.nodes).map_err(io("cannot make the directory of nodes"))?;
     namespace::mount_fuse(device.as_fd(), &place.nodes, namespace::Admits::Everybody).map_err(child)?;
     let number = mounts_at(&place.nodes).unwrap_or_default();
     watcher.write_all(number.as_bytes()).map_err(io("the watcher"))?;
-    symlink(IOMMU, &place.iommu).map_err(io("cannot make the link of /dev/iommu"))?;
-    let fuse = Fuse::start(device, server, View::Public, Pid::this()).map_err(io("the FUSE session"))?;
+    if let Some(iommu) = &place.iommu {
+        symlink(IOMMU, iommu).map_err(io("cannot make the link of /dev/iommu"))?;
+    }
+    let fuse = Fuse::start(device, server, View::Public, Pid::this(), channels, &place.nodes);
+    let fuse = fuse.map_err(io("the FUSE session"))?;
     fuse.show_status().map_err(io("the status socket"))?;
     let root = open(&place.nodes, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
     fuse.mounted_at(root.map_err(system("cannot open the mount"))?).map_err(io("the mount"))?;

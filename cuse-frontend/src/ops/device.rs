@@ -92,7 +92,9 @@ fn get_info(call: &Call<'_, Device>) -> OpResult {
 
 fn get_region_info(call: &Call<'_, Device>) -> OpResult {
     let mut info: RegionInfo = call.get();
-    let region = call.file.region_info(info.index)?;
+    let mut region = call.file.region_info(info.index)?;
+    region.mappable &= call.caller.can_map();
+    region.msix_mappable &= region.mappable;
     info.size = region.size;
     info.offset = region.offset;
     info.flags = [

@@ -1,9 +1,10 @@
-//! The session: one connection to the kernel, from INIT until the mount has gone.
+//! The session: one connection to the kernel, from INIT until what it serves has gone.
 //!
 //! It takes requests off a [`channel`], lets a [`Crew`] of threads work on them, keeps the [`calls`] that wait for an
 //! answer and the [`opens`] that the kernel holds, and turns each request into one call of what it serves
-//! ([`Exports`]) or of the [`Tree`] of names. What it serves never hears of node ids, handles or flags: it opens nodes
-//! by kind and answers calls of open files, and could as well be served by CUSE or by seccomp notification alone.
+//! ([`Exports`]) or of the [`Place`] it serves: a mount's tree of names, or one node. What it serves never hears of
+//! node ids, handles or flags: it opens nodes by kind and answers calls of open files, and could as well be served by
+//! seccomp notification alone.
 //!
 //! Three rules of the transport are kept here:
 //! - no handler makes a request of our own mount, and no answer to an OPEN lets one arise (NOFLUSH);
@@ -18,6 +19,7 @@ mod channel;
 mod follow;
 mod opens;
 mod operations;
+mod place;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,14 +34,14 @@ use parking_lot::Mutex;
 use self::calls::{Call, Calls, WayBack};
 use self::channel::Channel;
 use self::opens::{Opened, Opens, Releasing};
+pub(crate) use self::place::Place;
 use crate::crew::{Crew, Source};
 use crate::files::{Errno, NodeKind};
 use crate::sys;
-use crate::tree::Tree;
-use crate::wire::{self, InHeader, opcode};
+use crate::wire::{self, InHeader, IoctlRange, opcode};
 
 /// Bytes of one WRITE at most.
-const MAX_WRITE: usize = 128 << 10;
+pub(crate) const MAX_WRITE: usize = 128 << 10;
 /// Requests under way above which the clients' numbers of them are looked at.
 const CROWDED: usize = 8;
 
@@ -57,8 +59,9 @@ pub(crate) trait Exports: Send + Sync + Sized + 'static {
     /// The group of devices that an open file belongs to.
     fn group_of(&self, file: &Self::File) -> Option<u32>;
 
-    /// Answers an ioctl: the number it returns.
-    fn ioctl(&self, file: &Self::File, caller: &Caller<'_, Self>, cmd: u32, arg: u64) -> Result<i32, Errno>;
+    /// Answers an ioctl.
+    fn ioctl(&self, file: &Arc<Self::File>, caller: &Caller<'_, Self>, ioctl: &Ioctl<'_>)
+    -> Result<IoctlAnswer, Errno>;
 
     /// Reads at an offset: how many bytes.
     fn read(&self, file: &Self::File, caller: &Caller<'_, Self>, at: u64, data: &mut [u8]) -> Result<usize, Errno>;
@@ -80,9 +83,10 @@ pub(crate) trait Exports: Send + Sync + Sized + 'static {
         false
     }
 
-    /// The last descriptor of an open of a file is closed; the file is dropped next.
-    fn closed(&self, file: &Self::File) {
-        let _ = file;
+    /// The last descriptor of an open of a file is closed, and the kernel has given the handle of that open back; the
+    /// file is dropped next.
+    fn closed(&self, handle: u64, file: &Self::File) {
+        let _ = (handle, file);
     }
 
     /// The file that an mmap maps.
@@ -90,6 +94,35 @@ pub(crate) trait Exports: Send + Sync + Sized + 'static {
 
     /// Told once, before the first OPEN: whether clients can mmap.
     fn mappable(&self, yes: bool);
+}
+
+/// An ioctl as the kernel passes it on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ioctl<'a> {
+    /// Names the open file among all of the session's [`Files`].
+    pub(crate) handle: u64,
+    /// The second argument of ioctl(2).
+    pub(crate) cmd: u32,
+    /// The third argument of ioctl(2).
+    pub(crate) arg: u64,
+    /// The caller is a program of 32 bits.
+    pub(crate) compat: bool,
+    /// The bytes that an answer [`IoctlAnswer::Again`] has asked for.
+    pub(crate) brought: &'a [u8],
+    /// How many bytes an answer may write to the ranges that it asked for.
+    pub(crate) room: u32,
+}
+
+/// The answer to an ioctl that does not fail.
+#[derive(Debug)]
+pub(crate) enum IoctlAnswer {
+    /// The ioctl returns this number.
+    Value(i32),
+    /// The ioctl returns this number, and the kernel writes the bytes to the ranges that were asked for, in their order.
+    Data(i32, Vec<u8>),
+    /// The same ioctl is to come again, with the bytes of the first ranges and with room for those of the second. A
+    /// channel of CUSE alone can do that.
+    Again(Vec<IoctlRange>, Vec<IoctlRange>),
 }
 
 /// Who makes a call, as far as the session knows.
@@ -125,22 +158,58 @@ impl<E: Exports> Caller<'_, E> {
     }
 }
 
-/// The open files of one mount, and how to know one by the inode number of a client's descriptor.
+/// What a descriptor of a client turned out to be.
+pub(crate) enum Looked<F> {
+    /// One of our open files.
+    Ours(Arc<F>),
+    /// Something else: a copy.
+    Other(OwnedFd),
+}
+
+/// Who knows descriptors of clients that the mount does not know: open files of nodes that are not in a mount.
+pub(crate) trait Strangers<F>: Send + Sync {
+    /// Whether descriptor `fd` of thread `tid` stands for one of our nodes, as far as can be seen without asking it.
+    fn is_ours(&self, tid: u32, fd: i32) -> bool;
+
+    /// What a descriptor stands for. The server never holds a copy of one that is ours.
+    ///
+    /// # Errors
+    /// As [`Files::of_descriptor`].
+    fn look(&self, tid: u32, fd: i32) -> Result<Looked<F>, FdError>;
+}
+
+/// The open files of one mount, and of nodes beside it, and how to know one by the inode number of a client's descriptor.
 pub(crate) struct Files<F> {
     opens: Opens<F>,
     /// `st_dev` of the mount, as major and minor; set once the mount can be reached.
     device: OnceLock<(u32, u32)>,
+    /// Set before the first client comes, where there are nodes beside the mount.
+    strangers: OnceLock<Box<dyn Strangers<F>>>,
 }
 
 impl<F> Files<F> {
     /// None yet.
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { opens: Opens::new(), device: OnceLock::new() })
+        Arc::new(Self { opens: Opens::new(), device: OnceLock::new(), strangers: OnceLock::new() })
     }
 
     /// `st_dev` of the mount, as major and minor, once it can be reached.
     pub(crate) fn device(&self) -> Option<(u32, u32)> {
         self.device.get().copied()
+    }
+
+    /// Says who knows descriptors that the mount does not know.
+    pub(crate) fn ask_about_strangers(&self, strangers: Box<dyn Strangers<F>>) {
+        let _ = self.strangers.set(strangers);
+    }
+
+    /// A copy of a client's descriptor that is none of our nodes; `None` where the caller may make it himself.
+    pub(crate) fn copy_descriptor(&self, tid: u32, fd: i32) -> Option<Result<OwnedFd, FdError>> {
+        let look = self.strangers.get()?.look(tid, fd);
+        Some(look.and_then(|looked| match looked {
+            Looked::Other(copy) => Ok(copy),
+            Looked::Ours(_) => Err(FdError::Denied),
+        }))
     }
 
     /// The open file with that inode number. `Err` with the number of those that have it when it is not one: a client
@@ -165,7 +234,13 @@ impl<F> Files<F> {
             _ => FdError::Bad(fd),
         })?;
         if self.device() != Some((major, minor)) {
-            return Ok(None);
+            return match self.strangers.get() {
+                Some(strangers) if strangers.is_ours(tid, fd) => match strangers.look(tid, fd)? {
+                    Looked::Ours(file) => Ok(Some(file)),
+                    Looked::Other(_) => Ok(None),
+                },
+                _ => Ok(None),
+            };
         }
         match self.of_inode(inode) {
             Ok(file) => Ok(Some(file)),
@@ -202,7 +277,7 @@ struct Request<F> {
 /// What the threads of a session share.
 struct Engine<E: Exports> {
     exports: Arc<E>,
-    tree: Arc<Tree<E::File>>,
+    place: Place<E::File>,
     channel: Arc<Channel>,
     calls: Arc<Calls>,
     files: Arc<Files<E::File>>,
@@ -283,14 +358,14 @@ impl<E: Exports> Engine<E> {
     fn forget(&self, header: &InHeader, body: &[u8]) {
         if header.opcode == opcode::FORGET {
             if let Some((forget, _)) = wire::decode::<wire::ForgetIn>(body) {
-                self.tree.forget(header.nodeid, forget.nlookup);
+                self.place.forget(header.nodeid, forget.nlookup);
             }
             return;
         }
         let Some((head, mut rest)) = wire::decode::<wire::BatchForgetIn>(body) else { return };
         for _ in 0..head.count {
             let Some((one, after)) = wire::decode::<wire::ForgetOne>(rest) else { return };
-            self.tree.forget(one.nodeid, one.nlookup);
+            self.place.forget(one.nodeid, one.nlookup);
             rest = after;
         }
     }
@@ -302,7 +377,7 @@ impl<E: Exports> Engine<E> {
     }
 }
 
-/// A running session. Dropping it does not end it: the mount does.
+/// A running session. Dropping it does not end it: the end of what it serves does.
 pub(crate) struct Session<E: Exports> {
     engine: Arc<Engine<E>>,
     crew: Arc<Crew<Engine<E>>>,
@@ -310,28 +385,34 @@ pub(crate) struct Session<E: Exports> {
 }
 
 impl<E: Exports> Session<E> {
-    /// Serves a `/dev/fuse` descriptor that has been, or is about to be, mounted.
+    /// Serves a `/dev/fuse` descriptor that has been, or is about to be, mounted, or a `/dev/cuse` descriptor that has
+    /// become a node.
     ///
     /// # Errors
     /// When threads cannot be made.
     pub(crate) fn start(
         device: OwnedFd,
         exports: Arc<E>,
-        tree: Arc<Tree<E::File>>,
+        place: Place<E::File>,
         files: Arc<Files<E::File>>,
     ) -> std::io::Result<Self> {
         let channel = Arc::new(Channel::new(device));
         let calls = Calls::new();
+        // Nobody maps a node, and what INIT says of a mount was said of it when it was made.
+        let passthrough = match place {
+            Place::Tree(_) => OnceLock::new(),
+            Place::Node(_) => OnceLock::from(false),
+        };
         let engine = Arc::new(Engine {
             exports,
-            tree,
+            place,
             channel,
             calls: Arc::clone(&calls),
             files,
             crew: OnceLock::new(),
             queue: Mutex::default(),
             buffer: Mutex::new(vec![0; MAX_WRITE + 4096]),
-            passthrough: OnceLock::new(),
+            passthrough,
         });
         let watcher = ioas::thread::spawn("fuse-kills", move || calls.watch())?;
         let crew = Crew::start(Arc::clone(&engine), "fuse")?;
@@ -352,7 +433,7 @@ impl<E: Exports> Session<E> {
         Ok(())
     }
 
-    /// Waits until the mount has gone and every request is finished, at most `limit`. True when that is so; then all
+    /// Waits until what it serves has gone and every request is finished, at most `limit`. True when that is so; then all
     /// open files have been closed.
     pub(crate) fn wait(&self, limit: Option<Duration>) -> bool {
         let ended = self.crew.wait(limit);

@@ -32,8 +32,8 @@ pub(crate) enum Opened<F> {
 
 /// One open of a node.
 pub(crate) struct Open<F> {
-    /// The id of the node, which is the inode number of the client's descriptor.
-    pub(crate) node: u64,
+    /// The id of the node, when that is the inode number of the client's descriptor.
+    pub(crate) node: Option<u64>,
     /// What it is.
     pub(crate) opened: Opened<F>,
     /// The registration of the file that backs its mappings.
@@ -81,6 +81,13 @@ pub(crate) struct Releasing<F> {
     pub(crate) open: Arc<Open<F>>,
 }
 
+impl<F> Releasing<F> {
+    /// The handle that is given back.
+    pub(crate) fn handle(&self) -> u64 {
+        self.handle
+    }
+}
+
 impl<F> Opens<F> {
     pub(crate) fn new() -> Self {
         let handles = Handles { by_handle: HashMap::new(), by_node: HashMap::new() };
@@ -96,7 +103,9 @@ impl<F> Opens<F> {
     pub(crate) fn insert(&self, open: Open<F>) -> u64 {
         let handle = self.next.fetch_add(1, Ordering::Relaxed);
         let mut handles = self.handles.write();
-        handles.by_node.entry(open.node).or_default().push(handle);
+        if let Some(node) = open.node {
+            handles.by_node.entry(node).or_default().push(handle);
+        }
         handles.by_handle.insert(handle, Arc::new(open));
         handle
     }
@@ -120,10 +129,12 @@ impl<F> Opens<F> {
     pub(crate) fn begin_release(&self, handle: u64) -> Option<Releasing<F>> {
         let mut handles = self.handles.write();
         let open = handles.by_handle.remove(&handle)?;
-        if let Some(of_node) = handles.by_node.get_mut(&open.node) {
+        if let Some(node) = open.node
+            && let Some(of_node) = handles.by_node.get_mut(&node)
+        {
             of_node.retain(|other| *other != handle);
             if of_node.is_empty() {
-                handles.by_node.remove(&open.node);
+                handles.by_node.remove(&node);
             }
         }
         drop(handles);

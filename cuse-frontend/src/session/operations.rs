@@ -9,7 +9,7 @@ use zerocopy::IntoBytes;
 
 use super::calls::Reply;
 use super::opens::{Open, Opened, Origin};
-use super::{Caller, Engine, Exports, MAX_WRITE, Request};
+use super::{Caller, Engine, Exports, Ioctl, IoctlAnswer, MAX_WRITE, Request};
 use crate::files::Errno;
 use crate::sys;
 use crate::tree::{Entry, Found, Ownership};
@@ -38,7 +38,7 @@ impl<E: Exports> Engine<E> {
             opcode::RELEASE => {
                 if let Some(releasing) = releasing {
                     if let Opened::File(file) = &releasing.open.opened {
-                        self.exports.closed(file);
+                        self.exports.closed(releasing.handle(), file);
                     }
                     if let Some(backing) = releasing.open.backing {
                         sys::fuse::backing_close(self.channel.device(), backing);
@@ -71,13 +71,13 @@ impl<E: Exports> Engine<E> {
     fn small(&self, call: &Arc<super::Call>, header: &InHeader, body: &[u8]) -> Result<Vec<u8>, Errno> {
         match header.opcode {
             opcode::LOOKUP => {
-                let (nodeid, attr) = self.tree.look_up(header.nodeid, name(body), || call.tgid())?;
+                let (nodeid, attr) = self.place.tree()?.look_up(header.nodeid, name(body), || call.tgid())?;
                 let entry = wire::EntryOut { nodeid, attr_valid: ATTR_VALID, attr, ..wire::EntryOut::default() };
                 Ok(entry.as_bytes().to_vec())
             }
-            opcode::GETATTR => attributes(self.tree.attr(header.nodeid)?),
+            opcode::GETATTR => attributes(self.place.tree()?.attr(header.nodeid)?),
             opcode::SETATTR => self.setattr(header, &decode(body)?),
-            opcode::READLINK => match self.tree.what(header.nodeid)? {
+            opcode::READLINK => match self.place.tree()?.what(header.nodeid)? {
                 Found::Entry(Entry::Link(target)) => Ok(target.into_bytes()),
                 _ => Err(Errno(libc::EINVAL)),
             },
@@ -161,6 +161,7 @@ impl<E: Exports> Engine<E> {
     }
 
     fn open_node(&self, call: &Arc<super::Call>, node: u64) -> Result<(Open<E::File>, OpenFlags), Errno> {
+        let identity = self.place.identity(node);
         // The kernel lets clients in as soon as INIT is answered, a moment before we know this.
         let mappable = *self.passthrough.wait();
         let flags = OpenFlags::DIRECT_IO | OpenFlags::NOFLUSH;
@@ -168,9 +169,9 @@ impl<E: Exports> Engine<E> {
             let group = kind.and_then(|kind| self.exports.group(kind));
             Origin { kind, group, client: call.tgid() }
         };
-        let (file, origin) = match self.tree.what(node)? {
+        let (file, origin) = match self.place.what(node)? {
             Found::Entry(Entry::Text(make)) => {
-                let open = Open { node, opened: Opened::Text(make()), backing: None, origin: origin(None) };
+                let open = Open { node: identity, opened: Opened::Text(make()), backing: None, origin: origin(None) };
                 return Ok((open, flags));
             }
             Found::Entry(Entry::Node(kind)) => {
@@ -190,7 +191,7 @@ impl<E: Exports> Engine<E> {
         let backing = if mappable { self.back(&file) } else { None };
         let mut backed = if backing.is_some() { OpenFlags::PASSTHROUGH } else { OpenFlags::empty() };
         backed.set(OpenFlags::STREAM, self.exports.is_stream(&file));
-        let open = Open { node, opened: Opened::File(file), backing, origin };
+        let open = Open { node: identity, opened: Opened::File(file), backing, origin };
         Ok((open, flags | OpenFlags::PARALLEL_DIRECT_WRITES | backed))
     }
 
@@ -211,12 +212,12 @@ impl<E: Exports> Engine<E> {
             gid: of(SetattrValid::GID, change.gid),
         };
         // A length is taken and ignored, as a device node does: open(O_TRUNC) sets it.
-        attributes(self.tree.set_ownership(header.nodeid, ownership)?)
+        attributes(self.place.tree()?.set_ownership(header.nodeid, ownership)?)
     }
 
     fn readdir(&self, header: &InHeader, read: &wire::ReadIn) -> Result<Vec<u8>, Errno> {
         let mut answer = Vec::new();
-        let names = self.tree.list(header.nodeid)?;
+        let names = self.place.tree()?.list(header.nodeid)?;
         let dots = [(".".to_owned(), u32::from(libc::DT_DIR)), ("..".to_owned(), u32::from(libc::DT_DIR))];
         let start = usize::try_from(read.offset).map_err(|_| EIO)?;
         for (index, (name, kind)) in dots.into_iter().chain(names).enumerate().skip(start) {
@@ -245,16 +246,22 @@ impl<E: Exports> Engine<E> {
     }
 
     fn ioctl(&self, reply: Reply<'_>, body: &[u8]) {
-        let result = decode::<wire::IoctlIn>(body).and_then(|ioctl| {
+        let result = wire::decode::<wire::IoctlIn>(body).ok_or(EIO).and_then(|(ioctl, data)| {
             let open = self.file(ioctl.fh)?;
             let Opened::File(file) = &open.opened else { return Err(Errno(libc::ENOTTY)) };
             let caller = Caller { call: reply.call(), files: &self.files };
-            self.exports.ioctl(file, &caller, ioctl.cmd, ioctl.arg)
+            let ioctl = Ioctl {
+                handle: ioctl.fh,
+                cmd: ioctl.cmd,
+                arg: ioctl.arg,
+                compat: ioctl.flags & wire::IOCTL_COMPAT != 0,
+                brought: data.get(..ioctl.in_size as usize).ok_or(EIO)?,
+                room: ioctl.out_size,
+            };
+            self.exports.ioctl(file, &caller, &ioctl)
         });
         match result {
-            Ok(result) => {
-                reply.ok(&[wire::IoctlOut { result, ..wire::IoctlOut::default() }.as_bytes()]);
-            }
+            Ok(answer) => answer_ioctl(reply, &answer),
             Err(error) => reply.error(error),
         }
     }
@@ -317,6 +324,21 @@ impl<E: Exports> Engine<E> {
         };
         Ok(wire::PollOut { revents: revents & poll.events, padding: 0 }.as_bytes().to_vec())
     }
+}
+
+fn answer_ioctl(reply: Reply<'_>, answer: &IoctlAnswer) {
+    let (data, out): (&[&[u8]], _) = match answer {
+        IoctlAnswer::Value(result) => (&[], wire::IoctlOut { result: *result, ..wire::IoctlOut::default() }),
+        IoctlAnswer::Data(result, data) => (&[data], wire::IoctlOut { result: *result, ..wire::IoctlOut::default() }),
+        IoctlAnswer::Again(read, write) => {
+            let (in_iovs, out_iovs) = (read.len() as u32, write.len() as u32);
+            let out = wire::IoctlOut { result: 0, flags: wire::IOCTL_RETRY, in_iovs, out_iovs };
+            (&[read.as_bytes(), write.as_bytes()], out)
+        }
+    };
+    let mut parts = vec![out.as_bytes()];
+    parts.extend(data);
+    reply.ok(&parts);
 }
 
 fn attributes(attr: wire::Attr) -> Result<Vec<u8>, Errno> {

@@ -15,7 +15,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::calls::PER_CLIENT;
 use super::*;
-use crate::tree::{Entry, Layout, Recipient};
+use crate::tree::{Entry, Layout, Recipient, Tree};
 
 const DOUBLE: u32 = 0x3b64;
 const WHO: u32 = 0x3b65;
@@ -62,8 +62,9 @@ impl Exports for Toy {
         self.group(file.kind)
     }
 
-    fn ioctl(&self, _: &ToyFile, caller: &Caller<'_, Self>, cmd: u32, arg: u64) -> Result<i32, Errno> {
-        match cmd {
+    fn ioctl(&self, _: &Arc<ToyFile>, caller: &Caller<'_, Self>, ioctl: &Ioctl<'_>) -> Result<IoctlAnswer, Errno> {
+        let arg = ioctl.arg;
+        let value = match ioctl.cmd {
             DOUBLE => Ok(i32::try_from(arg * 2).expect("small")),
             WHO => match caller.own_file(i32::try_from(arg).expect("fd")) {
                 Ok(Some(file)) => Ok(i32::try_from(file.number).expect("small")),
@@ -72,7 +73,8 @@ impl Exports for Toy {
                 Err(FdError::Denied | FdError::Revoked) => Err(Errno(libc::EPERM)),
             },
             _ => Err(Errno(libc::ENOTTY)),
-        }
+        };
+        value.map(IoctlAnswer::Value)
     }
 
     fn read(&self, file: &ToyFile, caller: &Caller<'_, Self>, at: u64, data: &mut [u8]) -> Result<usize, Errno> {
@@ -153,8 +155,8 @@ fn with_mount(body: impl FnOnce(&Mounted) + Send + 'static) {
             mappable: OnceLock::new(),
             files: Files::new(),
         });
-        let tree = Arc::new(Tree::new(layout));
-        let session = Session::start(device.into(), Arc::clone(&toy), tree, Arc::clone(&toy.files)).expect("session");
+        let place = Place::Tree(Arc::new(Tree::new(layout)));
+        let session = Session::start(device.into(), Arc::clone(&toy), place, Arc::clone(&toy.files)).expect("session");
         let root = directory.path().to_owned();
         let handle = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&root).expect("root");
         session.mounted_at(&handle).expect("root");
@@ -300,7 +302,8 @@ fn file_offered_under_a_one_time_name_is_that_file() {
         let inode = first.metadata().expect("attributes").ino();
         let file = mounted.toy.files.of_inode(inode).expect("ours");
         let recipient = Recipient { client: 1, opener: std::process::id(), uid: None };
-        let (name, _) = mounted.session.engine.tree.offer(Arc::clone(&file), recipient).expect("random");
+        let (name, _) =
+            mounted.session.engine.place.tree().expect("a mount").offer(Arc::clone(&file), recipient).expect("random");
         let second = mounted.open(&name);
         let fd = u64::try_from(second.as_raw_fd()).expect("fd");
         assert_eq!(ioctl(&first, WHO, fd), Ok(i32::try_from(file.number).expect("small")));

@@ -90,6 +90,15 @@ pub(crate) fn pidfd_getfd(pidfd: impl AsFd, fd: i32) -> io::Result<OwnedFd> {
     owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_fd().as_raw_fd(), fd, 0) })
 }
 
+/// Our own copy of descriptor `fd` of thread `tid` of process `tgid`. Threads may have descriptor tables of their own,
+/// so the thread is asked where the kernel can (Linux 6.9), else its process.
+pub(crate) fn copy_descriptor(tid: i32, tgid: i32, fd: i32) -> io::Result<OwnedFd> {
+    match if tid == tgid { pidfd_open(tgid) } else { pidfd_open_thread(tid).or_else(|_| pidfd_open(tgid)) } {
+        Ok(pidfd) => pidfd_getfd(pidfd, fd),
+        Err(error) => Err(error),
+    }
+}
+
 /// True while the process has not been waited for. A process that we may not signal is alive.
 pub(crate) fn pidfd_alive(pidfd: impl AsFd) -> bool {
     let none = std::ptr::null::<libc::siginfo_t>();
@@ -162,6 +171,15 @@ pub(crate) struct FileStat {
     pub(crate) size: u64,
     /// File type and permission bits.
     pub(crate) mode: u32,
+    /// What a device node leads to.
+    rdev: u64,
+}
+
+impl FileStat {
+    /// `st_rdev` of a character device; `None` for a file of another kind.
+    pub(crate) fn character_device(&self) -> Option<u64> {
+        (self.mode & libc::S_IFMT == libc::S_IFCHR).then_some(self.rdev)
+    }
 }
 
 /// Looks at an open file. A FUSE file system is not asked, so our own mount does not wait for us.
@@ -180,6 +198,7 @@ pub(crate) fn stat(file: impl AsFd) -> io::Result<FileStat> {
         inode: answer.stx_ino,
         size: answer.stx_size,
         mode: answer.stx_mode.into(),
+        rdev: libc::makedev(answer.stx_rdev_major, answer.stx_rdev_minor),
     })
 }
 

@@ -35,15 +35,30 @@ pub(crate) fn backing_close(device: BorrowedFd<'_>, id: i32) {
 /// # Errors
 /// As statx(2).
 pub(crate) fn cached_identity(path: &std::ffi::CStr) -> Result<(u32, u32, u64), Errno> {
+    let answer = cached_status(path, libc::STATX_INO)?;
+    Ok((answer.stx_dev_major, answer.stx_dev_minor, answer.stx_ino))
+}
+
+/// The number of the character device that a path leads to, as major and minor; `None` for a file of another kind. Asks no
+/// file system.
+///
+/// # Errors
+/// As statx(2).
+pub(crate) fn cached_device(path: &std::ffi::CStr) -> Result<Option<(u32, u32)>, Errno> {
+    let answer = cached_status(path, libc::STATX_TYPE)?;
+    let is_device = u32::from(answer.stx_mode) & libc::S_IFMT == libc::S_IFCHR;
+    Ok(is_device.then_some((answer.stx_rdev_major, answer.stx_rdev_minor)))
+}
+
+/// What the kernel has cached about the file that a path leads to.
+fn cached_status(path: &std::ffi::CStr, what: u32) -> Result<libc::statx, Errno> {
     let mut answer = std::mem::MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: path is NUL-terminated and the kernel writes at most one struct statx to answer.
-    let result = unsafe {
-        libc::statx(libc::AT_FDCWD, path.as_ptr(), libc::AT_STATX_DONT_SYNC, libc::STATX_INO, answer.as_mut_ptr())
-    };
+    let result =
+        unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), libc::AT_STATX_DONT_SYNC, what, answer.as_mut_ptr()) };
     Errno::result(result)?;
     // SAFETY: zeroed bytes are a valid struct statx, and the call has succeeded.
-    let answer = unsafe { answer.assume_init() };
-    Ok((answer.stx_dev_major, answer.stx_dev_minor, answer.stx_ino))
+    Ok(unsafe { answer.assume_init() })
 }
 
 /// An ioctl as a client makes it.

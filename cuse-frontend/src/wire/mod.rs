@@ -58,6 +58,13 @@ bitflags::bitflags! {
     }
 }
 
+/// In [`CuseInitOut`]'s flags: the server says what of the caller's memory an ioctl reads and writes.
+pub(crate) const CUSE_UNRESTRICTED_IOCTL: u32 = 1 << 0;
+/// In [`IoctlIn`]'s flags: the caller is a program of 32 bits.
+pub(crate) const IOCTL_COMPAT: u32 = 1 << 0;
+/// In [`IoctlOut`]'s flags: [`IoctlRange`]s follow, first those to bring and then those to have room for; the ioctl is
+/// to come again.
+pub(crate) const IOCTL_RETRY: u32 = 1 << 2;
 /// In [`PollIn`]'s flags: the client waits, and wants to be told.
 pub(crate) const POLL_SCHEDULE_NOTIFY: u32 = 1;
 /// In [`OutHeader`]'s `error` of a message that answers nothing: [`NotifyPoll`] follows.
@@ -86,6 +93,7 @@ pub(crate) mod opcode {
     pub(crate) const IOCTL: u32 = 39;
     pub(crate) const POLL: u32 = 40;
     pub(crate) const BATCH_FORGET: u32 = 42;
+    pub(crate) const CUSE_INIT: u32 = 4096;
 }
 
 macro_rules! wire_structs {
@@ -166,6 +174,26 @@ wire_structs! {
         max_stack_depth: u32,
         request_timeout: u16,
         unused: [u16; 11],
+    }
+    /// CUSE_INIT.
+    CuseInitIn = 16 {
+        major: u32,
+        minor: u32,
+        unused: u32,
+        flags: u32,
+    }
+    /// The answer to CUSE_INIT; `KEY=value` strings follow, each with a NUL.
+    CuseInitOut = 72 {
+        major: u32,
+        minor: u32,
+        unused: u32,
+        flags: u32,
+        max_read: u32,
+        max_write: u32,
+        /// 0 and 0 for a number that the kernel chooses.
+        dev_major: u32,
+        dev_minor: u32,
+        spare: [u32; 10],
     }
     /// The answer to LOOKUP.
     EntryOut = 128 {
@@ -262,6 +290,7 @@ wire_structs! {
         padding: u32,
     }
     /// IOCTL. For the numbers of iommufd and VFIO, which carry no size, no bytes travel: `arg` is the caller's pointer.
+    /// Over CUSE the `in_size` bytes follow that the last answer asked for.
     IoctlIn = 32 {
         fh: u64,
         flags: u32,
@@ -276,6 +305,11 @@ wire_structs! {
         flags: u32,
         in_iovs: u32,
         out_iovs: u32,
+    }
+    /// A range of the caller's memory.
+    IoctlRange = 16 {
+        base: u64,
+        len: u64,
     }
     /// POLL.
     PollIn = 24 {

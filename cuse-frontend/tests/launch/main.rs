@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use cuse_frontend::files::IoctlReply;
 use cuse_frontend::iommufd::Object;
-use cuse_frontend::launch::{self, Exit, LaunchError};
+use cuse_frontend::launch::{self, Exit, LaunchError, LaunchOptions};
 use cuse_frontend::{DeviceSpec, OpError, OpRow, Server, ServerOptions};
 use device_shim::probe::Probe;
 use hwpt::{DeviceProperties, FaultRoute, Format, PageRequest, Permission, RequestFlags, Response};
@@ -73,7 +73,7 @@ fn server() -> Result<Arc<Server>, String> {
 /// What this process is, by its first word.
 fn role(word: &str, rest: &[OsString]) -> ExitCode {
     match word {
-        "run" => match launch::run(rest, server) {
+        "run" => match launch::run(rest, LaunchOptions::default(), server) {
             Ok(Exit::Status(status)) => ExitCode::from(u8::try_from(status).expect("a status")),
             Ok(Exit::Signal(signal)) => {
                 let mask: nix::sys::signal::SigSet = [signal].into_iter().collect();
@@ -83,12 +83,12 @@ fn role(word: &str, rest: &[OsString]) -> ExitCode {
             }
             Err(error) => panic!("{error}"),
         },
-        "refused" => match launch::run(rest, || Err::<Arc<Server>, _>("no such disk")) {
+        "refused" => match launch::run(rest, LaunchOptions::default(), || Err::<Arc<Server>, _>("no such disk")) {
             Err(LaunchError::Server(reason)) if reason == "no such disk" => ExitCode::SUCCESS,
             other => panic!("{other:?}"),
         },
         "serve" => {
-            launch::serve(Path::new(&rest[0]), server, || println!("ready")).expect("served");
+            launch::serve(Path::new(&rest[0]), LaunchOptions::default(), server, || println!("ready")).expect("served");
             ExitCode::SUCCESS
         }
         "client" => client::act(rest[0].to_str().expect("a word")),

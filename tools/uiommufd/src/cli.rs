@@ -78,6 +78,9 @@ pub(crate) struct ServerOptions {
     /// A device to offer; may be repeated (SPEC: see below).
     #[arg(long = "device", value_name = "SPEC")]
     pub(crate) devices: Vec<OsString>,
+    /// Makes the nodes character devices, where the kernel has CUSE; a device's regions stay with its FUSE node.
+    #[arg(long)]
+    pub(crate) cuse: bool,
     /// What a container answers as.
     #[arg(long, value_enum, default_value_t = Personality::Native)]
     pub(crate) container: Personality,

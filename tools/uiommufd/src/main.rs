@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use cuse_frontend::launch::{self, Exit, LaunchError};
+use cuse_frontend::launch::{self, Exit, LaunchError, LaunchOptions};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, raise};
 
@@ -42,7 +42,7 @@ fn run(options: &ServerOptions, command: &[OsString]) -> ExitCode {
         Ok(prepared) => prepared,
         Err(error) => return refuse(&error),
     };
-    match launch::run(command, || prepared.server().map_err(Line)) {
+    match launch::run(command, launch_options(options), || prepared.server().map_err(Line)) {
         Ok(exit) => end_as(exit),
         Err(error) => failed(error),
     }
@@ -53,10 +53,14 @@ fn serve(options: &ServerOptions, at: &Path) -> ExitCode {
         Ok(prepared) => prepared,
         Err(error) => return refuse(&error),
     };
-    match launch::serve(at, || prepared.server().map_err(Line), tell_ready) {
+    match launch::serve(at, launch_options(options), || prepared.server().map_err(Line), tell_ready) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failed(error),
     }
+}
+
+fn launch_options(options: &ServerOptions) -> LaunchOptions {
+    LaunchOptions { cuse: options.cuse }
 }
 
 /// Tells the service manager that started us, if one did.

@@ -1,0 +1,61 @@
+//! Character devices for a launch: decided before anything else happens, made once the server is there.
+//!
+//! The process that looks at clients' descriptors must be forked before the server has a second thread, so it is
+//! started with the decision. Where the machine has no CUSE, or this is not root, one sentence says so and the FUSE nodes
+//! alone are offered.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{LaunchError, LaunchOptions};
+use crate::cuse::{self, Asker, Channels, Naming, NodeError};
+use crate::server::Server;
+
+/// Where the FUSE mount is when the nodes of VFIO are character devices.
+pub(super) const MOUNT: &str = "uiommufd";
+
+/// That a server's nodes will be character devices.
+pub(super) struct Devices {
+    naming: Naming,
+    asker: Arc<Asker>,
+}
+
+impl Devices {
+    /// Decides. `None` is FUSE nodes alone. To be called while this process has one thread.
+    ///
+    /// # Errors
+    /// When the process that is to look at descriptors cannot be started.
+    pub(super) fn prepare(options: LaunchOptions, naming: Naming) -> Result<Option<Self>, LaunchError> {
+        if !options.cuse {
+            return Ok(None);
+        }
+        if let Err(error) = cuse::probe() {
+            tracing::warn!("{error}: the nodes are FUSE files instead of character devices");
+            return Ok(None);
+        }
+        let asker = Asker::start().map_err(|error| LaunchError::System("a process", error))?;
+        Ok(Some(Self { naming, asker }))
+    }
+
+    /// Makes the nodes of a server.
+    ///
+    /// # Errors
+    /// [`LaunchError::Taken`] for a name that is there, [`LaunchError::NoDevices`]; then there is no node.
+    pub(super) fn make(self, server: &Server) -> Result<Channels, LaunchError> {
+        Channels::make(server, self.naming, self.asker).map_err(|error| match error {
+            NodeError::Taken(path) => LaunchError::Taken(path),
+            other => LaunchError::NoDevices(other.to_string()),
+        })
+    }
+}
+
+/// Refuses a directory in which the kernel makes no device nodes.
+///
+/// # Errors
+/// [`LaunchError::NoDevices`].
+pub(super) fn check_directory(at: &Path) -> Result<(), LaunchError> {
+    if at == Path::new("/dev") {
+        return Ok(());
+    }
+    Err(LaunchError::NoDevices(format!("the kernel makes character devices in /dev alone, not in {}", at.display())))
+}
