@@ -66,25 +66,36 @@ guest_sources() {
   printf '%s\n' "$lines"
 }
 
-# fetch_guest: downloads and extracts the packages, once.
-fetch_guest() {
-  local packages kernel root=$guest_directory/root log=$guest_directory/apt.log
-  [[ ! -e $guest_directory/complete ]] || return 0
-  note "downloading Debian's kernel for $guest_arch${guest_release:+ of $guest_release} (70 to 110 MB, once)"
+# start_apt: empties $guest_directory and makes an apt there that knows the packages and has none installed.
+start_apt() {
   rm -rf "$guest_directory"
-  mkdir -p "$root" "$guest_directory"/{packages,apt/lists/partial,apt/archives/partial}
+  mkdir -p "$guest_directory"/{root,packages,apt/lists/partial,apt/archives/partial}
   : >"$guest_directory/apt/status"
   guest_sources >"$guest_directory/apt/sources.list" || exit
-  # Not every mirror has every architecture. Those that have it are enough, if they know the kernel.
-  guest_apt apt-get update >"$log" 2>&1 || true
+  # Not every mirror has every architecture. Those that have it are enough, if they know what is wanted.
+  guest_apt apt-get update >"$guest_directory/apt.log" 2>&1 || true
+}
+
+# extract_packages: unpacks what has been downloaded into $guest_directory/root, and ends that apt.
+extract_packages() {
+  local package
+  for package in "$guest_directory"/packages/*.deb; do dpkg-deb -x "$package" "$guest_directory/root"; done
+  rm -r "$guest_directory"/{packages,apt}
+  touch "$guest_directory/complete"
+}
+
+# fetch_guest: downloads and extracts the packages, once.
+fetch_guest() {
+  local packages kernel log=$guest_directory/apt.log
+  [[ ! -e $guest_directory/complete ]] || return 0
+  note "downloading Debian's kernel for $guest_arch${guest_release:+ of $guest_release} (70 to 110 MB, once)"
+  start_apt
   kernel=$(guest_apt apt-cache depends "$guest_kernel_package" | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -1)
   [[ -n $kernel ]] || die "apt knows no $guest_kernel_package of architecture $guest_debian; see $log"
   packages=("$kernel" busybox-static "${guest_extra_packages[@]}")
   (cd "$guest_directory/packages" && guest_apt apt-get download "${packages[@]}" >>"$log" 2>&1) ||
     die "apt-get could not download ${packages[*]}; see $log"
-  for package in "$guest_directory"/packages/*.deb; do dpkg-deb -x "$package" "$root"; done
-  rm -r "$guest_directory"/{packages,apt}
-  touch "$guest_directory/complete"
+  extract_packages
 }
 
 # module_closure DIRECTORY MODULE: the module's file and those of what it depends on, in the order to load them. A

@@ -93,8 +93,14 @@ pub struct Machine {
     pub traced: bool,
     /// PCI addresses of vfio-pci devices.
     pub devices: Vec<String>,
-    /// The guest has an IOMMU of its own (VT-d) in front of its devices, which QEMU shadows. See [`SHADOWED`].
-    pub shadowed: bool,
+    /// How QEMU comes to the devices.
+    pub backend: Backend,
+    /// PCI addresses of devices whose own nodes QEMU gets behind those of `devices`, for later.
+    pub spare_nodes: Vec<String>,
+    /// The guest has an IOMMU of its own (VT-d) in front of its devices.
+    pub viommu: Option<Viommu>,
+    /// The QEMU to start, if not the machine's own. See [`of_release`](crate::newer_qemu::of_release).
+    pub qemu: Option<PathBuf>,
     /// A program of this crate that the guest finds as `/bin/program`.
     pub program: Option<&'static str>,
     /// Further words for QEMU.
@@ -103,13 +109,94 @@ pub struct Machine {
     pub monitored: bool,
 }
 
-/// What makes QEMU follow the page tables of the guest's IOMMU: caching mode has the guest invalidate also what becomes
-/// present. The device has to come before those that are behind it.
-pub const SHADOWED: &str = "-device intel-iommu,caching-mode=on";
+/// How QEMU comes to its devices. By the last two it is 8.2 or newer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// By container and group.
+    Container,
+    /// By the device's own node, which QEMU gets as a descriptor, and `/dev/iommu`, which it opens.
+    Iommufd,
+    /// The same, but `/dev/iommu` is a descriptor as well.
+    IommufdPassed,
+    /// By the device's own node and `/dev/iommu`, which QEMU opens both.
+    IommufdOpened,
+}
 
-/// Words for a guest's kernel that uses its IOMMU, and invalidates what it unmaps at once. Its check of the timer panics
-/// where interrupts are remapped and the host is too busy for it.
-const SHADOWED_KERNEL: &str = " intel_iommu=on iommu.strict=1 no_timer_check";
+/// What QEMU does with the IOMMU that a guest has of its own, a VT-d unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Viommu {
+    /// It follows the guest's page tables and maps what it finds.
+    Shadowed,
+    /// It hands the guest's first-stage page tables to the host's IOMMU (QEMU 11).
+    Nested,
+}
+
+impl Viommu {
+    /// The device for QEMU. It has to come before those that are behind it. Caching mode has the guest invalidate also what
+    /// becomes present.
+    fn words(self) -> &'static str {
+        match self {
+            Self::Shadowed => "-device intel-iommu,caching-mode=on",
+            Self::Nested => "-device intel-iommu,caching-mode=on,scalable-mode=on,fsts=on",
+        }
+    }
+
+    /// Words for a guest's kernel that uses its IOMMU, and invalidates what it unmaps at once. Its check of the timer panics
+    /// where interrupts are remapped and the host is too busy for it.
+    fn kernel_words(self) -> &'static str {
+        match self {
+            Self::Shadowed => " intel_iommu=on iommu.strict=1 no_timer_check",
+            Self::Nested => " intel_iommu=on,sm_on iommu.strict=1 no_timer_check",
+        }
+    }
+}
+
+/// The descriptor that QEMU has for `/dev/iommu`; those of its devices follow. A shell redirects 9 at most.
+const IOMMUFD: usize = 3;
+
+impl Backend {
+    /// What comes before the devices.
+    fn words(self) -> String {
+        match self {
+            Self::Container => String::new(),
+            Self::Iommufd | Self::IommufdOpened => "-object iommufd,id=iommufd0".to_owned(),
+            Self::IommufdPassed => format!("-object iommufd,id=iommufd0,fd={IOMMUFD}"),
+        }
+    }
+
+    /// The device at `bdf`, the `index`-th.
+    fn device_words(self, index: usize, bdf: &str) -> String {
+        // QEMU 10.1 and newer crash at a device that has fd= and no id.
+        match self {
+            Self::Container => format!("-device vfio-pci,host={bdf},id=device{index}"),
+            Self::IommufdOpened => format!("-device vfio-pci,host={bdf},id=device{index},iommufd=iommufd0"),
+            Self::Iommufd | Self::IommufdPassed => {
+                let fd = Self::device_fd(index);
+                format!("-device vfio-pci,fd={fd},id=device{index},iommufd=iommufd0")
+            }
+        }
+    }
+
+    /// The descriptor that QEMU has for the `index`-th device's own node, if it gets one.
+    #[must_use]
+    pub fn device_fd(index: usize) -> usize {
+        IOMMUFD + 1 + index
+    }
+
+    /// What a shell redirects for QEMU.
+    fn redirections<'a>(self, devices: impl Iterator<Item = &'a String>) -> String {
+        let node = |(index, bdf): (usize, &String)| {
+            let name = format!("$(ls /sys/bus/pci/devices/{bdf}/vfio-dev)");
+            format!(" {}<>/dev/vfio/devices/{name}", Self::device_fd(index))
+        };
+        let nodes = || devices.enumerate().map(node).collect::<String>();
+        match self {
+            Self::Container | Self::IommufdOpened => String::new(),
+            Self::Iommufd => nodes(),
+            Self::IommufdPassed => format!(" {IOMMUFD}<>/dev/iommu{}", nodes()),
+        }
+    }
+}
 
 /// The guest's RAM, in MiB.
 pub const RAM_MEGABYTES: u32 = 256;
@@ -119,7 +206,20 @@ impl Machine {
     #[must_use]
     pub fn new(kind: &'static str, ram: Ram, jobs: &'static str) -> Self {
         let devices = vec![BDF.to_owned()];
-        Self { kind, ram, jobs, traced: false, devices, shadowed: false, program: None, words: "", monitored: false }
+        Self {
+            kind,
+            ram,
+            jobs,
+            traced: false,
+            devices,
+            backend: Backend::Container,
+            spare_nodes: Vec::new(),
+            viommu: None,
+            qemu: None,
+            program: None,
+            words: "",
+            monitored: false,
+        }
     }
 
     /// Its architecture.
@@ -141,19 +241,20 @@ impl Machine {
         if let Some(program) = self.program {
             initramfs = with_program(&initramfs, &client(program), image)?;
         }
-        let mut words: Vec<String> = vec![arch.qemu().to_owned()];
+        let qemu = self.qemu.as_ref().map_or(arch.qemu().to_owned(), |path| path.display().to_string());
+        let mut words: Vec<String> = vec![qemu];
         let mut add = |text: &str| words.extend(text.split_whitespace().map(str::to_owned));
         add(&format!("-machine {} -accel tcg -smp 1 -nodefaults -display none -serial stdio", self.kind));
         add(arch.words());
         add(&self.ram.words());
-        if self.shadowed {
-            add(SHADOWED);
-        }
+        add(self.viommu.map_or("", Viommu::words));
+        add(&self.backend.words());
         for (index, bdf) in self.devices.iter().enumerate() {
-            add(&format!("-device vfio-pci,host={bdf},id=device{index}"));
+            add(&self.backend.device_words(index, bdf));
         }
         if self.traced {
-            add(&format!("-trace vfio_* -trace vtd_page_walk_one* -D {}", Self::trace_log(image).display()));
+            let events = "-trace vfio_* -trace vtd_page_walk_one* -trace iommufd_*";
+            add(&format!("{events} -D {}", Self::trace_log(image).display()));
         }
         match self.monitored {
             true => add(&format!("-qmp unix:{},server=on,wait=off", Self::monitor(image).display())),
@@ -161,9 +262,10 @@ impl Machine {
         }
         add(self.words);
         add(&format!("-kernel {} -initrd {} -append", kernel.display(), initramfs.display()));
-        let iommu = if self.shadowed { SHADOWED_KERNEL } else { "" };
+        let iommu = self.viommu.map_or("", Viommu::kernel_words);
         words.push(format!("console={} quiet panic=-1{iommu} uiommufd.jobs={}", arch.console(), self.jobs));
-        Ok(redirect_stderr(&Self::qemu_log(image), words))
+        let nodes = self.backend.redirections(self.devices.iter().chain(&self.spare_nodes));
+        Ok(redirected(&Self::qemu_log(image), &nodes, words))
     }
 
     /// Where QEMU's standard error goes.
@@ -197,9 +299,9 @@ impl Ram {
     }
 }
 
-/// The same command with its standard error in a file.
-fn redirect_stderr(file: &Path, words: Vec<String>) -> Vec<String> {
-    let shell = ["sh", "-c", "exec \"$@\" 2>\"$0\""].map(str::to_owned);
+/// The same command with its standard error in a file, and with these other redirections of a shell.
+fn redirected(file: &Path, others: &str, words: Vec<String>) -> Vec<String> {
+    let shell = ["sh".to_owned(), "-c".to_owned(), format!("exec \"$@\" 2>\"$0\"{others}")];
     shell.into_iter().chain([file.display().to_string()]).chain(words).collect()
 }
 

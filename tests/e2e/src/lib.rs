@@ -16,6 +16,7 @@ pub mod image;
 pub mod ioat;
 pub mod iommufd;
 pub mod monitor;
+pub mod newer_qemu;
 pub mod nvme;
 pub mod pagemap;
 pub mod server;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use e2e::boot::{DISK_MEGABYTES, ended_well, no_warnings, nvme, same_from_both_sides};
-use e2e::guest::{Arch, BDF, Machine, RAM_MEGABYTES, Ram, missing};
+use e2e::guest::{Arch, BDF, Machine, RAM_MEGABYTES, Ram, Viommu, missing};
 use e2e::image::Image;
 use e2e::server::Run;
 use e2e::skipped;
@@ -400,8 +400,8 @@ fn shadowed_guest(ram: Ram, flavour: Flavour) -> Result<()> {
     let image = Image::random(DISK_MEGABYTES)?;
     let before = image.sha256()?;
     let jobs = "read,write,read,ioat,pause,engines,domains,errors";
-    let (traced, shadowed, program) = (true, true, Some("guest-shadowed"));
-    let mut machine = Machine { traced, shadowed, program, ..Machine::new("q35", ram, jobs) };
+    let (viommu, program) = (Some(Viommu::Shadowed), Some("guest-shadowed"));
+    let mut machine = Machine { traced: true, viommu, program, ..Machine::new("q35", ram, jobs) };
     machine.devices.extend(ENGINES.map(str::to_owned));
     let engines = ENGINES.map(|engine| ["--device".to_owned(), format!("ioat@{engine}")]).concat();
     let container = ["--container", flavour.name()].map(str::to_owned);
