@@ -20,7 +20,7 @@ use std::sync::Arc;
 use ioas::caller::{Caller, MemoryError};
 use ioas::{Frame, Interrupt, Interrupted, Iova, Uninterruptible, UserAddr, errno};
 
-use crate::device::Device;
+use crate::device::{Device, DeviceProperties};
 use crate::error::AttachError;
 use crate::events::EventSink;
 use crate::format::Format;
@@ -275,12 +275,33 @@ pub struct Capabilities {
     pub pasid_privileged: bool,
 }
 
+impl Capabilities {
+    /// Those of a device of these properties: neither ATS nor PASIDs.
+    #[must_use]
+    pub fn of(properties: &DeviceProperties) -> Self {
+        Self { dirty_tracking: properties.dirty_tracking, enforces_coherency: properties.coherent, ..Self::default() }
+    }
+}
+
 /// What a new page table is to be.
 pub struct Paging {
     /// What its tables look like.
     pub format: Format,
     /// Something of the driver's own, to be found again by [`Hwpt::tag`].
     pub tag: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+impl Paging {
+    /// One of the device's own format, by a unit that knows no data.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP for any data.
+    pub fn of(device: &Device, data: Option<&UserData<'_>>) -> Result<Self, DriverError> {
+        match data {
+            None => Ok(Self { format: device.properties().format, tag: None }),
+            Some(_) => Err(DriverError::Unsupported("page tables described by data")),
+        }
+    }
 }
 
 /// A page table that a guest owns.
@@ -472,7 +493,19 @@ pub enum Target<'a> {
     },
 }
 
-impl Target<'_> {
+impl<'a> Target<'a> {
+    /// The page table, if not blocked, for a unit that has no nested ones.
+    ///
+    /// # Errors
+    /// EINVAL for a nested one.
+    pub const fn unnested(self) -> Result<Option<&'a Arc<Hwpt>>, DriverError> {
+        match self {
+            Self::Blocked => Ok(None),
+            Self::Paging { hwpt, .. } => Ok(Some(hwpt)),
+            Self::Nested { .. } => Err(DriverError::Invalid("a nested page table of another unit")),
+        }
+    }
+
     /// Misses are reported to a fault queue, and wait.
     #[must_use]
     pub const fn faults(&self) -> bool {
@@ -553,6 +586,35 @@ pub trait IommuDriver: Any + Send + Sync {
     fn attach(&self, device: &Arc<Device>, pasid: u32, new: Target<'_>, old: Target<'_>) -> Result<(), DriverError>;
 }
 
+/// Whether the tables of `hwpt` are those that the device's IOMMU walks.
+///
+/// # Errors
+/// EINVAL for others, and for those that no IOMMU walks.
+pub fn same_format(hwpt: &Hwpt, device: &Device) -> Result<(), DriverError> {
+    if hwpt.driver().is_some_and(|owner| owner.is_noiommu()) {
+        return Err(DriverError::Invalid("a page table that no IOMMU walks"));
+    }
+    if *hwpt.format() != device.properties().format {
+        return Err(DriverError::Invalid("a page table of another format"));
+    }
+    Ok(())
+}
+
+/// Whether the device's IOMMU can do what `hwpt` promises: coherency, and the tracking of dirty pages.
+///
+/// # Errors
+/// EINVAL where it cannot.
+pub fn can_enforce(hwpt: &Hwpt, device: &Device) -> Result<(), DriverError> {
+    let properties = device.properties();
+    if hwpt.coherent() && !properties.coherent {
+        return Err(DriverError::Invalid("a page table of another coherency"));
+    }
+    if hwpt.flags().contains(HwptFlags::DIRTY_TRACKING) && !properties.dirty_tracking {
+        return Err(DriverError::Invalid("a page table that tracks dirty pages"));
+    }
+    Ok(())
+}
+
 /// The unit of an ordinary device: page tables of the device's own format, nothing nested.
 #[derive(Debug, Default)]
 pub struct Unit {
@@ -562,48 +624,23 @@ pub struct Unit {
 
 impl IommuDriver for Unit {
     fn capabilities(&self, device: &Device) -> Capabilities {
-        let properties = device.properties();
-        Capabilities {
-            dirty_tracking: properties.dirty_tracking,
-            enforces_coherency: properties.coherent,
-            max_pasid_log2: self.max_pasid_log2,
-            ..Capabilities::default()
-        }
+        Capabilities { max_pasid_log2: self.max_pasid_log2, ..Capabilities::of(&device.properties()) }
     }
 
     fn paging(&self, device: &Device, flags: HwptFlags, data: Option<&UserData<'_>>) -> Result<Paging, DriverError> {
-        if data.is_some() {
-            return Err(DriverError::Unsupported("page tables described by data"));
-        }
         if flags.contains(HwptFlags::PASID) && self.max_pasid_log2 == 0 {
             return Err(DriverError::Unsupported("PASIDs"));
         }
-        Ok(Paging { format: device.properties().format, tag: None })
+        Paging::of(device, data)
     }
 
     fn attach(&self, device: &Arc<Device>, pasid: u32, new: Target<'_>, _old: Target<'_>) -> Result<(), DriverError> {
-        let hwpt = match new {
-            Target::Blocked => return Ok(()),
-            Target::Paging { hwpt, .. } => hwpt,
-            Target::Nested { .. } => return Err(DriverError::Invalid("a nested page table of another unit")),
-        };
+        let Some(hwpt) = new.unnested()? else { return Ok(()) };
         if pasid != 0 && self.max_pasid_log2 == 0 {
             return Err(DriverError::Unsupported("PASIDs"));
         }
-        if hwpt.driver().is_some_and(|owner| owner.is_noiommu()) {
-            return Err(DriverError::Invalid("a page table that no IOMMU walks"));
-        }
-        let properties = device.properties();
-        if *hwpt.format() != properties.format {
-            return Err(DriverError::Invalid("a page table of another format"));
-        }
-        if hwpt.coherent() && !properties.coherent {
-            return Err(DriverError::Invalid("a page table of another coherency"));
-        }
-        if hwpt.flags().contains(HwptFlags::DIRTY_TRACKING) && !properties.dirty_tracking {
-            return Err(DriverError::Invalid("a page table that tracks dirty pages"));
-        }
-        Ok(())
+        same_format(hwpt, device)?;
+        can_enforce(hwpt, device)
     }
 }
 

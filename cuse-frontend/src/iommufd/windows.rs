@@ -11,7 +11,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use hwpt::driver::{Capabilities, HwInfo, Paging, Target, UserData};
+use hwpt::driver::{Capabilities, HwInfo, Paging, Target, UserData, can_enforce};
 use hwpt::spapr::{WindowRules, WindowShape};
 use hwpt::{Device, DriverError, HwptFlags, IommuDriver};
 use ioas::Iova;
@@ -97,12 +97,7 @@ impl IommuDriver for WindowUnit {
     }
 
     fn capabilities(&self, device: &Device) -> Capabilities {
-        let properties = device.properties();
-        Capabilities {
-            dirty_tracking: properties.dirty_tracking,
-            enforces_coherency: properties.coherent,
-            ..Capabilities::default()
-        }
+        Capabilities::of(&device.properties())
     }
 
     fn paging(&self, _device: &Device, flags: HwptFlags, data: Option<&UserData<'_>>) -> Result<Paging, DriverError> {
@@ -117,11 +112,7 @@ impl IommuDriver for WindowUnit {
     }
 
     fn attach(&self, device: &Arc<Device>, pasid: u32, new: Target<'_>, _old: Target<'_>) -> Result<(), DriverError> {
-        let hwpt = match new {
-            Target::Blocked => return Ok(()),
-            Target::Paging { hwpt, .. } => hwpt,
-            Target::Nested { .. } => return Err(DriverError::Invalid("a nested page table of another unit")),
-        };
+        let Some(hwpt) = new.unnested()? else { return Ok(()) };
         if pasid != 0 {
             return Err(DriverError::Unsupported("PASIDs"));
         }
@@ -129,13 +120,6 @@ impl IommuDriver for WindowUnit {
         if unit.is_none_or(|unit| unit.rules != self.rules) {
             return Err(DriverError::Invalid("a page table of an IOMMU with other windows"));
         }
-        let properties = device.properties();
-        if hwpt.coherent() && !properties.coherent {
-            return Err(DriverError::Invalid("a page table of another coherency"));
-        }
-        if hwpt.flags().contains(HwptFlags::DIRTY_TRACKING) && !properties.dirty_tracking {
-            return Err(DriverError::Invalid("a page table that tracks dirty pages"));
-        }
-        Ok(())
+        can_enforce(hwpt, device)
     }
 }

@@ -24,6 +24,7 @@ use super::walk::{Request, walk};
 use crate::device::Device;
 use crate::driver::{
     Capabilities, DriverError, HwInfo, IommuDriver, Nested, Paging, Target, UserArray, UserData, Viommu, ViommuHost,
+    can_enforce, same_format,
 };
 use crate::guest_memory::{GuestMemory, TableAccess};
 use crate::hwpt::{Hwpt, HwptFlags};
@@ -98,27 +99,18 @@ impl IommuDriver for VtdUnit {
     }
 
     fn capabilities(&self, device: &Device) -> Capabilities {
-        let properties = device.properties();
-        Capabilities {
-            dirty_tracking: properties.dirty_tracking,
-            enforces_coherency: properties.coherent,
-            max_pasid_log2: if self.capability.scalable {
-                device.pasid_bits().min(self.capability.pasid_bits)
-            } else {
-                0
-            },
-            ..Capabilities::default()
-        }
+        let max_pasid_log2 = match self.capability.scalable {
+            true => device.pasid_bits().min(self.capability.pasid_bits),
+            false => 0,
+        };
+        Capabilities { max_pasid_log2, ..Capabilities::of(&device.properties()) }
     }
 
     fn paging(&self, device: &Device, flags: HwptFlags, data: Option<&UserData<'_>>) -> Result<Paging, DriverError> {
-        if data.is_some() {
-            return Err(DriverError::Unsupported("page tables described by data"));
-        }
         if flags.intersects(HwptFlags::NEST_PARENT | HwptFlags::PASID) && !self.capability.scalable {
             return Err(DriverError::Unsupported("nesting and PASIDs without scalable mode"));
         }
-        Ok(Paging { format: device.properties().format, tag: None })
+        Paging::of(device, data)
     }
 
     fn has_nesting(&self) -> bool {
@@ -165,17 +157,8 @@ impl IommuDriver for VtdUnit {
         if pasid != 0 && !self.capability.scalable {
             return Err(DriverError::Unsupported("PASIDs"));
         }
-        let properties = device.properties();
-        if *hwpt.format() != properties.format {
-            return Err(DriverError::Invalid("a page table of another format"));
-        }
-        if hwpt.coherent() && !properties.coherent {
-            return Err(DriverError::Invalid("a page table of another coherency"));
-        }
-        if hwpt.flags().contains(HwptFlags::DIRTY_TRACKING) && !properties.dirty_tracking {
-            return Err(DriverError::Invalid("a page table that tracks dirty pages"));
-        }
-        Ok(())
+        same_format(hwpt, device)?;
+        can_enforce(hwpt, device)
     }
 }
 
