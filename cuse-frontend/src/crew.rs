@@ -86,12 +86,6 @@ impl<S: Source> Crew<S> {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// How many threads have a job or are about to take one.
-    pub(crate) fn working(&self) -> usize {
-        let threads = self.threads.lock();
-        threads.alive - threads.standing_by
-    }
-
     /// Waits until every thread has ended, at most `limit`. True when they have.
     pub(crate) fn wait(&self, limit: Option<Duration>) -> bool {
         let deadline = limit.map(|limit| std::time::Instant::now() + limit);
@@ -257,7 +251,10 @@ mod tests {
             tasks.send(Task::Tell(tell.clone(), number)).expect("the crew lives");
             assert_eq!(told.recv_timeout(Duration::from_secs(10)), Ok(number));
         }
-        assert!(crew.working() >= 20);
+        {
+            let threads = crew.threads.lock();
+            assert!(threads.alive - threads.standing_by >= 20, "each blocked job has a thread");
+        }
         drop(releases);
         drop(tasks);
         assert!(crew.wait(Some(Duration::from_secs(10))), "all threads end with the source");

@@ -62,8 +62,9 @@ impl Fuse {
         let facade = Facade::new(&server, view, numbers);
         let tree = Arc::new(Tree::new(move || facade.layout()));
         let offers = Offers::new(Arc::clone(&server), Arc::clone(&tree), Arc::clone(&files));
+        let rings = server.may_use_io_uring();
         let nodes = Arc::new(Nodes { server, clients, files: Arc::clone(&files), offers });
-        let session = Session::start(device, Arc::clone(&nodes), Place::Tree(Arc::clone(&tree)), files)?;
+        let session = Session::start(device, Arc::clone(&nodes), Place::Tree(Arc::clone(&tree)), files, rings)?;
         let cuse = channels.map(|channels| Cuse::start(channels, &nodes, at)).transpose()?;
         Ok(Arc::new(Self { nodes, tree, session, root: OnceLock::new(), cuse }))
     }
@@ -85,10 +86,13 @@ impl Fuse {
     pub(crate) fn show_status(&self) -> std::io::Result<()> {
         let nodes = Arc::clone(&self.nodes);
         let devices = self.cuse.as_ref().map(Cuse::status);
+        let uses_rings = self.session.uses_rings();
         crate::socket::serve(move || {
             nodes.files.settle();
             let mut status = nodes.server.status();
-            status["transport"] = if devices.is_some() { "cuse and fuse" } else { "fuse" }.into();
+            let mount = if uses_rings() { "fuse-uring" } else { "fuse" };
+            status["transport"] =
+                devices.as_ref().map_or_else(|| mount.to_owned(), |_| format!("cuse and {mount}")).into();
             status["nodes"] = devices.clone().unwrap_or_else(|| serde_json::json!([]));
             status
         })

@@ -49,6 +49,8 @@ pub struct ServerOptions {
     pub root_sets_payer: bool,
     /// What counts as every client's RLIMIT_MEMLOCK, in bytes, in place of its own; `u64::MAX` is no limit.
     pub memlock_limit: Option<u64>,
+    /// Requests travel over io_uring where the kernel offers that.
+    pub io_uring: bool,
     /// Rows added to the op table of `/dev/iommu`, for ioctls that it does not have.
     pub added_rows: Vec<OpRow>,
 }
@@ -66,6 +68,7 @@ impl Default for ServerOptions {
             strict: false,
             root_sets_payer: false,
             memlock_limit: None,
+            io_uring: true,
             added_rows: Vec::new(),
         }
     }
@@ -112,10 +115,11 @@ pub struct Server {
     failures: Arc<FailureLog>,
     /// Immutable.
     container: Flavour,
-    /// Immutable, as the next three.
+    /// Immutable, as the next four.
     strict: bool,
     root_sets_payer: bool,
     memlock_limit: Option<u64>,
+    io_uring: bool,
     added_rows: Vec<OpRow>,
     devices: RwLock<Vec<DeviceEntry>>,
     opens: Mutex<Vec<Weak<OpenFile>>>,
@@ -139,7 +143,7 @@ impl Server {
     #[must_use]
     pub fn new(options: ServerOptions) -> Arc<Self> {
         let ServerOptions { accounting, dirty, dma_entry_limit, container, personality, charges_tables, .. } = options;
-        let ServerOptions { strict, root_sets_payer, memlock_limit, added_rows, .. } = options;
+        let ServerOptions { strict, root_sets_payer, memlock_limit, io_uring, added_rows, .. } = options;
         let store = PageStore::new(accounting);
         let failures = Arc::new(FailureLog::default());
         let faults = Arc::clone(&failures) as Arc<dyn FaultSink>;
@@ -160,6 +164,7 @@ impl Server {
             strict,
             root_sets_payer,
             memlock_limit,
+            io_uring,
             added_rows,
             devices,
             opens,
@@ -175,6 +180,11 @@ impl Server {
     /// What counts as every client's RLIMIT_MEMLOCK, in place of its own.
     pub(crate) fn memlock_limit(&self) -> Option<u64> {
         self.memlock_limit
+    }
+
+    /// Whether requests may travel over io_uring.
+    pub(crate) fn may_use_io_uring(&self) -> bool {
+        self.io_uring
     }
 
     /// The added row of an ioctl of `/dev/iommu`.

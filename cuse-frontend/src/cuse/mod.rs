@@ -133,7 +133,7 @@ impl Cuse {
             let files = Arc::clone(nodes.files());
             let control = Arc::new(Control { nodes, asker, rounds: Rounds::default(), regions });
             let (channel, abort) = node.into_channel();
-            sessions.push((Session::start(channel, control, place, files)?, abort));
+            sessions.push((Session::start(channel, control, place, files, false)?, abort));
         }
         Ok(Self { sessions, entries })
     }

@@ -1,15 +1,16 @@
 //! Calls: the requests that have been read and not answered, and when a killed caller lets go of one.
 //!
-//! A request is answered exactly once, by the way it came ([`WayBack`]). Who answers first wins: the worker that does it, through a [`Reply`] that
-//! answers EIO if it is dropped without a word, or the watcher below, which answers EINTR.
+//! A request is answered exactly once, by the way it came ([`WayBack`]). Who answers first wins: the worker that does
+//! it, through a [`Reply`] that answers EIO if it is dropped without a word, or the watcher below, which answers EINTR.
 //!
 //! A caller waits in the kernel and, once we have read its request, cannot even be killed. FUSE tells us of a signal
 //! by INTERRUPT: once, and for any signal. Linux's iommufd and VFIO do not give up for a harmless signal, so neither
 //! do we: only when SIGKILL is pending on the caller is it let go. That is looked at when INTERRUPT comes and every
-//! [`LOOK_AGAIN`] after, since the kill may come later and without a word. Then the watcher answers EINTR in the
-//! worker's place and marks the call, which [`Call::killed`] shows to whoever waits on its behalf; the work is
-//! finished (or given up) behind it. So a caller whose memory blocks for ever, and whose memory is only let go when
-//! the caller ends, ends.
+//! [`LOOK_AGAIN`] after, since the kill may come later and without a word. Of a *silent* call, one that came over a
+//! ring, INTERRUPT may not come at all: it is looked after once it has taken that long, and while there is none the
+//! watcher sleeps. Then the watcher answers EINTR in the worker's place and marks the call, which [`Call::killed`]
+//! shows to whoever waits on its behalf; the work is finished (or given up) behind it. So a caller whose memory blocks
+//! for ever, and whose memory is only let go when the caller ends, ends.
 //!
 //! Requests of one client that are being worked on at the same time are bounded ([`PER_CLIENT`]), so that a client
 //! with thousands of blocked threads does not make thousands of ours. Those over the bound wait in a queue and are
@@ -22,7 +23,7 @@ use std::collections::HashMap;
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -55,12 +56,17 @@ pub(crate) struct Call {
     killed: AtomicBool,
     /// A worker has it, as against the queue of those over the bound.
     worked_on: AtomicBool,
+    /// INTERRUPT may fail to come for it.
+    silent: bool,
+    /// It has been live when the watcher looked, and is watched since.
+    seen: AtomicBool,
+    watched: AtomicBool,
     /// The caller's process; looked up when needed.
     tgid: OnceLock<u32>,
 }
 
 impl Call {
-    pub(crate) fn new(header: &InHeader, back: Arc<dyn WayBack>) -> Arc<Self> {
+    pub(crate) fn new(header: &InHeader, back: Arc<dyn WayBack>, silent: bool) -> Arc<Self> {
         Arc::new(Self {
             unique: header.unique,
             tid: header.pid,
@@ -69,6 +75,9 @@ impl Call {
             answered: AtomicBool::new(false),
             killed: AtomicBool::new(false),
             worked_on: AtomicBool::new(false),
+            silent,
+            seen: AtomicBool::new(false),
+            watched: AtomicBool::new(false),
             tgid: OnceLock::new(),
         })
     }
@@ -138,6 +147,8 @@ impl Drop for Reply<'_> {
 pub(crate) struct Calls {
     live: Mutex<HashMap<u64, Arc<Call>>>,
     watched: Mutex<Watched>,
+    /// Silent calls have begun that the watcher has not looked at.
+    silent: AtomicBool,
     wake: Condvar,
 }
 
@@ -149,12 +160,22 @@ struct Watched {
 
 impl Calls {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { live: Mutex::default(), watched: Mutex::default(), wake: Condvar::new() })
+        let (live, watched) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { live, watched, silent: AtomicBool::new(false), wake: Condvar::new() })
     }
 
-    /// Notes a request that has just been read.
-    pub(crate) fn begin(&self, call: &Arc<Call>) {
-        self.live.lock().insert(call.unique, Arc::clone(call));
+    /// Notes a request that has just come. Answers how many are live.
+    pub(crate) fn begin(&self, call: &Arc<Call>) -> usize {
+        let live = {
+            let mut live = self.live.lock();
+            live.insert(call.unique, Arc::clone(call));
+            live.len()
+        };
+        if call.silent && !self.silent.load(Ordering::SeqCst) && !self.silent.swap(true, Ordering::SeqCst) {
+            drop(self.watched.lock());
+            self.wake.notify_one();
+        }
+        live
     }
 
     /// The obligation to answer a request that was noted.
@@ -170,8 +191,10 @@ impl Calls {
     /// INTERRUPT has come for a request. One that is not live any more has been answered.
     pub(crate) fn interrupt(&self, unique: u64) {
         let Some(call) = self.live.lock().get(&unique).cloned() else { return };
-        self.watched.lock().calls.push(call);
-        self.wake.notify_one();
+        if !call.watched.swap(true, Ordering::AcqRel) {
+            self.watched.lock().calls.push(call);
+            self.wake.notify_one();
+        }
     }
 
     /// Lets a worker have the call, unless the client has as many under way as it may have: false.
@@ -190,23 +213,41 @@ impl Calls {
 
     /// The watcher's thread: answers EINTR for callers that have been killed.
     pub(crate) fn watch(&self) {
+        let mut due = None;
         loop {
             let mut watched = self.watched.lock();
-            while watched.calls.is_empty() && !watched.ended {
+            while watched.calls.is_empty() && !watched.ended && !self.silent.load(Ordering::SeqCst) {
                 self.wake.wait(&mut watched);
             }
             if watched.ended {
                 return;
             }
-            let calls = std::mem::take(&mut watched.calls);
+            let mut calls = std::mem::take(&mut watched.calls);
             drop(watched);
+            if *due.get_or_insert_with(|| Instant::now() + LOOK_AGAIN) <= Instant::now() {
+                due = None;
+                calls.append(&mut self.long_silent());
+            }
             let waiting: Vec<_> = calls.into_iter().filter(|call| !self.look_after(call)).collect();
             let mut watched = self.watched.lock();
             watched.calls.extend(waiting);
-            if !watched.calls.is_empty() && !watched.ended {
+            if (!watched.calls.is_empty() || self.silent.load(Ordering::SeqCst)) && !watched.ended {
                 self.wake.wait_for(&mut watched, LOOK_AGAIN);
             }
         }
+    }
+
+    /// The silent calls that were live at the last look and still are. While any is younger, there is another look.
+    fn long_silent(&self) -> Vec<Arc<Call>> {
+        if !self.silent.swap(false, Ordering::SeqCst) {
+            return Vec::new();
+        }
+        let live: Vec<_> = self.live.lock().values().filter(|call| call.silent).cloned().collect();
+        let (long, young): (Vec<_>, Vec<_>) = live.into_iter().partition(|call| call.seen.swap(true, Ordering::AcqRel));
+        if !young.is_empty() {
+            self.silent.store(true, Ordering::SeqCst);
+        }
+        long.into_iter().filter(|call| !call.watched.swap(true, Ordering::AcqRel)).collect()
     }
 
     /// Ends the watcher.

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
 use super::calls::{WayBack, slices};
-use crate::wire::{NOTIFY_POLL, NotifyPoll, OutHeader};
+use crate::wire::{NOTIFY_POLL, NOTIFY_RETRIEVE, NotifyPoll, NotifyRetrieve, OutHeader};
 
 /// A connection to the kernel.
 pub(crate) struct Channel {
@@ -52,6 +52,15 @@ impl Channel {
             Ok(_) | Err(Errno::ENOENT | Errno::ENODEV | Errno::ECONNABORTED) => {}
             Err(error) => tracing::warn!(%error, "the kernel does not take a notification of poll"),
         }
+    }
+
+    /// Has the kernel send a NOTIFY_REPLY with this name from the CPU that this thread runs on, about the file of a
+    /// node. False when no file of that node is in use.
+    pub(crate) fn retrieve(&self, unique: u64, node: u64) -> bool {
+        let length = size_of::<OutHeader>() + size_of::<NotifyRetrieve>();
+        let header = OutHeader { len: length as u32, error: NOTIFY_RETRIEVE, unique: 0 };
+        let what = NotifyRetrieve { notify_unique: unique, nodeid: node, ..NotifyRetrieve::default() };
+        nix::sys::uio::writev(&self.device, &slices(header.as_bytes(), &[what.as_bytes()])).is_ok()
     }
 }
 

@@ -20,11 +20,11 @@ mod follow;
 mod opens;
 mod operations;
 mod place;
+mod ring;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,7 @@ use self::calls::{Call, Calls, WayBack};
 use self::channel::Channel;
 use self::opens::{Opened, Opens, Releasing};
 pub(crate) use self::place::Place;
+use self::ring::{Desk, Rings, Turn};
 use crate::crew::{Crew, Source};
 use crate::files::{Errno, NodeKind};
 use crate::sys;
@@ -272,6 +273,12 @@ struct Request<F> {
     releasing: Option<Releasing<F>>,
     /// When it was taken.
     taken: Instant,
+    /// Enough others were under way then for a client to have too many.
+    crowded: bool,
+    /// The ring entry in which it came, if it came over a ring.
+    turn: Option<Arc<Turn>>,
+    /// Its client has room for it.
+    admitted: bool,
 }
 
 /// What the threads of a session share.
@@ -281,7 +288,12 @@ struct Engine<E: Exports> {
     channel: Arc<Channel>,
     calls: Arc<Calls>,
     files: Arc<Files<E::File>>,
-    crew: OnceLock<std::sync::Weak<Crew<Self>>>,
+    /// Ourselves.
+    me: Weak<Self>,
+    /// Set by INIT, where requests can travel over io_uring.
+    rings: OnceLock<Arc<Rings<Self>>>,
+    /// The operator does not object to rings.
+    may_use_rings: bool,
     /// Requests of clients that have too many under way, in the order in which they came.
     queue: Mutex<VecDeque<Request<E::File>>>,
     /// Used by the leader of the crew alone.
@@ -298,6 +310,9 @@ impl<E: Exports> Source for Engine<E> {
         loop {
             let Some(length) = self.channel.receive(&mut buffer) else {
                 self.calls.end();
+                if let Some(rings) = self.rings.get() {
+                    rings.end();
+                }
                 return None;
             };
             let Some((header, body)) = wire::decode::<InHeader>(&buffer[..length]) else { continue };
@@ -306,36 +321,49 @@ impl<E: Exports> Source for Engine<E> {
                 opcode::INTERRUPT => self.interrupt(body),
                 _ => {
                     let back = Arc::clone(&self.channel) as Arc<dyn WayBack>;
-                    return Some(self.note(header, body.to_vec(), back));
+                    return Some(self.note(header, body.to_vec(), back, None));
                 }
             }
         }
     }
 
     fn work(&self, job: Self::Job) {
-        let crowded = self.crew.get().and_then(std::sync::Weak::upgrade).is_some_and(|crew| crew.working() > CROWDED);
-        if !self.calls.admit(&job.call, crowded) {
-            self.queue.lock().push_back(job);
-            return;
-        }
         let (caller, taken) = (job.call.tid, job.taken);
-        self.answer(job);
-        follow::after(caller, taken);
+        if self.serve(job) {
+            follow::after(caller, taken);
+        }
         while let Some(job) = self.next_admitted() {
-            if job.call.killed() {
-                self.calls.forget(&job.call);
-            } else {
-                self.answer(job);
-            }
+            self.resume(job);
+        }
+    }
+}
+
+impl<E: Exports> Desk for Engine<E> {
+    type Job = Request<E::File>;
+
+    fn note(&self, header: InHeader, body: Vec<u8>, turn: Arc<Turn>) -> Self::Job {
+        Self::note(self, header, body, Arc::clone(&turn) as Arc<dyn WayBack>, Some(turn))
+    }
+
+    fn work(&self, job: Self::Job) {
+        self.serve(job);
+        while let Some(job) = self.next_admitted() {
+            self.resume(job);
         }
     }
 }
 
 impl<E: Exports> Engine<E> {
     /// Notes a request in the order in which it came.
-    fn note(&self, header: InHeader, body: Vec<u8>, back: Arc<dyn WayBack>) -> Request<E::File> {
-        let call = Call::new(&header, back);
-        self.calls.begin(&call);
+    fn note(
+        &self,
+        header: InHeader,
+        body: Vec<u8>,
+        back: Arc<dyn WayBack>,
+        turn: Option<Arc<Turn>>,
+    ) -> Request<E::File> {
+        let call = Call::new(&header, back, turn.is_some());
+        let crowded = self.calls.begin(&call) > CROWDED;
         let handle = match header.opcode {
             opcode::RELEASE => wire::decode::<wire::ReleaseIn>(&body).map(|(release, _)| release.fh),
             _ => None,
@@ -345,7 +373,29 @@ impl<E: Exports> Engine<E> {
             // The kernel makes this request, for the client that had the file opened.
             call.on_behalf_of(releasing.open.origin.client);
         }
-        Request { header, call, body, releasing, taken: Instant::now() }
+        Request { header, call, body, releasing, taken: Instant::now(), crowded, turn, admitted: false }
+    }
+
+    /// Does a request, or lets it wait while its client has too many under way: false.
+    fn serve(&self, job: Request<E::File>) -> bool {
+        if !job.admitted && !self.calls.admit(&job.call, job.crowded) {
+            self.queue.lock().push_back(job);
+            return false;
+        }
+        self.answer(job);
+        true
+    }
+
+    /// Does a request that has waited; one from a ring on a thread that can keep its entry.
+    fn resume(&self, mut job: Request<E::File>) {
+        job.admitted = true;
+        if job.call.killed() {
+            return self.calls.forget(&job.call);
+        }
+        match (job.turn.take(), self.rings.get(), self.me.upgrade()) {
+            (Some(turn), Some(rings), Some(me)) => rings.resume(&turn, job.call.unique, job, &me),
+            _ => self.answer(job),
+        }
     }
 
     /// A request that waited and whose client has room now.
@@ -386,7 +436,8 @@ pub(crate) struct Session<E: Exports> {
 
 impl<E: Exports> Session<E> {
     /// Serves a `/dev/fuse` descriptor that has been, or is about to be, mounted, or a `/dev/cuse` descriptor that has
-    /// become a node.
+    /// become a node. A mount is served
+    /// over io_uring where `rings` allows it and the kernel offers it.
     ///
     /// # Errors
     /// When threads cannot be made.
@@ -395,6 +446,7 @@ impl<E: Exports> Session<E> {
         exports: Arc<E>,
         place: Place<E::File>,
         files: Arc<Files<E::File>>,
+        rings: bool,
     ) -> std::io::Result<Self> {
         let channel = Arc::new(Channel::new(device));
         let calls = Calls::new();
@@ -403,20 +455,21 @@ impl<E: Exports> Session<E> {
             Place::Tree(_) => OnceLock::new(),
             Place::Node(_) => OnceLock::from(false),
         };
-        let engine = Arc::new(Engine {
+        let engine = Arc::new_cyclic(|me| Engine {
             exports,
             place,
             channel,
             calls: Arc::clone(&calls),
             files,
-            crew: OnceLock::new(),
+            me: Weak::clone(me),
+            rings: OnceLock::new(),
+            may_use_rings: rings,
             queue: Mutex::default(),
             buffer: Mutex::new(vec![0; MAX_WRITE + 4096]),
             passthrough,
         });
         let watcher = ioas::thread::spawn("fuse-kills", move || calls.watch())?;
         let crew = Crew::start(Arc::clone(&engine), "fuse")?;
-        let _ = engine.crew.set(Arc::downgrade(&crew));
         Ok(Self { engine, crew, watcher: Mutex::new(Some(watcher)) })
     }
 
@@ -433,10 +486,17 @@ impl<E: Exports> Session<E> {
         Ok(())
     }
 
+    /// Tells, whenever it is asked, whether requests travel over io_uring.
+    pub(crate) fn uses_rings(&self) -> impl Fn() -> bool + Send + Sync + 'static {
+        let engine = Arc::clone(&self.engine);
+        move || engine.rings.get().is_some_and(|rings| rings.in_use())
+    }
+
     /// Waits until what it serves has gone and every request is finished, at most `limit`. True when that is so; then all
     /// open files have been closed.
     pub(crate) fn wait(&self, limit: Option<Duration>) -> bool {
-        let ended = self.crew.wait(limit);
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        let ended = self.crew.wait(limit) && self.engine.rings.get().is_none_or(|rings| rings.wait(deadline));
         if ended {
             if let Some(watcher) = self.watcher.lock().take() {
                 let _ = watcher.join();

@@ -8,11 +8,14 @@
 //! the same node, of files of the same group of devices (a device that is open keeps its group from others) and of its own
 //! client, not for those of others.
 //!
+//! Over rings requests are not taken in one order; so an OPEN that an open file could be in the way of first has every
+//! request noted that had come before it ([`Opens::catch_up_by`]).
+//!
 //! Lock order: both locks are leaves. A file is dropped, which may take long, under neither.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -73,6 +76,8 @@ pub(crate) struct Opens<F> {
     next: AtomicU64,
     releasing: Mutex<Vec<(u64, Origin)>>,
     released: Condvar,
+    /// Waits until what has come is noted; set once, when requests are not taken in the order in which they came.
+    catch_up: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 /// A file that has been closed and whose record is being dropped.
@@ -96,7 +101,14 @@ impl<F> Opens<F> {
             next: AtomicU64::new(1),
             releasing: Mutex::default(),
             released: Condvar::new(),
+            catch_up: OnceLock::new(),
         }
+    }
+
+    /// Requests are from now on not taken in the order in which they came; `catch_up` waits until those that have come
+    /// are noted.
+    pub(crate) fn catch_up_by(&self, catch_up: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.catch_up.set(catch_up);
     }
 
     /// Keeps an open; the handle to give to the kernel.
@@ -153,12 +165,15 @@ impl<F> Opens<F> {
 
     /// Waits a moment for the releases that `origin` must not overtake; for all of them when it is `None`.
     pub(crate) fn wait_for_releases(&self, origin: Option<Origin>) {
+        let concerns = |other: &Origin| origin.is_none_or(|origin| origin.concerns(other));
+        if let Some(catch_up) = self.catch_up.get()
+            && self.handles.read().by_handle.values().any(|open| concerns(&open.origin))
+        {
+            catch_up();
+        }
         let deadline = Instant::now() + PATIENCE;
         let mut releasing = self.releasing.lock();
-        let concerned = |releasing: &[(u64, Origin)]| {
-            releasing.iter().any(|(_, other)| origin.is_none_or(|origin| origin.concerns(other)))
-        };
-        while concerned(&releasing) {
+        while releasing.iter().any(|(_, other)| concerns(other)) {
             if self.released.wait_until(&mut releasing, deadline).timed_out() {
                 return;
             }

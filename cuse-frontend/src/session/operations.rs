@@ -9,6 +9,7 @@ use zerocopy::IntoBytes;
 
 use super::calls::Reply;
 use super::opens::{Open, Opened, Origin};
+use super::ring::Rings;
 use super::{Caller, Engine, Exports, Ioctl, IoctlAnswer, MAX_WRITE, Request};
 use crate::files::Errno;
 use crate::sys;
@@ -32,7 +33,7 @@ fn name(body: &[u8]) -> &[u8] {
 impl<E: Exports> Engine<E> {
     /// Does one request and answers it.
     pub(super) fn answer(&self, request: Request<E::File>) {
-        let Request { header, call, body, releasing, taken: _ } = request;
+        let Request { header, call, body, releasing, .. } = request;
         let reply = self.calls.reply(call);
         match header.opcode {
             opcode::RELEASE => {
@@ -106,6 +107,10 @@ impl<E: Exports> Engine<E> {
             agreed |= InitFlags::INIT_EXT | InitFlags::PASSTHROUGH;
         }
         let passthrough = agreed.contains(InitFlags::PASSTHROUGH);
+        let rings = self.make_rings(offered);
+        if rings.is_some() {
+            agreed |= InitFlags::INIT_EXT | InitFlags::OVER_IO_URING;
+        }
         let answer = wire::InitOut {
             major: wire::KERNEL_VERSION,
             minor: wire::KERNEL_MINOR_VERSION,
@@ -122,9 +127,34 @@ impl<E: Exports> Engine<E> {
             ..wire::InitOut::default()
         };
         reply.ok(&[answer.as_bytes()]);
+        if let Some(rings) = rings {
+            rings.begin();
+        }
         let works = passthrough && self.try_backing();
         self.exports.mappable(works);
         let _ = self.passthrough.set(works);
+    }
+
+    /// Rings, where the operator and the kernel's offer allow them. If they cannot be made, requests come by `/dev/fuse`.
+    fn make_rings(&self, offered: InitFlags) -> Option<&Arc<Rings<Self>>> {
+        if !self.may_use_rings || !offered.contains(InitFlags::INIT_EXT | InitFlags::OVER_IO_URING) {
+            return None;
+        }
+        match Rings::start(Arc::clone(&self.channel), &self.me.upgrade()?, MAX_WRITE) {
+            Ok(rings) => {
+                let behind = Arc::downgrade(&rings);
+                self.files.opens.catch_up_by(Box::new(move || {
+                    if let Some(rings) = behind.upgrade() {
+                        rings.catch_up();
+                    }
+                }));
+                Some(self.rings.get_or_init(|| rings))
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no io_uring: requests travel over /dev/fuse");
+                None
+            }
+        }
     }
 
     /// Whether a file can be registered as another's backing: it takes privilege as well.

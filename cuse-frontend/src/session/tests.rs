@@ -1,5 +1,5 @@
-//! A toy served by a real mount, in a mount namespace of the test's own. Skipped, with the reason printed, where the
-//! test may not mount.
+//! A toy served by a real mount, in a mount namespace of the test's own: once over `/dev/fuse`, once over io_uring.
+//! Skipped, with the reason printed, where the test may not mount or the kernel has no rings for FUSE.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -131,44 +131,63 @@ impl Mounted {
     }
 }
 
-/// Runs `body` on a thread with a mount of the toy; afterwards the mount ends and the session with it.
-fn with_mount(body: impl FnOnce(&Mounted) + Send + 'static) {
-    let run = move || {
-        if let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS) {
-            println!("Skipped(no mount namespace: {error})");
-            return;
-        }
-        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).expect("private");
-        let directory = tempfile::tempdir().expect("tempdir");
-        let device = match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-            Ok(device) => device,
-            Err(error) => return println!("Skipped(no /dev/fuse: {error})"),
+/// How requests travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Transport {
+    Device,
+    Rings,
+}
+
+/// Runs `body` with a mount of the toy, once for each transport; afterwards the mount ends and the session with it.
+fn with_mount(body: impl Fn(&Mounted) + Send + Sync + 'static) {
+    let body = Arc::new(body);
+    for transport in [Transport::Device, Transport::Rings] {
+        let body = Arc::clone(&body);
+        let run = move || match run_mounted(transport, &*body) {
+            Ok(()) => println!("over {transport:?}"),
+            Err(reason) => println!("Skipped({transport:?}: {reason})"),
         };
-        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
-        mount(Some("toy"), directory.path(), Some("fuse"), MsFlags::empty(), Some(&*options)).expect("mount");
-        let toy = Arc::new(Toy {
-            opened: AtomicUsize::new(0),
-            closed: Arc::default(),
-            blocked: AtomicUsize::new(0),
-            let_go: AtomicBool::new(false),
-            interrupted: AtomicUsize::new(0),
-            mappable: OnceLock::new(),
-            files: Files::new(),
-        });
-        let place = Place::Tree(Arc::new(Tree::new(layout)));
-        let session = Session::start(device.into(), Arc::clone(&toy), place, Arc::clone(&toy.files)).expect("session");
-        let root = directory.path().to_owned();
-        let handle = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&root).expect("root");
-        session.mounted_at(&handle).expect("root");
-        drop(handle);
-        let mounted = Mounted { toy, session, root, _directory: directory };
-        body(&mounted);
-        nix::mount::umount2(&mounted.root, nix::mount::MntFlags::MNT_DETACH).expect("unmount");
-        assert!(mounted.session.wait(Some(Duration::from_secs(30))), "the session ends with its mount");
-        let opened = mounted.toy.opened.load(Ordering::SeqCst);
-        assert_eq!(mounted.toy.closed.load(Ordering::SeqCst), opened, "every open file was closed");
-    };
-    std::thread::spawn(run).join().expect("the test's thread");
+        std::thread::spawn(run).join().expect("the test's thread");
+    }
+}
+
+fn run_mounted(transport: Transport, body: &dyn Fn(&Mounted)) -> Result<(), String> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(|error| format!("no mount namespace: {error}"))?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).expect("private");
+    let directory = tempfile::tempdir().expect("tempdir");
+    let device = OpenOptions::new().read(true).write(true).open("/dev/fuse");
+    let device = device.map_err(|error| format!("no /dev/fuse: {error}"))?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+    let offered = if transport == Transport::Rings { Some(fuse_uring::Offered::on()?) } else { None };
+    mount(Some("toy"), directory.path(), Some("fuse"), MsFlags::empty(), Some(&*options)).expect("mount");
+    let toy = Arc::new(Toy {
+        opened: AtomicUsize::new(0),
+        closed: Arc::default(),
+        blocked: AtomicUsize::new(0),
+        let_go: AtomicBool::new(false),
+        interrupted: AtomicUsize::new(0),
+        mappable: OnceLock::new(),
+        files: Files::new(),
+    });
+    let place = Place::Tree(Arc::new(Tree::new(layout)));
+    let files = Arc::clone(&toy.files);
+    let session = Session::start(device.into(), Arc::clone(&toy), place, files, offered.is_some()).expect("session");
+    let root = directory.path().to_owned();
+    let handle = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&root).expect("root");
+    session.mounted_at(&handle).expect("root");
+    drop(handle);
+    // Until rings are ready the kernel lets nobody in.
+    root.join("7").metadata().expect("attributes");
+    drop(offered);
+    assert_eq!(session.uses_rings()(), transport == Transport::Rings);
+    let mounted = Mounted { toy, session, root, _directory: directory };
+    body(&mounted);
+    // A test may have done that.
+    let _ = nix::mount::umount2(&mounted.root, nix::mount::MntFlags::MNT_DETACH);
+    assert!(mounted.session.wait(Some(Duration::from_secs(30))), "the session ends with its mount");
+    let opened = mounted.toy.opened.load(Ordering::SeqCst);
+    assert_eq!(mounted.toy.closed.load(Ordering::SeqCst), opened, "every open file was closed");
+    Ok(())
 }
 
 fn ioctl(file: &File, cmd: u32, arg: u64) -> Result<i32, nix::errno::Errno> {
@@ -211,6 +230,39 @@ fn node_closed_and_opened_again_at_once_finds_the_old_open_gone() {
             assert!(mounted.toy.closed.load(Ordering::SeqCst) > 2 * round, "the first was closed before");
             drop(again);
         }
+    });
+}
+
+#[test]
+fn node_closed_on_one_cpu_and_opened_on_another_finds_the_old_open_gone() {
+    with_mount(|mounted| {
+        let cpus: Vec<_> = (0..8)
+            .filter(|cpu| std::thread::scope(|scope| scope.spawn(|| ioas::thread::bind(*cpu)).join().expect("bound")))
+            .collect();
+        let [first, .., last] = cpus[..] else { return println!("Skipped(one CPU)") };
+        let stop = Arc::new(AtomicBool::new(false));
+        // Whoever is to take the RELEASE has to wait for its CPU.
+        let busy = std::thread::spawn({
+            let stop = Arc::clone(&stop);
+            move || {
+                assert!(ioas::thread::bind(first));
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            }
+        });
+        for round in 0..10 {
+            assert!(ioas::thread::bind(first));
+            let opened = mounted.open("7");
+            drop(opened);
+            assert!(ioas::thread::bind(last));
+            let again = mounted.open("7");
+            assert_eq!(mounted.toy.closed.load(Ordering::SeqCst), 2 * round + 1, "the first was closed before");
+            drop(again);
+        }
+        ioas::thread::roam();
+        stop.store(true, Ordering::Relaxed);
+        busy.join().expect("a thread that spins");
     });
 }
 
@@ -292,6 +344,27 @@ fn client_with_many_blocked_threads_has_a_bounded_number_of_ours_and_all_are_ans
             assert!(thread.join().expect("a thread").is_err(), "answered, by EINTR");
         }
         assert_eq!(mounted.toy.blocked.load(Ordering::SeqCst), 40);
+    });
+}
+
+#[test]
+fn requests_under_way_when_the_mount_is_taken_away_are_answered() {
+    with_mount(|mounted| {
+        let files: Vec<_> = (0..12).map(|_| mounted.open("vfio")).collect();
+        let threads: Vec<_> =
+            files.into_iter().map(|file| std::thread::spawn(move || file.read_at(&mut [0], 0))).collect();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while mounted.toy.blocked.load(Ordering::SeqCst) < 12 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        nix::mount::umount2(&mounted.root, nix::mount::MntFlags::MNT_DETACH).expect("unmount");
+        assert!(!mounted.session.wait(Some(Duration::from_millis(50))), "the session lives as long as its files");
+        mounted.toy.let_go.store(true, Ordering::SeqCst);
+        for thread in threads {
+            let error = thread.join().expect("a thread").expect_err("the toy answers so");
+            assert_eq!(error.raw_os_error(), Some(libc::EINTR), "it is the toy's answer");
+        }
+        assert!(mounted.session.wait(Some(Duration::from_secs(30))), "then it ends");
     });
 }
 

@@ -4,3 +4,4 @@ pub(crate) mod client;
 pub(crate) mod cuse;
 pub(crate) mod fuse;
 pub(crate) mod launch;
+pub(crate) mod ring;

@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// The protocol's major version.
 pub(crate) const KERNEL_VERSION: u32 = 7;
 /// The minor version that this server speaks. An older kernel answers with its own, and both use the lower one.
-pub(crate) const KERNEL_MINOR_VERSION: u32 = 41;
+pub(crate) const KERNEL_MINOR_VERSION: u32 = 42;
 /// The oldest minor version that has everything the session relies on (64-bit INIT reply, BATCH_FORGET, POLL).
 pub(crate) const OLDEST_MINOR_VERSION: u32 = 31;
 /// The node id of the mount's root.
@@ -27,6 +27,8 @@ bitflags::bitflags! {
         const INIT_EXT = 1 << 30;
         /// A file may be backed by another file for mmap.
         const PASSTHROUGH = 1 << 37;
+        /// Requests travel over io_uring.
+        const OVER_IO_URING = 1 << 41;
     }
 
     /// How an opened file behaves.
@@ -69,6 +71,16 @@ pub(crate) const IOCTL_RETRY: u32 = 1 << 2;
 pub(crate) const POLL_SCHEDULE_NOTIFY: u32 = 1;
 /// In [`OutHeader`]'s `error` of a message that answers nothing: [`NotifyPoll`] follows.
 pub(crate) const NOTIFY_POLL: i32 = 1;
+/// The same: [`NotifyRetrieve`] follows.
+pub(crate) const NOTIFY_RETRIEVE: i32 = 5;
+
+/// Commands of `/dev/fuse` in an io_uring.
+pub(crate) mod ring_command {
+    /// A new entry, ready for a request.
+    pub(crate) const REGISTER: u32 = 1;
+    /// The answer of an entry's request; then the entry is ready for the next.
+    pub(crate) const COMMIT_AND_FETCH: u32 = 2;
+}
 
 /// What a request asks for.
 #[allow(missing_docs)]
@@ -92,6 +104,7 @@ pub(crate) mod opcode {
     pub(crate) const DESTROY: u32 = 38;
     pub(crate) const IOCTL: u32 = 39;
     pub(crate) const POLL: u32 = 40;
+    pub(crate) const NOTIFY_REPLY: u32 = 41;
     pub(crate) const BATCH_FORGET: u32 = 42;
     pub(crate) const CUSE_INIT: u32 = 4096;
 }
@@ -350,6 +363,37 @@ wire_structs! {
         frsize: u32,
         padding: u32,
         spare: [u32; 6],
+    }
+    /// Asks the kernel for what it has cached of a file; it sends that by NOTIFY_REPLY.
+    NotifyRetrieve = 32 {
+        /// Names the NOTIFY_REPLY.
+        notify_unique: u64,
+        nodeid: u64,
+        offset: u64,
+        size: u32,
+        padding: u32,
+    }
+    /// The head of a ring entry. The rest of a request, or an answer, is in the entry's payload.
+    RingHead = 288 {
+        /// [`InHeader`] of a request, [`OutHeader`] of an answer.
+        header: [u64; 16],
+        /// The first argument of a request.
+        argument: [u64; 16],
+        flags: u64,
+        /// Names the request in COMMIT_AND_FETCH.
+        commit_id: u64,
+        /// Bytes in the payload.
+        payload_size: u32,
+        padding: u32,
+        reserved: u64,
+    }
+    /// The argument of commands of `/dev/fuse` in an io_uring, followed by zeros.
+    RingCommand = 24 {
+        flags: u64,
+        commit_id: u64,
+        /// The queue, which is the number of a CPU.
+        queue: u16,
+        padding: [u16; 3],
     }
     /// The argument of FUSE_DEV_IOC_BACKING_OPEN.
     BackingMap = 16 {

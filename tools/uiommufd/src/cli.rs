@@ -106,6 +106,9 @@ pub(crate) struct ServerOptions {
     /// Reports as dirty what was written, or all that is mapped as Linux does.
     #[arg(long, value_enum, default_value_t = Dirty::Exact)]
     pub(crate) dirty: Dirty,
+    /// Takes requests over io_uring where the kernel offers that (Linux 6.14, fuse.enable_uring), or never.
+    #[arg(long, value_enum, default_value_t = IoUring::Auto)]
+    pub(crate) io_uring: IoUring,
     /// What goes to stderr: off, error, warn, info, debug, trace, or a filter of tracing-subscriber.
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     pub(crate) log: String,
@@ -164,6 +167,15 @@ pub(crate) enum TceCharge {
     /// 2 x 8 bytes for each TCE that a window has room for.
     Linux,
     /// Nothing.
+    Off,
+}
+
+/// Whether requests travel over io_uring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum IoUring {
+    /// Where the kernel offers it.
+    Auto,
+    /// Never: over `/dev/fuse`.
     Off,
 }
 

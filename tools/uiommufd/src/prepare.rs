@@ -11,7 +11,7 @@ use cuse_frontend::Server;
 use cuse_frontend::launch;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{Accounting, Dirty, Memlock, Personality, ServerOptions, TceCharge};
+use crate::cli::{Accounting, Dirty, IoUring, Memlock, Personality, ServerOptions, TceCharge};
 use crate::devices;
 use crate::spec::{self, Spec};
 
@@ -53,6 +53,7 @@ pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
         strict: options.strict,
         root_sets_payer: options.selftest,
         memlock_limit: options.memlock.map(|Memlock(bytes)| bytes),
+        io_uring: options.io_uring == IoUring::Auto,
         added_rows: if options.selftest { vec![device_shim::mock::row()] } else { Vec::new() },
     };
     Ok(Prepared { options, specs })
