@@ -20,7 +20,7 @@ use ioas::{Iova, IovaRange, failpoint};
 use parking_lot::Mutex;
 
 use crate::format::{Format, LEVEL_BITS};
-use crate::sys::{self, Entry, FANOUT, LEAF, Node, Pin};
+use crate::sys::{self, Entry, FANOUT, LEAF, Node, Pin, Place, Trees};
 
 /// log2 of the pages in one leaf; their bits are the upper half of it.
 const WORD_SHIFT: u32 = 5;
@@ -39,7 +39,7 @@ pub(crate) struct DirtySet {
     /// A node was missing: everything counts as dirty until tracking starts anew.
     lost: AtomicBool,
     /// Made when tracking starts for the first time.
-    root: std::sync::OnceLock<Box<Node>>,
+    tree: std::sync::OnceLock<Trees<1, ()>>,
     changes: Mutex<()>,
 }
 
@@ -59,7 +59,7 @@ impl DirtySet {
             last: format.last().0,
             epoch: AtomicU64::new(0),
             lost: AtomicBool::new(false),
-            root: std::sync::OnceLock::new(),
+            tree: std::sync::OnceLock::new(),
             changes: Mutex::new(()),
         }
     }
@@ -76,9 +76,9 @@ impl DirtySet {
         if on == (self.epoch() != 0) {
             return Ok(());
         }
-        if on && self.root.get().is_none() {
+        if on && self.tree.get().is_none() {
             let root = node().ok_or(NoMemory)?;
-            self.root.get_or_init(|| root);
+            self.tree.get_or_init(|| Trees::new([root], ()));
         }
         self.epoch.store(0, Ordering::SeqCst);
         self.drop_range(0, self.last);
@@ -94,8 +94,8 @@ impl DirtySet {
         if self.epoch() == 0 {
             return;
         }
-        let Some(root) = self.root.get() else { return };
-        let pin = sys::pin();
+        let Some(tree) = self.tree.get() else { return };
+        let (root, pin) = (tree.root(0), sys::pin());
         let (mut page, last) = (start >> self.page_shift, last >> self.page_shift);
         loop {
             let word = page >> WORD_SHIFT;
@@ -122,7 +122,7 @@ impl DirtySet {
         }
         let index = slot(word, 0);
         loop {
-            let old = value(node.entry(index, pin));
+            let old = node.leaf(index);
             let new = old | bits | LEAF;
             if old == new || node.exchange(index, old, new) {
                 return Some(());
@@ -150,13 +150,18 @@ impl DirtySet {
     }
 
     /// Takes out every page in `range`: it is not mapped any more.
+    #[inline]
     pub(crate) fn forget(&self, range: IovaRange) {
-        if self.root.get().is_some() {
-            let _changes = self.changes.lock();
-            self.drop_range(range.start().0, range.last().0);
-            if self.epoch() != 0 {
-                self.next_epoch();
-            }
+        if self.tree.get().is_some() {
+            self.forget_now(range);
+        }
+    }
+
+    fn forget_now(&self, range: IovaRange) {
+        let _changes = self.changes.lock();
+        self.drop_range(range.start().0, range.last().0);
+        if self.epoch() != 0 {
+            self.next_epoch();
         }
     }
 
@@ -165,30 +170,28 @@ impl DirtySet {
     }
 
     fn drop_range(&self, start: u64, last: u64) {
-        let Some(root) = self.root.get() else { return };
-        let pin = sys::pin();
-        self.drop_in(root, self.top_level, start >> self.page_shift, last.min(self.last) >> self.page_shift, &pin);
-    }
-
-    /// Drops pages `first` to `last` in a node, whole subtrees at once.
-    fn drop_in(&self, node: &Node, level: u32, first: u64, last: u64, pin: &Pin) {
-        for (index, first, last) in slots(level, first, last) {
-            match node.entry(index, pin) {
-                Entry::Child(child) if last - first != pages(level) - 1 => {
-                    self.drop_in(child, level - 1, first, last, pin);
-                }
-                Entry::Child(_) => node.unlink(index, pin),
-                Entry::Leaf(_) => drop(take(node, index, mask(first, last), true, pin)),
-                Entry::Empty => {}
-            }
-        }
+        let Some(tree) = self.tree.get() else { return };
+        let change = tree.change();
+        drop_in(change.root(0), self.top_level, start >> self.page_shift, last.min(self.last) >> self.page_shift);
     }
 
     fn visit(&self, start: u64, last: u64, clear: bool, word: &mut dyn FnMut(u64, u64)) {
-        let Some(root) = self.root.get() else { return };
+        let Some(tree) = self.tree.get() else { return };
         let (first, last) = (start >> self.page_shift, last.min(self.last) >> self.page_shift);
         if first <= last {
-            visit(root, self.top_level, (first, last), clear, word, &sys::pin());
+            visit(tree.root(0), self.top_level, (first, last), clear, word, &sys::pin());
+        }
+    }
+}
+
+/// Drops pages `first` to `last` in a node, whole subtrees at once.
+fn drop_in(node: Place<'_, 1, ()>, level: u32, first: u64, last: u64) {
+    for (index, first, last) in slots(level, first, last) {
+        match node.look(index) {
+            Entry::Child(child) if last - first != pages(level) - 1 => drop_in(child, level - 1, first, last),
+            Entry::Child(_) => node.unlink(index),
+            Entry::Leaf(_) => drop(take(&node, index, mask(first, last), true)),
+            Entry::Empty => {}
         }
     }
 }
@@ -200,7 +203,7 @@ fn visit(node: &Node, level: u32, pages: (u64, u64), clear: bool, word: &mut dyn
             Entry::Empty => {}
             Entry::Child(child) => visit(child, level - 1, (first, last), clear, word, pin),
             Entry::Leaf(_) => {
-                let bits = take(node, index, mask(first, last), clear, pin);
+                let bits = take(node, index, mask(first, last), clear);
                 word(first >> WORD_SHIFT << WORD_SHIFT, bits >> BITS_AT);
             }
         }
@@ -208,9 +211,9 @@ fn visit(node: &Node, level: u32, pages: (u64, u64), clear: bool, word: &mut dyn
 }
 
 /// The bits of a leaf that are in `mask`; with `clear` they are taken out.
-fn take(node: &Node, index: usize, mask: u64, clear: bool, pin: &Pin) -> u64 {
+fn take(node: &Node, index: usize, mask: u64, clear: bool) -> u64 {
     loop {
-        let old = value(node.entry(index, pin));
+        let old = node.leaf(index);
         let rest = old & !mask;
         let new = if rest == LEAF { 0 } else { rest };
         if !clear || old == new || node.exchange(index, old, new) {
@@ -224,13 +227,6 @@ fn node() -> Option<Box<Node>> {
         return None;
     }
     Node::allocate()
-}
-
-const fn value(entry: Entry<'_>) -> u64 {
-    match entry {
-        Entry::Leaf(leaf) => leaf,
-        Entry::Empty | Entry::Child(_) => 0,
-    }
 }
 
 /// Pages that a slot of `level` stands for.

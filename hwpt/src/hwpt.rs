@@ -408,6 +408,7 @@ impl Hwpt {
     }
 
     /// Leaves of `range` have been cleared in the table.
+    #[inline(always)]
     pub(crate) fn unmapped(&self, range: IovaRange) {
         self.flush_iotlb();
         if self.nested.is_none() && !self.keeps_dirty.load(Ordering::Acquire) {

@@ -10,19 +10,21 @@
 //! the table.
 //!
 //! Walks take no lock and see each slot as it was before or after a change: a leaf is one store, a split one exchange
-//! of a finished node for a leaf, and a whole subtree goes by one exchange of its root. Changes take the table's own
-//! lock, though their caller, the IOAS, makes them one at a time anyway.
+//! of a finished node for a leaf, and a whole subtree goes by one exchange of its root. Changes are made one at a time
+//! ([`Trees`]), as their caller, the IOAS, makes them anyway. A change of one leaf begins at the lowest node that the one
+//! before it ended at, if that is its own too.
 //!
 //! **Unmap neither fails nor allocates.** A node that an unmap empties is left in its place until [`LINGER`] others
 //! have become empty after it: map and unmap of the same page, the usual traffic, then cost no node at all.
 //!
-//! What this file refuses to know: devices, HWPTs, memory. Lock order: `updates` is a leaf lock.
+//! What this file refuses to know: devices, HWPTs, memory. Lock order: that of a change is a leaf lock.
+
+use std::cell::Cell;
 
 use ioas::{Access, Frame, FrameRun, Iova, IovaRange, PAGE_SHIFT, failpoint, table::TableFull};
-use parking_lot::Mutex;
 
 use crate::format::{Format, LEVEL_BITS};
-use crate::sys::{self, Entry, FANOUT, LEAF, Node, Pin};
+use crate::sys::{self, Entry, FANOUT, LEAF, Node, Pin, Trees};
 
 /// In a leaf: the device may read. (Bit 0 tells a leaf from a pointer.)
 const READ: u64 = 2;
@@ -41,16 +43,19 @@ pub struct RadixTable {
     leaf_shift: u32,
     top_level: u32,
     last: u64,
-    root: Box<Node>,
-    /// Held by every change: IOVAs of nodes that became empty, the oldest at the cursor.
-    updates: Mutex<Lingering>,
+    /// One.
+    tree: Trees<1, Lingering>,
 }
 
+/// IOVAs of nodes that became empty, the oldest at the cursor.
 #[derive(Default)]
 struct Lingering {
-    nodes: [Option<u64>; LINGER],
-    oldest: usize,
+    nodes: [Cell<Option<u64>>; LINGER],
+    oldest: Cell<usize>,
 }
+
+type Change<'t> = sys::Change<'t, 1, Lingering>;
+type Place<'c> = sys::Place<'c, 1, Lingering>;
 
 /// One translation, as a walk finds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,7 +132,7 @@ impl RadixTable {
     pub fn new(format: Format) -> Result<Self, TableFull> {
         let root = node(Iova(0))?;
         let (leaf_shift, top_level, last) = (format.leaf_shift(), format.levels() - 1, format.last().0);
-        Ok(Self { format, leaf_shift, top_level, last, root, updates: Mutex::default() })
+        Ok(Self { format, leaf_shift, top_level, last, tree: Trees::new([root], Lingering::default()) })
     }
 
     /// Its format.
@@ -145,7 +150,12 @@ impl RadixTable {
     /// How many leaves are present, of any size. Costs a look at every node.
     #[must_use]
     pub fn leaves(&self) -> u64 {
-        self.count_leaves(&self.root, self.top_level, &sys::pin())
+        self.count_leaves(self.root(), self.top_level, &sys::pin())
+    }
+
+    #[inline(always)]
+    fn root(&self) -> &Node {
+        self.tree.root(0)
     }
 
     /// As [`Self::translate`], for a caller that walks more than once.
@@ -154,7 +164,7 @@ impl RadixTable {
         if iova.0 > self.last {
             return None;
         }
-        let mut node = &*self.root;
+        let mut node = self.root();
         let mut shift = self.shift(self.top_level);
         loop {
             match node.entry(slot(iova.0, shift), pin) {
@@ -172,12 +182,28 @@ impl RadixTable {
     ///
     /// # Panics
     /// When the frames do not cover the range.
+    #[inline(always)]
     pub fn map(&self, range: IovaRange, frames: &[FrameRun], offset: u64, access: Access) -> Result<(), TableFull> {
-        let mut updates = self.updates.lock();
+        let change = self.tree.change();
         let mut fill = Fill { table: self, source: Source::new(frames, offset), flags: flags(access) };
-        let pin = sys::pin();
         let (start, last) = (range.start().0, range.last().0);
-        fill.range(start, last, &pin).inspect_err(|_| self.clear(&mut updates, start, last, &pin))
+        match self.node_of_leaf(&change, start, last) {
+            Some(node) => {
+                fill.leaf(node, slot(start, self.leaf_shift), self.leaf_shift);
+                Ok(())
+            }
+            None => fill.any(&change, start, last),
+        }
+    }
+
+    /// The lowest node with `start` to `last`, if they are one leaf there and the node is there.
+    #[inline(always)]
+    fn node_of_leaf<'c>(&self, change: &'c Change<'_>, start: u64, last: u64) -> Option<Place<'c>> {
+        if last - start != (1 << self.leaf_shift) - 1 {
+            return None;
+        }
+        let path = (1..=self.top_level).rev().map(|level| slot(start, self.shift(level)));
+        change.lowest(0, start >> self.shift(1), path)
     }
 
     /// Makes a boundary at `at`, as [`ioas::table::PageTable::split`] says.
@@ -185,15 +211,14 @@ impl RadixTable {
     /// # Errors
     /// [`TableFull`]; nothing has changed.
     pub fn split(&self, at: Iova) -> Result<(), TableFull> {
-        let _updates = self.updates.lock();
-        let pin = sys::pin();
+        let change = self.tree.change();
         if at.0 > self.last {
             return Ok(());
         }
-        let (mut node, mut level) = (&*self.root, self.top_level);
+        let (mut node, mut level) = (change.root(0), self.top_level);
         loop {
             let shift = self.shift(level);
-            match node.entry(slot(at.0, shift), &pin) {
+            match node.look(slot(at.0, shift)) {
                 Entry::Child(child) => (node, level) = (child, level - 1),
                 Entry::Leaf(leaf) if !at.is_aligned(1 << shift) => {
                     let halves = self.halves(leaf, at.0, level - 1)?;
@@ -207,60 +232,64 @@ impl RadixTable {
 
     /// Clears every leaf in `range`. Neither fails nor allocates. No leaf crosses the range's ends; one that does
     /// goes whole, so that nothing in the range stays reachable.
-    pub fn unmap(&self, range: IovaRange) {
-        let mut updates = self.updates.lock();
-        self.clear(&mut updates, range.start().0, range.last().0.min(self.last), &sys::pin());
-    }
-
     #[inline(always)]
-    fn clear(&self, lingering: &mut Lingering, start: u64, last: u64, pin: &Pin) {
+    pub fn unmap(&self, range: IovaRange) {
+        let change = self.tree.change();
+        let (start, last) = (range.start().0, range.last().0.min(self.last));
         if start > last {
             return;
         }
+        if let Some(node) = self.node_of_leaf(&change, start, last) {
+            let index = slot(start, self.leaf_shift);
+            if matches!(node.look(index), Entry::Leaf(_)) && Self::clear_leaf(node, index) {
+                self.linger(&change, start);
+            }
+            return;
+        }
+        self.clear(&change, start, last);
+    }
+
+    /// Clears `start` to `last`.
+    #[inline(never)]
+    fn clear(&self, change: &Change<'_>, start: u64, last: u64) {
         // Down to the lowest node that has the whole range.
-        let (mut node, mut shift) = (&*self.root, self.shift(self.top_level));
+        let (mut node, mut shift) = (change.root(0), self.shift(self.top_level));
         while shift > self.leaf_shift && is_part_of_slot(start, last, shift) {
-            match node.entry(slot(start, shift), pin) {
+            match node.look(slot(start, shift)) {
                 Entry::Child(child) => (node, shift) = (child, shift - LEVEL_BITS),
                 Entry::Empty => return,
                 Entry::Leaf(_) => break,
             }
         }
-        let index = slot(start, shift);
-        let emptied = if shift == self.leaf_shift && last - start == (1 << shift) - 1 {
-            matches!(node.entry(index, pin), Entry::Leaf(_)) && Self::clear_leaf(node, index)
-        } else {
-            Self::clear_node(node, shift, start, last, pin)
-        };
-        if emptied {
-            self.linger(lingering, start, pin);
+        if Self::clear_node(node, shift, start, last) {
+            self.linger(change, start);
             if start >> self.shift(1) != last >> self.shift(1) {
-                self.linger(lingering, last, pin);
+                self.linger(change, last);
             }
         }
     }
 
     /// Clears a leaf; true when its node has become empty.
     #[inline(always)]
-    fn clear_leaf(node: &Node, index: usize) -> bool {
+    fn clear_leaf(node: Place<'_>, index: usize) -> bool {
         node.store(index, 0);
         node.count(-1);
         node.live() == 0
     }
 
     /// Clears `start` to `last`, which lie in `node`; true when a node on the way has become empty.
-    fn clear_node(node: &Node, shift: u32, start: u64, last: u64, pin: &Pin) -> bool {
+    fn clear_node(node: Place<'_>, shift: u32, start: u64, last: u64) -> bool {
         let mut emptied = false;
         let mut at = start;
         loop {
             let (index, end, whole) = first_slot(at, last, shift);
-            match node.entry(index, pin) {
+            match node.look(index) {
                 Entry::Empty => {}
                 Entry::Child(child) if !whole => {
-                    emptied |= Self::clear_node(child, shift - LEVEL_BITS, at, end, pin);
+                    emptied |= Self::clear_node(child, shift - LEVEL_BITS, at, end);
                 }
                 Entry::Child(_) => {
-                    node.unlink(index, pin);
+                    node.unlink(index);
                     node.count(-1);
                     emptied |= node.live() == 0;
                 }
@@ -277,27 +306,32 @@ impl RadixTable {
     }
 
     /// Remembers that nodes around `iova` are empty, and frees the empty nodes that were remembered longest ago.
-    fn linger(&self, lingering: &mut Lingering, iova: u64, pin: &Pin) {
+    #[inline(always)]
+    fn linger(&self, change: &Change<'_>, iova: u64) {
         let iova = iova >> self.shift(1) << self.shift(1);
-        if lingering.nodes.contains(&Some(iova)) {
-            return;
+        if change.state().nodes.iter().all(|node| node.get() != Some(iova)) {
+            self.begin_lingering(change, iova);
         }
-        let oldest = lingering.oldest;
-        lingering.oldest = (oldest + 1) % LINGER;
-        if let Some(old) = lingering.nodes[oldest].replace(iova) {
-            self.prune(&self.root, self.top_level, old, pin);
+    }
+
+    #[inline(never)]
+    fn begin_lingering(&self, change: &Change<'_>, iova: u64) {
+        let Lingering { nodes, oldest } = change.state();
+        let last = oldest.replace((oldest.get() + 1) % LINGER);
+        if let Some(old) = nodes[last].replace(Some(iova)) {
+            self.prune(change, change.root(0), self.top_level, old);
         }
     }
 
     /// Unlinks the empty nodes on the path to `iova`, the lowest first.
-    fn prune(&self, node: &Node, level: u32, iova: u64, pin: &Pin) {
+    fn prune(&self, change: &Change<'_>, node: Place<'_>, level: u32, iova: u64) {
         let index = slot(iova, self.shift(level));
-        let Entry::Child(child) = node.entry(index, pin) else { return };
-        self.prune(child, level - 1, iova, pin);
+        let Entry::Child(child) = node.look(index) else { return };
+        self.prune(change, child, level - 1, iova);
         if child.live() == 0 {
-            node.unlink(index, pin);
+            node.unlink(index);
             node.count(-1);
-            pin.flush();
+            change.flush();
         }
     }
 
@@ -346,45 +380,46 @@ struct Fill<'a> {
 }
 
 impl Fill<'_> {
+    /// Maps `start` to `last` to what the source has next, or clears them.
+    #[inline(never)]
+    fn any(&mut self, change: &Change<'_>, start: u64, last: u64) -> Result<(), TableFull> {
+        self.range(change, start, last).inspect_err(|_| self.table.clear(change, start, last))
+    }
+
     /// Maps `start` to `last` to what the source has next.
-    #[inline(always)]
-    fn range(&mut self, start: u64, last: u64, pin: &Pin) -> Result<(), TableFull> {
+    fn range(&mut self, change: &Change<'_>, start: u64, last: u64) -> Result<(), TableFull> {
         // Down to the lowest node that has the whole range.
-        let (mut node, mut shift) = (&*self.table.root, self.table.shift(self.table.top_level));
+        let (mut node, mut shift) = (change.root(0), self.table.shift(self.table.top_level));
         while shift > self.table.leaf_shift && is_part_of_slot(start, last, shift) {
-            node = self.child(node, slot(start, shift), start, pin)?;
+            node = self.child(node, slot(start, shift), start)?;
             shift -= LEVEL_BITS;
         }
-        if shift == self.table.leaf_shift && last - start == (1 << shift) - 1 {
-            self.leaf(node, slot(start, shift), shift, pin);
-            return Ok(());
-        }
-        self.node(node, shift, start, last, pin)
+        self.node(node, shift, start, last)
     }
 
     /// Writes a leaf.
     #[inline(always)]
-    fn leaf(&mut self, node: &Node, index: usize, shift: u32, pin: &Pin) {
-        match node.entry(index, pin) {
+    fn leaf(&mut self, node: Place<'_>, index: usize, shift: u32) {
+        match node.look(index) {
             Entry::Empty => node.count(1),
-            Entry::Child(_) => node.unlink(index, pin), // empty, and lingering
+            Entry::Child(_) => node.unlink(index), // empty, and lingering
             Entry::Leaf(_) => {}
         }
         node.store(index, self.source.take(1 << shift) | self.flags);
     }
 
     /// Maps `start` to `last`, which lie in `node`, to what the source has next.
-    fn node(&mut self, node: &Node, shift: u32, start: u64, last: u64, pin: &Pin) -> Result<(), TableFull> {
+    fn node(&mut self, node: Place<'_>, shift: u32, start: u64, last: u64) -> Result<(), TableFull> {
         let lowest = shift == self.table.leaf_shift;
         let mut at = start;
         loop {
             let (index, end, whole) = first_slot(at, last, shift);
             if lowest || (whole && self.table.format.has_leaf(shift) && self.source.has_page(shift)) {
                 debug_assert!(whole, "a mapping is made of whole pages");
-                self.leaf(node, index, shift, pin);
+                self.leaf(node, index, shift);
             } else {
-                let child = self.child(node, index, at, pin)?;
-                self.node(child, shift - LEVEL_BITS, at, end, pin)?;
+                let child = self.child(node, index, at)?;
+                self.node(child, shift - LEVEL_BITS, at, end)?;
             }
             if end == last {
                 return Ok(());
@@ -395,9 +430,9 @@ impl Fill<'_> {
 
     /// The child in a slot, made when there is none.
     #[inline(always)]
-    fn child<'p>(&self, node: &'p Node, index: usize, iova: u64, pin: &'p Pin) -> Result<&'p Node, TableFull> {
+    fn child<'c>(&self, node: Place<'c>, index: usize, iova: u64) -> Result<Place<'c>, TableFull> {
         loop {
-            match node.entry(index, pin) {
+            match node.look(index) {
                 Entry::Child(child) => return Ok(child),
                 Entry::Empty => {
                     let child = self::node(Iova(iova))?;
@@ -473,7 +508,7 @@ mod tests {
             };
             (0..FANOUT).map(child).sum()
         }
-        below(&table.root, &sys::pin())
+        below(table.root(), &sys::pin())
     }
 
     fn page(number: u64) -> IovaRange {

@@ -2,9 +2,14 @@
 //!
 //! **Nodes.** A [`Node`] has 512 slots of 8 bytes. A slot is empty, a leaf (any number whose lowest bit is set) or a
 //! child, which it owns. Readers walk without a lock; they hold a [`Pin`], and what is unlinked under them is freed
-//! only after they have let go of it (crossbeam-epoch). Every method here is sound whatever its callers do at once;
-//! that only one thread at a time changes a tree is a rule of the trees' own (`radix`, `dirty`), and breaking it
-//! could lose a leaf or leak a node, no more.
+//! only after they have let go of it (crossbeam-epoch). Leaves and new children may be put into a node by anybody;
+//! whether that is a thread at a time is a rule of the trees' own (`radix`, `dirty`), and breaking it could lose a leaf
+//! or leak a node, no more.
+//!
+//! **Trees.** Only a [`Change`] of the [`Trees`] that a node hangs in takes a child out, and there is one at a time. So who
+//! makes the change sees no node go but by its own hand: it walks by [`Place`]s, without a pin, and pins itself when it
+//! takes out the first child, which then lives, with all below it, until the change is over. It also may come back to
+//! where the change before it was ([`Change::lowest`]), as long as no child has been taken out since.
 //!
 //! **Attachment.** A device's DMA needs the thing it is attached to on every access, and counting a reference there
 //! would cost more than the access. [`Current`] owns the thing; a [`Lane`], which belongs to one thread, remembers
@@ -13,13 +18,15 @@
 //! [`Former`] that it returns waits for the readers, and only then lets the old thing go.
 
 use std::alloc::Layout;
+use std::cell::{Cell, OnceCell};
+use std::ops::Deref;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use crossbeam_epoch::Guard;
 use ioas::{Interrupt, Interrupted, ReadGuard, Reader, ReaderSet, Uninterruptible};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 /// Slots of one node.
 pub(crate) const FANOUT: usize = 1 << crate::format::LEVEL_BITS;
@@ -36,22 +43,15 @@ pub(crate) fn pin() -> Pin {
     Pin(crossbeam_epoch::pin())
 }
 
-impl Pin {
-    /// Lets garbage of this thread be freed soon rather than with the next 64 pieces of it.
-    pub(crate) fn flush(&self) {
-        self.0.flush();
-    }
-}
-
-/// What a slot holds.
+/// What a slot holds; a child as who looks may have it.
 #[derive(Clone, Copy)]
-pub(crate) enum Entry<'p> {
+pub(crate) enum Entry<C> {
     /// Nothing.
     Empty,
     /// A leaf; the lowest bit is set.
     Leaf(u64),
     /// A node of the next lower level.
-    Child(&'p Node),
+    Child(C),
 }
 
 /// What a slot is to hold.
@@ -84,17 +84,30 @@ impl Node {
 
     /// What the slot holds now.
     #[inline]
-    pub(crate) fn entry<'p>(&'p self, index: usize, _pin: &'p Pin) -> Entry<'p> {
+    pub(crate) fn entry<'p>(&'p self, index: usize, _pin: &'p Pin) -> Entry<&'p Self> {
+        match self.raw_entry(index) {
+            Entry::Empty => Entry::Empty,
+            Entry::Leaf(leaf) => Entry::Leaf(leaf),
+            // SAFETY: a reference demands a live node. Only `publish` and `Place::swap` store pointers without the leaf
+            // bit, from a box; the node is freed only by `Place::swap` through the epoch, which the pin holds back, or
+            // with the node it hangs from, which `&'p self` and the pin keep alive for as long.
+            Entry::Child(child) => Entry::Child(unsafe { child.as_ref() }),
+        }
+    }
+
+    /// The leaf in a slot, or 0 where there is none.
+    #[inline(always)]
+    pub(crate) fn leaf(&self, index: usize) -> u64 {
+        if let Entry::Leaf(leaf) = self.raw_entry(index) { leaf } else { 0 }
+    }
+
+    #[inline(always)]
+    fn raw_entry(&self, index: usize) -> Entry<NonNull<Self>> {
         let raw = self.slots[index].load(Ordering::Acquire);
-        if raw.is_null() {
-            Entry::Empty
-        } else if raw.addr() as u64 & LEAF != 0 {
-            Entry::Leaf(raw.addr() as u64)
-        } else {
-            // SAFETY: a reference demands a live node. Only `publish` and `swap` store pointers without the leaf bit,
-            // from a box; the node is freed only by `unlink` through the epoch, which the pin holds back, or with the node
-            // it hangs from, which `&'p self` and the pin keep alive for as long.
-            Entry::Child(unsafe { &*raw })
+        match NonNull::new(raw) {
+            None => Entry::Empty,
+            Some(_) if raw.addr() as u64 & LEAF != 0 => Entry::Leaf(raw.addr() as u64),
+            Some(child) => Entry::Child(child),
         }
     }
 
@@ -128,34 +141,6 @@ impl Node {
         }
     }
 
-    /// Empties a slot; a child that hung there is freed, with all below it, once no pin sees it any more.
-    pub(crate) fn unlink(&self, index: usize, pin: &Pin) {
-        self.swap(index, Link::Empty, pin);
-    }
-
-    /// Puts `new` into a slot, in one store; what was there goes as [`Self::unlink`] says.
-    pub(crate) fn swap(&self, index: usize, new: Link, pin: &Pin) {
-        let new = match new {
-            Link::Empty => ptr::null_mut(),
-            Link::Leaf(leaf) => {
-                assert!(leaf & LEAF != 0, "a leaf has its lowest bit set");
-                ptr::without_provenance_mut(leaf as usize)
-            }
-            Link::Child(child) => Box::into_raw(child),
-        };
-        let raw = self.slots[index].swap(new, Ordering::AcqRel);
-        if !raw.is_null() && raw.addr() as u64 & LEAF == 0 {
-            let free = move || {
-                // SAFETY: `Box::from_raw` demands sole ownership: the swap took the only link to the node, and the
-                // epoch has passed, so no reader is left.
-                drop(unsafe { Box::from_raw(raw) });
-            };
-            // SAFETY: `defer_unchecked` demands a closure that may run later on any thread; it owns the node it
-            // frees, and nodes are Send (atomics, and children that they own).
-            unsafe { pin.0.defer_unchecked(free) };
-        }
-    }
-
     /// How many slots are not empty, as [`Self::count`] was told.
     #[inline]
     pub(crate) fn live(&self) -> u32 {
@@ -178,6 +163,194 @@ impl Drop for Node {
                 drop(unsafe { Box::from_raw(raw) });
             }
         }
+    }
+}
+
+/// Where a change was last: a lowest node, by the key of what it is for.
+#[derive(Default)]
+struct Kept {
+    key: Cell<u64>,
+    /// Null for none.
+    node: AtomicPtr<Node>,
+}
+
+/// What the change under way has to itself.
+struct Own<const ROOTS: usize, S> {
+    kept: [Kept; ROOTS],
+    state: S,
+}
+
+/// Trees of nodes that are changed together, by one [`Change`] at a time, with what is known only to who changes them.
+pub(crate) struct Trees<const ROOTS: usize, S> {
+    roots: [Box<Node>; ROOTS],
+    /// Held by the change. A leaf lock of the table that has the trees.
+    own: Mutex<Own<ROOTS, S>>,
+}
+
+impl<const ROOTS: usize, S> Trees<ROOTS, S> {
+    /// Trees under these roots.
+    pub(crate) fn new(roots: [Box<Node>; ROOTS], state: S) -> Self {
+        let kept = std::array::from_fn(|_| Kept::default());
+        Self { roots, own: Mutex::new(Own { kept, state }) }
+    }
+
+    /// The root of a tree, for who looks.
+    #[inline(always)]
+    pub(crate) fn root(&self, tree: usize) -> &Node {
+        &self.roots[tree]
+    }
+
+    /// Begins a change, once the one before it is over.
+    #[inline(always)]
+    pub(crate) fn change(&self) -> Change<'_, ROOTS, S> {
+        Change { own: self.own.lock(), roots: &self.roots, pin: OnceCell::new() }
+    }
+}
+
+/// The change that is being made to [`Trees`].
+pub(crate) struct Change<'t, const ROOTS: usize, S> {
+    own: MutexGuard<'t, Own<ROOTS, S>>,
+    roots: &'t [Box<Node>; ROOTS],
+    /// There since the first child was taken out.
+    pin: OnceCell<Pin>,
+}
+
+/// A node, as the change that is being made has it.
+pub(crate) struct Place<'c, const ROOTS: usize, S> {
+    node: &'c Node,
+    change: &'c Change<'c, ROOTS, S>,
+}
+
+impl<const ROOTS: usize, S> Clone for Place<'_, ROOTS, S> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<const ROOTS: usize, S> Copy for Place<'_, ROOTS, S> {}
+
+impl<const ROOTS: usize, S> Deref for Place<'_, ROOTS, S> {
+    type Target = Node;
+
+    #[inline(always)]
+    fn deref(&self) -> &Node {
+        self.node
+    }
+}
+
+impl<const ROOTS: usize, S> Change<'_, ROOTS, S> {
+    /// What is known to who makes changes.
+    #[inline(always)]
+    pub(crate) fn state(&self) -> &S {
+        &self.own.state
+    }
+
+    /// The root of a tree.
+    #[inline(always)]
+    pub(crate) fn root(&self, tree: usize) -> Place<'_, ROOTS, S> {
+        Place { node: &self.roots[tree], change: self }
+    }
+
+    /// The node that `path`, the slots from the root on, leads to; `None` where a child is missing. `key` names the path:
+    /// when it is that of the last call, the path is not walked.
+    #[inline(always)]
+    pub(crate) fn lowest(
+        &self,
+        tree: usize,
+        key: u64,
+        path: impl Iterator<Item = usize>,
+    ) -> Option<Place<'_, ROOTS, S>> {
+        let kept = &self.own.kept[tree];
+        if kept.key.get() == key
+            && let Some(node) = NonNull::new(kept.node.load(Ordering::Relaxed))
+        {
+            // SAFETY: a reference demands a live node. This one hung in the tree when a change of these trees kept it, and
+            // `Place::swap` would have forgotten it before any child was taken out: it still hangs there. What this
+            // change takes out lives until the change, which is borrowed, is over.
+            return Some(Place { node: unsafe { node.as_ref() }, change: self });
+        }
+        let root = self.root(tree);
+        let mut place = root;
+        for index in path {
+            let Entry::Child(child) = place.look(index) else { return None };
+            place = child;
+        }
+        // The root is found as quickly, and may be moved with its box.
+        if !ptr::eq(place.node, root.node) {
+            kept.key.set(key);
+            kept.node.store(ptr::from_ref(place.node).cast_mut(), Ordering::Relaxed);
+        }
+        Some(place)
+    }
+
+    /// Lets garbage of this thread be freed soon rather than with the next 64 pieces of it.
+    pub(crate) fn flush(&self) {
+        self.pin().0.flush();
+    }
+
+    fn pin(&self) -> &Pin {
+        self.pin.get_or_init(pin)
+    }
+}
+
+impl<'c, const ROOTS: usize, S> Place<'c, ROOTS, S> {
+    /// What the slot holds now.
+    #[inline(always)]
+    pub(crate) fn look(self, index: usize) -> Entry<Self> {
+        match self.node.raw_entry(index) {
+            Entry::Empty => Entry::Empty,
+            Entry::Leaf(leaf) => Entry::Leaf(leaf),
+            Entry::Child(child) => {
+                // SAFETY: a reference demands a live node. Only `publish` and `swap` store pointers without the leaf bit, from
+                // a box; the node is freed only after a `swap` of a change of these trees, of which this is the only one,
+                // or with the node it hangs from. What this one takes out lives until it is over, for it has a pin by
+                // then, and lets go of it after all places, which borrow it.
+                Entry::Child(Self { node: unsafe { child.as_ref() }, change: self.change })
+            }
+        }
+    }
+
+    /// Empties a slot; a child that hung there is freed, with all below it, once nobody sees it any more.
+    pub(crate) fn unlink(self, index: usize) {
+        self.swap(index, Link::Empty);
+    }
+
+    /// Puts `new` into a slot, in one store; what was there goes as [`Self::unlink`] says. What others than changes put
+    /// there at the same time is lost. (A child would leak.)
+    #[inline(always)]
+    pub(crate) fn swap(self, index: usize, new: Link) {
+        let new = match new {
+            Link::Empty => ptr::null_mut(),
+            Link::Leaf(leaf) => {
+                assert!(leaf & LEAF != 0, "a leaf has its lowest bit set");
+                ptr::without_provenance_mut(leaf as usize)
+            }
+            Link::Child(child) => Box::into_raw(child),
+        };
+        match self.node.raw_entry(index) {
+            Entry::Child(child) => self.replace_child(index, new, child),
+            Entry::Empty | Entry::Leaf(_) => self.node.slots[index].store(new, Ordering::Release),
+        }
+    }
+
+    /// Puts `new` into the slot where `child` hangs, and frees that.
+    #[inline(never)]
+    fn replace_child(self, index: usize, new: *mut Node, child: NonNull<Node>) {
+        // Before it is taken out: so it lives until the change is over.
+        let pin = self.change.pin();
+        // Nobody else takes a child out, or puts anything in its place.
+        self.node.slots[index].store(new, Ordering::Release);
+        let raw = child.as_ptr();
+        self.change.own.kept.iter().for_each(|kept| kept.node.store(ptr::null_mut(), Ordering::Relaxed));
+        let free = move || {
+            // SAFETY: `Box::from_raw` demands sole ownership: the only link to the node is gone, and the
+            // epoch has passed, so no reader is left, nor the change that took it out.
+            drop(unsafe { Box::from_raw(raw) });
+        };
+        // SAFETY: `defer_unchecked` demands a closure that may run later on any thread; it owns the node it
+        // frees, and nodes are Send (atomics, and children that they own).
+        unsafe { pin.0.defer_unchecked(free) };
     }
 }
 

@@ -111,6 +111,7 @@ impl Table {
     }
 
     /// The HWPTs beside it hear that leaves of `range` are gone.
+    #[inline(always)]
     fn tell(&self, range: IovaRange) {
         for hwpt in self.beside.read().iter().filter_map(Weak::upgrade) {
             hwpt.unmapped(range);

@@ -15,20 +15,19 @@
 //! A table is shared by all sets of windows that have it, and so by all HWPTs of those sets; it ends with the last.
 //! Nodes that become empty are freed, but for those around the TCE that was cleared last, which usually comes again.
 //!
-//! Locks: `changes` for the length of a change, then `beside`; both are leaf locks of this room.
+//! Locks: that of the trees for the length of a change, a leaf lock of this room. It guards the list of the HWPTs too.
 
+use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use ioas::{Access, Frame, FrameRun, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, UserAddr, failpoint};
-use parking_lot::{Mutex, RwLock};
-
 use super::rules::{WindowError, WindowShape};
-use super::sparse::Sparse;
+use super::sparse::{self, Sparse};
 use crate::format::LEVEL_BITS;
 use crate::hwpt::Hwpt;
 use crate::radix::Translation;
-use crate::sys::{self, Entry, FANOUT, LEAF, Link, Node, Pin};
+use crate::sys::{self, Entry, FANOUT, LEAF, Link, Node, Pin, Trees};
+use ioas::{Access, Frame, FrameRun, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, UserAddr, failpoint};
 
 /// In a leaf, and in the first word of a view: the device may read. (Bit 0 tells a leaf from a pointer.)
 const READ: u64 = 2;
@@ -64,15 +63,24 @@ pub struct TceTable {
     range: IovaRange,
     /// By TCE: a leaf, or a node of the TCE's own.
     leaves: Sparse,
-    /// Two words by TCE: the user address with the permission, and the region. Guarded by `changes`.
+    /// Two words by TCE: the user address with the permission, and the region. Read and written by changes only.
     views: Sparse,
-    /// TCEs that are there.
+    /// Where both lie.
+    trees: Trees<2, Own>,
+    /// TCEs that are there. Written by changes only.
     used: AtomicU64,
-    /// Held by every change: a TCE whose nodes have become empty and are still there.
-    changes: Mutex<Option<u64>>,
-    /// The HWPTs that walk it. Guarded by itself; a leaf lock.
-    beside: RwLock<Vec<Weak<Hwpt>>>,
 }
+
+/// What changes know.
+#[derive(Default)]
+struct Own {
+    /// A TCE whose nodes have become empty and are still there.
+    idle: Cell<Option<u64>>,
+    /// The HWPTs that walk the table.
+    beside: RefCell<Vec<Weak<Hwpt>>>,
+}
+
+type Change<'t> = sys::Change<'t, 2, Own>;
 
 impl TceTable {
     /// An empty table.
@@ -82,15 +90,14 @@ impl TceTable {
     pub fn new(shape: WindowShape) -> Result<Arc<Self>, WindowError> {
         let range = shape.range()?;
         let bits = shape.entries().trailing_zeros();
-        let array = |bits| Sparse::new(bits).ok_or(WindowError::NoMemory);
+        let root = || sparse::node().ok_or(WindowError::NoMemory);
         Ok(Arc::new(Self {
             shape,
             range,
-            leaves: array(bits)?,
-            views: array(bits + 1)?,
+            leaves: Sparse::new(0, bits),
+            views: Sparse::new(1, bits + 1),
+            trees: Trees::new([root()?, root()?], Own::default()),
             used: AtomicU64::new(0),
-            changes: Mutex::default(),
-            beside: RwLock::default(),
         }))
     }
 
@@ -120,24 +127,23 @@ impl TceTable {
     #[doc(alias = "iommu_tce_xchg_no_kill")]
     pub fn put(&self, index: u64, tce: Tce<'_>) -> Result<Option<View>, WindowError> {
         let words = self.words(index, &tce)?;
-        let pin = sys::pin();
-        let mut idle = self.changes.lock();
-        let places = self.leaves.make(index, &pin).zip(self.views.make(index * 2, &pin));
+        let change = self.trees.change();
+        let places = self.leaves.make(&change, index).zip(self.views.make(&change, index * 2));
         let links = places.and_then(|places| Some((places, self.link(&tce)?)));
         let Some((((leaves, at), (views, view_at)), link)) = links else {
-            self.leave_idle(&mut idle, index, &pin);
+            self.leave_idle(&change, index);
             return Err(WindowError::NoMemory);
         };
-        let old = view(views, view_at, &pin);
+        let old = view(&views, view_at);
         views.store(view_at, words.0);
         views.store(view_at + 1, words.1);
-        leaves.swap(at, link, &pin);
+        leaves.swap(at, link);
         if old.is_none() {
             leaves.count(1);
             views.count(1);
-            self.used.fetch_add(1, Ordering::Relaxed);
+            self.used.store(self.used() + 1, Ordering::Relaxed);
         } else {
-            self.tell(index, index);
+            self.tell(&change, index, index);
         }
         Ok(old)
     }
@@ -159,33 +165,32 @@ impl TceTable {
             return;
         }
         let last = first.saturating_add(count - 1).min(entries - 1);
-        let pin = sys::pin();
-        let mut idle = self.changes.lock();
+        let change = self.trees.change();
         let (mut cleared, mut emptied) = (0, None);
-        self.leaves.for_each_node(first, last, &pin, &mut |key, node, slots| {
+        self.leaves.for_each_node(&change, first, last, &mut |key, node, slots| {
             for (index, slot) in (key..).zip(slots) {
-                if let Entry::Empty = node.entry(slot, &pin) {
+                if let Entry::Empty = node.look(slot) {
                     continue;
                 }
-                node.swap(slot, Link::Empty, &pin);
+                node.unlink(slot);
                 node.count(-1);
                 cleared += 1;
-                if let Some(view) = self.take_view(index, &pin) {
+                if let Some(view) = self.take_view(&change, index) {
                     gone(index, view);
                 }
             }
             if node.live() == 0
                 && let Some(emptied) = emptied.replace(key)
             {
-                self.prune(emptied, &pin);
+                self.prune(&change, emptied);
             }
         });
         if let Some(emptied) = emptied {
-            self.leave_idle(&mut idle, emptied, &pin);
+            self.leave_idle(&change, emptied);
         }
         if cleared != 0 {
-            self.used.fetch_sub(cleared, Ordering::Relaxed);
-            self.tell(first, last);
+            self.used.store(self.used() - cleared, Ordering::Relaxed);
+            self.tell(&change, first, last);
         }
     }
 
@@ -195,10 +200,9 @@ impl TceTable {
         if index >= self.shape.entries() {
             return None;
         }
-        let pin = sys::pin();
-        let _changes = self.changes.lock();
-        let (views, at) = self.views.find(index * 2, &pin)?;
-        view(views, at, &pin)
+        let change = self.trees.change();
+        let (views, at) = self.views.place(&change, index * 2)?;
+        view(&views, at)
     }
 
     /// What `iova` translates to, or `None`. Takes no lock.
@@ -210,7 +214,7 @@ impl TceTable {
     /// As [`Self::translate`], for a DMA: inside the reader count.
     #[inline]
     pub(crate) fn walk(&self, iova: Iova, pin: &Pin) -> Option<Translation> {
-        let (node, slot) = self.leaves.find(self.shape.index(iova)?, pin)?;
+        let (node, slot) = self.leaves.find(&self.trees, self.shape.index(iova)?, pin)?;
         let inside = iova.0 & (self.shape.page_size() - 1);
         match node.entry(slot, pin) {
             Entry::Empty => None,
@@ -221,21 +225,22 @@ impl TceTable {
 
     /// From now on `hwpt` hears of every TCE that goes.
     pub(crate) fn join(&self, hwpt: &Arc<Hwpt>) {
-        self.beside.write().push(Arc::downgrade(hwpt));
+        self.trees.change().state().beside.borrow_mut().push(Arc::downgrade(hwpt));
     }
 
     /// `hwpt` hears of nothing more.
     pub(crate) fn leave(&self, hwpt: &Arc<Hwpt>) {
-        self.beside.write().retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(hwpt)));
+        let change = self.trees.change();
+        change.state().beside.borrow_mut().retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(hwpt)));
     }
 
     /// TCEs `first` to `last` are not what they were.
-    fn tell(&self, first: u64, last: u64) {
+    fn tell(&self, change: &Change<'_>, first: u64, last: u64) {
         let shift = self.shape.page_shift;
         let start = Iova(self.range.start().0 + (first << shift));
         let range =
             IovaRange::from_bounds(start, Iova(self.range.start().0 + (last << shift | (self.shape.page_size() - 1))));
-        for hwpt in self.beside.read().iter().filter_map(Weak::upgrade) {
+        for hwpt in change.state().beside.borrow().iter().filter_map(Weak::upgrade) {
             hwpt.unmapped(range.unwrap_or(self.range));
         }
     }
@@ -263,9 +268,9 @@ impl TceTable {
         rest.node(lowest_above(u32::from(self.shape.page_shift)), self.shape.page_size()).map(Link::Child)
     }
 
-    fn take_view(&self, index: u64, pin: &Pin) -> Option<View> {
-        let (views, at) = self.views.find(index * 2, pin)?;
-        let old = view(views, at, pin)?;
+    fn take_view(&self, change: &Change<'_>, index: u64) -> Option<View> {
+        let (views, at) = self.views.place(change, index * 2)?;
+        let old = view(&views, at)?;
         views.store(at, 0);
         views.store(at + 1, 0);
         views.count(-1);
@@ -273,20 +278,20 @@ impl TceTable {
     }
 
     /// Nodes around `index` may be empty: they stay, and those that stayed before go.
-    fn leave_idle(&self, idle: &mut Option<u64>, index: u64, pin: &Pin) {
-        if let Some(before) = idle.replace(index)
+    fn leave_idle(&self, change: &Change<'_>, index: u64) {
+        if let Some(before) = change.state().idle.replace(Some(index))
             && before != index
         {
-            self.prune(before, pin);
+            self.prune(change, before);
         }
     }
 
-    fn prune(&self, index: u64, pin: &Pin) {
+    fn prune(&self, change: &Change<'_>, index: u64) {
         // The views of one lowest node of leaves lie in two.
         let first = index & !(FANOUT as u64 - 1);
-        self.leaves.prune(index, pin);
-        self.views.prune(first * 2, pin);
-        self.views.prune((first + FANOUT as u64 / 2) * 2, pin);
+        self.leaves.prune(change, index);
+        self.views.prune(change, first * 2);
+        self.views.prune(change, (first + FANOUT as u64 / 2) * 2);
     }
 }
 
@@ -352,11 +357,13 @@ fn walk_page(page: &Node, inside: u64, page_shift: u32, pin: &Pin) -> Option<Tra
 }
 
 /// The view whose first word is at `at`.
-fn view(views: &Node, at: usize, pin: &Pin) -> Option<View> {
-    let (Entry::Leaf(first), Entry::Leaf(second)) = (views.entry(at, pin), views.entry(at + 1, pin)) else {
-        return None;
-    };
-    Some(View { user: UserAddr(first & !(PAGE_SIZE - 1)), access: access(first), region: second >> 1 })
+fn view(views: &Node, at: usize) -> Option<View> {
+    let (first, second) = (views.leaf(at), views.leaf(at + 1));
+    (first != 0 && second != 0).then(|| View {
+        user: UserAddr(first & !(PAGE_SIZE - 1)),
+        access: access(first),
+        region: second >> 1,
+    })
 }
 
 const fn flags(access: Access) -> u64 {
