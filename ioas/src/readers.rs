@@ -90,9 +90,10 @@ impl ReaderSet {
     #[inline]
     pub(crate) fn is_quiet(&self) -> bool {
         fence(Ordering::SeqCst);
-        if self.registered.load(Ordering::SeqCst) == 0 {
-            return true;
-        }
+        self.registered.load(Ordering::SeqCst) == 0 || self.are_all_outside()
+    }
+
+    fn are_all_outside(&self) -> bool {
         let quiet = self.slots.lock().iter().all(|slot| slot.load(Ordering::SeqCst) == 0);
         fence(Ordering::Acquire);
         quiet
@@ -107,7 +108,12 @@ impl ReaderSet {
     ///
     /// # Errors
     /// [`Interrupted`]; readers of before may still be inside.
+    #[inline]
     pub fn wait_unless(&self, interrupt: &dyn Interrupt) -> Result<(), Interrupted> {
+        if self.is_quiet() { Ok(()) } else { self.wait_for_slots(interrupt) }
+    }
+
+    fn wait_for_slots(&self, interrupt: &dyn Interrupt) -> Result<(), Interrupted> {
         fence(Ordering::SeqCst);
         let before = self.epoch.fetch_add(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
