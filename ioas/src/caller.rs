@@ -153,6 +153,19 @@ pub enum FdError {
     Revoked,
 }
 
+/// Who makes a call, as far as a mapping of its memory needs to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// [`Caller::memory_map_id`].
+    pub memory: MmId,
+    /// [`Caller::uid`].
+    pub uid: Uid,
+    /// [`Caller::memlock_limit`], in bytes.
+    pub memlock_limit: u64,
+    /// Whether it has [`Capability::IpcLock`].
+    pub ipc_lock: bool,
+}
+
 /// Who makes one call. Valid while the caller waits for its answer.
 pub trait Caller: Send + Sync {
     /// The user that pays in user accounting.
@@ -180,6 +193,15 @@ pub trait Caller: Send + Sync {
     /// As [`Self::memory_map`].
     fn likely_memory_map(&self) -> Result<Arc<dyn MemoryMap>, MemoryError> {
         self.memory_map()
+    }
+
+    /// What a mapping asks about its caller, in one call.
+    ///
+    /// # Errors
+    /// As [`Self::memory_map`].
+    fn identity(&self) -> Result<Identity, MemoryError> {
+        let ipc_lock = self.capable(Capability::IpcLock);
+        Ok(Identity { memory: self.memory_map_id()?, uid: self.uid(), memlock_limit: self.memlock_limit(), ipc_lock })
     }
 
     /// RLIMIT_MEMLOCK of the caller in bytes; `u64::MAX` is no limit.

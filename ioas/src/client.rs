@@ -12,6 +12,8 @@ use crate::registry::Registry;
 pub(crate) struct Client {
     /// Immutable.
     pub(crate) memory: Arc<dyn MemoryMap>,
+    /// Immutable: the memory map's name.
+    pub(crate) mm: MmId,
     /// Immutable.
     pub(crate) uid: Uid,
     /// Bytes. What a process that has gone is still held to.
@@ -43,7 +45,7 @@ impl Client {
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("mm", &self.memory.id()).field("uid", &self.uid).finish_non_exhaustive()
+        f.debug_struct("Client").field("mm", &self.mm).field("uid", &self.uid).finish_non_exhaustive()
     }
 }
 
@@ -53,12 +55,13 @@ pub(crate) type Clients = Registry<(MmId, Uid), Client>;
 impl Clients {
     /// The record of this client, made if there is none.
     pub(crate) fn record(&mut self, memory: Arc<dyn MemoryMap>, uid: Uid, limit: u64) -> Arc<Client> {
-        let name = (memory.id(), uid);
+        let mm = memory.id();
+        let name = (mm, uid);
         if let Some(known) = self.get(name) {
             known.see_limit(limit);
             return known;
         }
-        let client = Arc::new(Client { memory, uid, limit: AtomicU64::new(limit) });
+        let client = Arc::new(Client { memory, mm, uid, limit: AtomicU64::new(limit) });
         self.insert(name, &client);
         client
     }

@@ -87,6 +87,20 @@ impl Extent {
         Ended { _backing: self.backing, frames: Some(frames) }
     }
 
+    /// The frames of pages that lie in it.
+    pub(crate) const fn frames_of(&self, index: u64, pages: u64) -> FrameRun {
+        FrameRun { first: Frame(self.first + (index - self.index)), pages }
+    }
+
+    /// As [`Self::hold`], for who has `backing`, which it is of: what rests gets it back.
+    #[inline(always)]
+    pub(crate) fn hold_of(&mut self, backing: BackingRef<'_>, run: FrameRun) -> u64 {
+        if self.backing.is_none() {
+            self.backing = Some(backing.owned());
+        }
+        self.hold(run)
+    }
+
     /// Counts one more holder of `run`, which lies in it, and returns how many pages had none.
     #[inline(always)]
     fn hold(&mut self, run: FrameRun) -> u64 {
@@ -148,7 +162,6 @@ impl Extents {
     /// Holds `pages` pages of `backing` from `index` on, making extents where there are none, and calls `each` with
     /// the frames and how many of them nobody held before. `None` when no frames are left; what `each` has seen is held
     /// then.
-    #[inline(always)]
     pub(crate) fn hold(
         &mut self,
         space: &FrameSpace,
@@ -164,20 +177,33 @@ impl Extents {
                 Some(first) => self.by_frame.get_mut(first)?,
                 None => self.make(space, backing, (at, end), ended)?,
             };
-            if extent.backing.is_none() {
-                extent.backing = Some(backing.owned());
-            }
             backing.found_at(extent.first);
             let stop = end.min(extent.index + extent.pages);
-            let run = FrameRun { first: Frame(extent.first + (at - extent.index)), pages: stop - at };
-            each(run, extent.hold(run));
+            let run = extent.frames_of(at, stop - at);
+            each(run, extent.hold_of(backing, run));
             at = stop;
         }
         Some(())
     }
 
-    /// The extent that `at` can be held from: it is held already, or rests and is what would be made now.
+    /// The extent that was found last for `backing`, if all of `pages` pages from `index` on can be held from it as it is.
     #[inline(always)]
+    pub(crate) fn ready_for_all(&mut self, backing: BackingRef<'_>, index: u64, pages: u64) -> Option<&mut Extent> {
+        let extent = self.by_frame.get_mut(backing.last_found())?;
+        let (end, stop) = (index + pages, extent.index + extent.pages);
+        if extent.key != backing.key() || index < extent.index || stop < end {
+            return None;
+        }
+        if extent.held == 0 {
+            let (from, to) = wished(backing, index, end);
+            if from < extent.index || stop < to {
+                return None;
+            }
+        }
+        Some(extent)
+    }
+
+    /// The extent that `at` can be held from: it is held already, or rests and is what would be made now.
     fn ready(&self, key: BackingKey, backing: BackingRef<'_>, at: u64, end: u64) -> Option<u64> {
         let covers = |extent: &&Extent| extent.key == key && extent.index <= at && at < extent.index + extent.pages;
         let last_found = self.by_frame.get(backing.last_found()).filter(covers);
@@ -191,7 +217,6 @@ impl Extents {
     }
 
     /// Releases `run`, which is held, and returns how many of its pages nobody holds any more.
-    #[inline(always)]
     pub(crate) fn release(&mut self, space: &FrameSpace, run: FrameRun, ended: &mut AllEnded) -> u64 {
         let (mut at, end) = (run.first.0, run.first.0 + run.pages);
         let mut pages = 0;
@@ -211,6 +236,21 @@ impl Extents {
             at = stop.max(at + 1);
         }
         pages
+    }
+
+    /// As [`Self::release`], of a run of one extent that needs nothing but to rest then, as it did before. Returns how
+    /// many pages nobody holds any more, and what is to be dropped without a lock; `None` where more is to be done,
+    /// and nothing has changed.
+    #[inline(always)]
+    pub(crate) fn release_to_rest(&mut self, space: &FrameSpace, run: FrameRun) -> Option<(u64, Option<Backing>)> {
+        let (first, extent) = self.by_frame.floor_mut(run.first.0)?;
+        let within = run.first.0 + run.pages <= extent.first + extent.pages;
+        let can_rest = extent.mapped == Mapped::No && space.is_vast(extent.region());
+        if !within || !can_rest || self.resting.iter().all(|rested| *rested != Some(first)) {
+            return None;
+        }
+        let pages = extent.release(run);
+        Some((pages, if extent.held == 0 { extent.backing.take() } else { None }))
     }
 
     /// Remembers that an extent rests, and ends the one that began to rest longest ago.

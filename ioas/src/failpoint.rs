@@ -28,6 +28,13 @@ pub fn reached(name: &'static str) -> bool {
     }
 }
 
+/// True when a step of this thread is going to fail: a short cut past several steps is not taken then.
+#[must_use]
+#[inline]
+pub(crate) fn is_armed() -> bool {
+    COUNTDOWN.get() != 0
+}
+
 /// While it lives, one step of this thread is going to fail, or has failed. Dropping it disarms the thread.
 #[derive(Debug)]
 pub struct Armed(());

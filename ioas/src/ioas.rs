@@ -22,19 +22,19 @@ use std::sync::{Arc, Weak};
 use crossbeam_utils::atomic::AtomicCell;
 
 use crate::addr::{Access, FrameRun, Iova, IovaRange, PAGE_SIZE, UserAddr};
-use crate::caller::{Caller, Capability, MemoryError, MemoryMap, Uid};
+use crate::caller::{Caller, Capability, Identity, MemoryError, MemoryMap};
 use crate::client::Client;
 use crate::error::{FaultReason, IoasError};
 use crate::failpoint;
 use crate::iova_map::{Area, IovaMap, Piece, Taken, Taking};
 use crate::leaving::{Leaving, Release};
-use crate::pages::{ChargeRule, Limit, Pages, Terms};
+use crate::pages::{ChargeRule, Limit, Pages};
 use crate::rank::{MAP, Ranked, RankedGuard, TABLES};
 use crate::readers::ReaderSet;
 use crate::request::{
     AreaMemory, AreaSnapshot, AreaView, IoasSnapshot, IovaChoice, IpcLock, MapRequest, ReservationOwner, Source,
 };
-use crate::resolve::{self, Rights};
+use crate::resolve;
 use crate::several::Several;
 use crate::store::PageStore;
 use crate::table::PageTable;
@@ -62,19 +62,6 @@ struct Tables {
     client: Option<Arc<Client>>,
 }
 
-/// What a caller has told about itself.
-struct Asked {
-    memory: Arc<dyn MemoryMap>,
-    uid: Uid,
-    limit: u64,
-}
-
-impl Asked {
-    fn new(caller: &dyn Caller, memory: Arc<dyn MemoryMap>) -> Self {
-        Self { memory, uid: caller.uid(), limit: caller.memlock_limit() }
-    }
-}
-
 impl Tables {
     /// Takes `range` out of all tables.
     #[inline(always)]
@@ -82,17 +69,21 @@ impl Tables {
         self.list.iter().for_each(|entry| entry.table.unmap(range));
     }
 
-    /// The store's record of a caller.
-    #[inline]
-    fn client(&mut self, store: &PageStore, Asked { memory, uid, limit }: Asked) -> &Arc<Client> {
-        let same = |last: &Arc<Client>| Arc::ptr_eq(&last.memory, &memory) && last.uid == uid;
-        match self.client.take().filter(same) {
-            Some(last) => {
-                last.see_limit(limit);
-                self.client.insert(last)
-            }
-            None => self.client.insert(store.client_of(memory, uid, limit)),
+    /// The store's record of a caller, whose memory map `memory` gives where it is not that of who mapped last.
+    #[inline(always)]
+    fn client(
+        &mut self,
+        store: &PageStore,
+        who: &Identity,
+        memory: impl FnOnce() -> Result<Arc<dyn MemoryMap>, MemoryError>,
+    ) -> Result<&Arc<Client>, MemoryError> {
+        let same = self.client.as_ref().is_some_and(|last| last.mm == who.memory && last.uid == who.uid);
+        if !same {
+            self.client = Some(store.client_of(memory()?, who.uid, who.memlock_limit));
         }
+        let client = self.client.as_ref().ok_or(MemoryError::Gone)?;
+        client.see_limit(who.memlock_limit);
+        Ok(client)
     }
 }
 
@@ -146,16 +137,14 @@ impl Ioas {
     #[doc(alias = "iopt_map_user_pages")]
     #[doc(alias = "iopt_map_file_pages")]
     pub fn map(&self, caller: &dyn Caller, request: MapRequest) -> Result<IovaRange, IoasError> {
-        let start = check_bytes(&request)?;
+        let start = request.check_bytes()?;
         if let Source::User(address) = request.source
             && let Some(answer) = self.map_asking_little(caller, &request, address)
         {
             return answer;
         }
-        let capable = caller.capable(Capability::IpcLock);
-        let memory = caller.memory_map().map_err(|error| fault_at(UserAddr(start), error))?;
-        let asked = Asked::new(caller, memory);
-        let terms = terms_of(&request, charge_rule(request.ipc_lock, capable));
+        let who = caller.identity().map_err(|error| fault_at(UserAddr(start), error))?;
+        let terms = request.terms(who.ipc_lock);
         let MapRequest { source, length, iova, access, .. } = request;
         let file = match source {
             Source::User(_) => None,
@@ -165,14 +154,16 @@ impl Ioas {
             }
         };
         let mut tables = self.tables.lock();
-        let client = tables.client(&self.store, asked);
+        let client = tables.client(&self.store, &who, || caller.memory_map());
+        let client = client.map_err(|error| fault_at(UserAddr(start), error))?;
         let pages = Pages::renew(self.spare.take(), client, file, start, length, terms);
-        self.map_pieces(tables, Several::one(Piece { pages, at: 0, length }), Limit::Seen, iova, access)
+        self.map_pieces(tables, [Piece { pages, at: 0, length }], Limit::Seen, iova, access)
     }
 
     /// Maps, and asks the client no more than nearly every mapping needs: whether its kept memory map is that of now
     /// shows when the layout is asked, and a capability counts only beyond the limit. `None` where that has not
     /// decided, because nothing was filled, or one of the two turned out to matter; then nothing has changed.
+    #[inline(never)]
     fn map_asking_little(
         &self,
         caller: &dyn Caller,
@@ -184,16 +175,18 @@ impl Ioas {
         }
         let counted = request.ipc_lock == IpcLock::CountUnlimited;
         let capable = !counted && caller.capable(Capability::IpcLock);
-        let asked = Asked::new(caller, caller.likely_memory_map().ok()?);
-        let terms = terms_of(request, charge_rule(request.ipc_lock, capable));
+        let memory = caller.likely_memory_map().ok()?;
+        let (uid, memlock_limit) = (caller.uid(), caller.memlock_limit());
+        let who = Identity { memory: memory.id(), uid, memlock_limit, ipc_lock: capable };
+        let terms = request.terms(capable);
         let mut tables = self.tables.lock();
         if tables.list.is_empty() {
             return None;
         }
-        let client = tables.client(&self.store, asked);
+        let client = tables.client(&self.store, &who, || Ok(memory)).ok()?;
         let pages = Pages::renew(self.spare.take(), client, None, address.0, request.length, terms);
         let piece = Piece { pages, at: 0, length: request.length };
-        match self.map_pieces(tables, Several::one(piece), Limit::Seen, request.iova, request.access) {
+        match self.map_pieces(tables, [piece], Limit::Seen, request.iova, request.access) {
             Err(IoasError::Limit { .. }) if counted => None,
             Err(IoasError::Fault { reason: FaultReason::Memory(MemoryError::Gone), .. }) => None,
             answer => Some(answer),
@@ -205,16 +198,16 @@ impl Ioas {
     fn map_pieces(
         &self,
         mut tables: RankedGuard<'_, TABLES, Tables>,
-        pieces: Several<Piece>,
+        pieces: impl AsRef<[Piece]> + IntoIterator<Item = Piece>,
         limit: Limit,
         choice: IovaChoice,
         access: Access,
     ) -> Result<IovaRange, IoasError> {
-        let range = self.map.lock().place(&pieces, choice, access)?;
+        let range = self.map.lock().place(pieces.as_ref(), choice, access)?;
         if !tables.list.is_empty()
-            && let Err((filled, error)) = self.fill(&mut tables, range.start(), &pieces, limit, access)
+            && let Err((filled, error)) = self.fill(&mut tables, range.start(), pieces.as_ref(), limit, access)
         {
-            let undo = self.undo(&tables, range, pieces.iter().take(filled));
+            let undo = self.undo(&tables, range, &pieces.as_ref()[..filled]);
             drop(tables);
             drop(undo);
             return Err(error);
@@ -230,12 +223,12 @@ impl Ioas {
         &self,
         tables: &mut Tables,
         mut at: Iova,
-        pieces: &Several<Piece>,
+        pieces: &[Piece],
         limit: Limit,
         access: Access,
     ) -> Result<(), (usize, IoasError)> {
         let mut done = 0;
-        for piece in pieces.iter() {
+        for piece in pieces {
             tables.runs.clear();
             piece.pages.fill(&self.store, piece.slice(), limit, &mut tables.runs).map_err(|error| (done, error))?;
             done += 1;
@@ -256,9 +249,9 @@ impl Ioas {
 
     /// Takes `range` out of all tables; what was filled is released when the answer is dropped, without a lock.
     #[cold]
-    fn undo<'a>(&self, tables: &Tables, range: IovaRange, filled: impl Iterator<Item = &'a Piece>) -> Leaving {
+    fn undo(&self, tables: &Tables, range: IovaRange, filled: &[Piece]) -> Leaving {
         let release = |piece: &Piece| Release { pages: Arc::clone(&piece.pages), slice: piece.slice() };
-        let releases: Vec<_> = filled.map(release).collect();
+        let releases: Vec<_> = filled.iter().map(release).collect();
         if !releases.is_empty() {
             tables.list.iter().for_each(|entry| entry.table.unmap(range));
         }
@@ -315,6 +308,32 @@ impl Ioas {
     #[inline(always)]
     fn start_taking(&self, range: IovaRange, taking: Taking) -> Leaving {
         let tables = self.tables.lock();
+        let exactly = self.map.lock().take_exactly(range);
+        match exactly {
+            Some(area) => self.end_one(tables, range, area),
+            None => self.take_any(tables, range, taking),
+        }
+    }
+
+    /// Ends the area of exactly `range`, which has left the map.
+    #[inline(always)]
+    fn end_one(&self, tables: RankedGuard<'_, TABLES, Tables>, range: IovaRange, area: Area) -> Leaving {
+        tables.unmap(range);
+        let (filled, bytes) = (!tables.list.is_empty(), range.last().0 - range.start().0 + 1);
+        if !self.readers.is_quiet() {
+            let areas = Several::one((range.start().0, area));
+            return self.wait_for_readers(tables, Taken { areas, bytes, stopped: None });
+        }
+        drop(tables);
+        let slice = filled.then(|| area.slice(range.start().0));
+        if let Some(pages) = Pages::end(area.pages, &self.store, slice) {
+            self.spare.store(Some(pages));
+        }
+        Leaving::done(bytes, None)
+    }
+
+    #[inline(never)]
+    fn take_any(&self, tables: RankedGuard<'_, TABLES, Tables>, range: IovaRange, taking: Taking) -> Leaving {
         let mut taken = Taken::default();
         self.map.lock().take(range, taking, &mut taken);
         match taken.areas.single() {
@@ -329,15 +348,17 @@ impl Ioas {
                     area.pages.release(&self.store, area.slice(*start));
                 }
             }
-            if let Ok((_, area)) = taken.areas.into_single()
-                && let Some(pages) = Pages::retire(area.pages)
-            {
-                self.spare.store(Some(pages));
-            }
             return Leaving::done(taken.bytes, taken.stopped);
         }
+        self.wait_for_readers(tables, taken)
+    }
+
+    /// Leaves areas that are out of the tables, and that readers may still touch, to a [`Leaving`].
+    #[inline(never)]
+    fn wait_for_readers(&self, tables: RankedGuard<'_, TABLES, Tables>, taken: Taken) -> Leaving {
         // Nobody maps there meanwhile: that takes `tables`.
         let ranges = joined(&taken.areas);
+        let filled = !tables.list.is_empty();
         self.map.lock().leave(&ranges);
         drop(tables);
         let Taken { areas, bytes, stopped } = taken;
@@ -359,7 +380,10 @@ impl Ioas {
         access: Access,
     ) -> Result<IovaRange, IoasError> {
         let pieces = source.map.lock().pieces(range)?;
-        self.map_pieces(self.tables.lock(), pieces, Limit::Now, to, access)
+        match pieces.into_single() {
+            Ok(piece) => self.map_pieces(self.tables.lock(), [piece], Limit::Now, to, access),
+            Err(pieces) => self.map_pieces(self.tables.lock(), pieces.into_vec(), Limit::Now, to, access),
+        }
     }
 
     /// The area that covers `iova`.
@@ -639,7 +663,7 @@ impl Ioas {
         let length = area.last - start + 1;
         let mut terms = area.pages.terms();
         if terms.charge != ChargeRule::Free {
-            terms.charge = charge_rule(IpcLock::CountUnlimited, capable);
+            terms.charge = IpcLock::CountUnlimited.charge_rule(capable);
         }
         let pages = Pages::new(client, None, address.0, length, terms);
         let new = Area { pages, at: 0, vaddr_valid: true, ..area.clone() };
@@ -717,37 +741,6 @@ impl fmt::Debug for Ioas {
 
 const fn fault_at(address: UserAddr, error: MemoryError) -> IoasError {
     IoasError::Fault { address, reason: FaultReason::Memory(error) }
-}
-
-/// Checks the bytes that are to be mapped, and returns where they start.
-fn check_bytes(request: &MapRequest) -> Result<u64, IoasError> {
-    let length = request.length;
-    // The last byte of the address space is no client's; the last byte that an offset can name passes.
-    let (start, end) = match &request.source {
-        Source::User(address) => (address.0, address.0.checked_add(length)),
-        Source::File { offset, .. } => (*offset, offset.checked_add(length.saturating_sub(1))),
-    };
-    if end.is_none() {
-        return Err(IoasError::Overflow { start, length });
-    }
-    if length == 0 || length > u64::MAX - PAGE_SIZE {
-        return Err(IoasError::BadLength { length, alignment: 1 });
-    }
-    Ok(start)
-}
-
-const fn charge_rule(ipc_lock: IpcLock, capable: bool) -> ChargeRule {
-    match (capable, ipc_lock) {
-        (false, _) => ChargeRule::Limited,
-        (true, IpcLock::CountUnlimited) => ChargeRule::Unlimited,
-        (true, IpcLock::DoNotCount) => ChargeRule::Free,
-    }
-}
-
-const fn terms_of(request: &MapRequest, charge: ChargeRule) -> Terms {
-    let device_regions = request.device_regions || matches!(request.source, Source::File { .. });
-    let rights = Rights { writable: request.access.contains(Access::WRITE), device_regions };
-    Terms { rights, payer: request.payer, charge }
 }
 
 fn alignment_of(tables: &Tables, huge_pages: bool) -> u64 {

@@ -194,16 +194,8 @@ impl IovaMap {
 
     /// Where `pieces` would be mapped, after all of Linux's checks. Nothing changes.
     #[inline(always)]
-    pub(crate) fn place(
-        &self,
-        pieces: &Several<Piece>,
-        choice: IovaChoice,
-        access: Access,
-    ) -> Result<IovaRange, IoasError> {
-        let mut length = 0;
-        for piece in pieces.iter() {
-            length += piece.length;
-        }
+    pub(crate) fn place(&self, pieces: &[Piece], choice: IovaChoice, access: Access) -> Result<IovaRange, IoasError> {
+        let length = pieces.iter().map(|piece| piece.length).sum();
         let alignment = self.smallest_alignment();
         if length == 0 || length & (alignment - 1) != 0 {
             return Err(IoasError::BadLength { length, alignment });
@@ -215,7 +207,7 @@ impl IovaMap {
                 self.find_free(first, length)?
             }
         };
-        for piece in pieces.iter() {
+        for piece in pieces {
             if access.contains(Access::WRITE) && !piece.pages.terms().rights.writable {
                 return Err(IoasError::ReadOnly);
             }
@@ -338,20 +330,13 @@ impl IovaMap {
 
     /// Inserts areas for `pieces`, one after the other from `start` on, at a place that [`Self::place`] gave.
     #[inline(always)]
-    pub(crate) fn insert(&mut self, start: Iova, pieces: Several<Piece>, access: Access) {
-        match pieces.into_single() {
-            Ok(piece) => self.insert_one(start.0, piece, access),
-            Err(pieces) => self.insert_all(start.0, pieces, access),
-        }
-    }
-
-    #[cold]
-    fn insert_all(&mut self, mut at: u64, pieces: Several<Piece>, access: Access) {
-        pieces.into_each(|piece| {
+    pub(crate) fn insert(&mut self, start: Iova, pieces: impl IntoIterator<Item = Piece>, access: Access) {
+        let mut at = start.0;
+        for piece in pieces {
             let next = at.wrapping_add(piece.length);
             self.insert_one(at, piece, access);
             at = next;
-        });
+        }
     }
 
     #[inline(always)]
@@ -429,8 +414,20 @@ impl IovaMap {
         Some((range, IoasError::Pinned(range)))
     }
 
-    /// Takes areas out of the map. Their IOVAs are free, unless [`Self::leave`] keeps them.
+    /// Takes the area of exactly `wanted` out of the map, if there is one and nothing else is to be looked at.
     #[inline(always)]
+    pub(crate) fn take_exactly(&mut self, wanted: IovaRange) -> Option<Area> {
+        if !self.leaving.is_empty() || self.pins != 0 {
+            return None;
+        }
+        let (start, last) = (wanted.start().0, wanted.last().0);
+        let area = self.areas.remove_if(start, |area| area.last == last)?;
+        self.mapped_bytes -= last - start + 1;
+        self.note_free(start);
+        Some(area)
+    }
+
+    /// Takes areas out of the map. Their IOVAs are free, unless [`Self::leave`] keeps them.
     pub(crate) fn take(&mut self, wanted: IovaRange, taking: Taking, taken: &mut Taken) {
         if taking == Taking::UntilCut
             && (!self.leaving.is_empty() || self.pins != 0)
@@ -441,7 +438,6 @@ impl IovaMap {
         self.take_plain(wanted, taking, taken);
     }
 
-    #[inline(always)]
     fn take_plain(&mut self, wanted: IovaRange, taking: Taking, taken: &mut Taken) {
         let (start, last) = (wanted.start().0, wanted.last().0);
         let cut = |taken: &mut Taken, area| taken.stopped = Some(IoasError::Bisects { range: wanted, area });

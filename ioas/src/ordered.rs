@@ -172,7 +172,9 @@ impl<K: Ord + Copy, V> OrderedMap<K, V> {
             if self.few.len() == self.few.capacity() {
                 self.make_room();
             }
-            return &mut self.few.push_mut((key, value)).1;
+            self.few.push((key, value));
+            let last = self.few.len() - 1;
+            return &mut self.few[last].1;
         }
         self.insert_between(key, value)
     }
@@ -188,8 +190,8 @@ impl<K: Ord + Copy, V> OrderedMap<K, V> {
         if self.is_tree() {
             return self.get_in_tree(key).filter(|value| go(value)).is_some().then(|| self.remove_from_tree(key))?;
         }
-        let index = self.position(key).filter(|index| go(&self.few[*index].1))?;
-        Some(self.remove_at(index).1)
+        let index = self.position(key)?;
+        if go(&self.few[index].1) { Some(self.remove_at(index).1) } else { None }
     }
 
     /// Removes one of the few.

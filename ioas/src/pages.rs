@@ -18,6 +18,7 @@ use crate::backing::FileBacking;
 use crate::caller::{FileKind, MmId};
 use crate::client::Client;
 use crate::error::IoasError;
+use crate::failpoint;
 use crate::payer::PayerName;
 use crate::rank::{PAGES, Ranked};
 use crate::request::{AreaMemory, PayerMode};
@@ -41,6 +42,18 @@ pub(crate) struct Terms {
     pub(crate) rights: Rights,
     pub(crate) payer: PayerMode,
     pub(crate) charge: ChargeRule,
+}
+
+impl Terms {
+    /// The payer of what is charged to `client`.
+    #[inline(always)]
+    fn payer_of(self, client: &Client) -> Option<PayerName> {
+        match (self.charge, self.payer) {
+            (ChargeRule::Free, _) => None,
+            (_, PayerMode::User) => Some(PayerName::User(client.uid)),
+            (_, PayerMode::MemoryMap) => Some(PayerName::MemoryMap(client.mm)),
+        }
+    }
 }
 
 /// Which limits memory is held against: RLIMIT_MEMLOCK of the client, and the size of a file that it named.
@@ -144,11 +157,17 @@ impl Pages {
         Self::new(Arc::clone(client), file, start, length, terms)
     }
 
-    /// Lets go of the file, so that [`Self::renew`] can have the place; `None` when somebody else has it too, or
-    /// something is filled.
+    /// Releases `slice`, which is filled, for an area that has gone. Where nobody else has them and nothing is filled any
+    /// more, the pages let go of the file and are for [`Self::renew`].
     #[inline(always)]
-    pub(crate) fn retire(mut this: Arc<Self>) -> Option<Arc<Self>> {
-        let pages = Arc::get_mut(&mut this)?;
+    pub(crate) fn end(mut this: Arc<Self>, store: &PageStore, slice: Option<Slice>) -> Option<Arc<Self>> {
+        let Some(pages) = Arc::get_mut(&mut this) else {
+            slice.into_iter().for_each(|slice| this.release(store, slice));
+            return None;
+        };
+        if let Some(slice) = slice {
+            pages.release_alone(store, slice);
+        }
         pages.file = None;
         matches!(pages.fill.get_mut().fill, Fill::Empty).then_some(this)
     }
@@ -182,17 +201,8 @@ impl Pages {
         self.slice(0, self.length)
     }
 
-    /// The payer of what is charged.
-    fn payer(&self, client: &Client) -> Option<PayerName> {
-        match (self.terms.charge, self.terms.payer) {
-            (ChargeRule::Free, _) => None,
-            (_, PayerMode::User) => Some(PayerName::User(client.uid)),
-            (_, PayerMode::MemoryMap) => Some(PayerName::MemoryMap(client.memory.id())),
-        }
-    }
-
     fn bill(&self, client: &Client, limit: Limit) -> Option<Bill> {
-        let payer = self.payer(client)?;
+        let payer = self.terms.payer_of(client)?;
         let enforced = self.terms.charge == ChargeRule::Limited;
         let limit = match limit {
             Limit::Seen => client.seen_limit(),
@@ -216,6 +226,11 @@ impl Pages {
         let Filled { client, fill } = &mut *self.fill.lock();
         match fill {
             Fill::Empty if slice == self.all() => {
+                if let Some(held) = self.hold_ready(client, store, (slice, limit)) {
+                    runs.push(held.run);
+                    *fill = Fill::Whole { first: held.run.first, areas: 1, charged: held.charged };
+                    return Ok(());
+                }
                 let mut held = HeldRuns::new();
                 self.hold(client, store, (slice, limit), &mut held)?;
                 for held in held.iter() {
@@ -234,6 +249,17 @@ impl Pages {
             }
             _ => {}
         }
+        self.fill_parts((client, fill), store, (slice, limit), runs)
+    }
+
+    #[inline(never)]
+    fn fill_parts(
+        &self,
+        (client, fill): (&Client, &mut Fill),
+        store: &PageStore,
+        (slice, limit): (Slice, Limit),
+        runs: &mut Vec<FrameRun>,
+    ) -> Result<(), IoasError> {
         let parts = fill.make_parts(self.all().pages);
         let result = self.fill_gaps(client, store, parts, (slice, limit));
         if result.is_ok() {
@@ -261,7 +287,7 @@ impl Pages {
                 Ok(()) => held.push((gap.first, runs)),
                 Err(error) => {
                     let held: Vec<Held> = held.iter().flat_map(|(_, held)| held.iter().copied()).collect();
-                    store.release(&held, self.payer(client));
+                    store.release(&held, self.terms.payer_of(client));
                     return Err(error);
                 }
             }
@@ -274,7 +300,26 @@ impl Pages {
         Ok(())
     }
 
+    /// As [`Self::hold`], of a file whose frames are one run that need not be made; `None` is for [`Self::hold`] to
+    /// decide, and nothing has changed.
     #[inline(always)]
+    fn hold_ready(&self, client: &Client, store: &PageStore, (slice, limit): (Slice, Limit)) -> Option<Held> {
+        match &self.file {
+            Some(file) if limit == Limit::Seen && !failpoint::is_armed() => {
+                let start = self.byte_of(slice);
+                let wanted =
+                    resolve::file_memory(file, file.seen_size(), start, slice.pages, self.terms.rights).ok()?;
+                store.hold_ready(wanted, self.bill(client, limit))
+            }
+            _ => None,
+        }
+    }
+
+    /// User address or file offset of the first byte of its first page.
+    const fn byte_of(&self, slice: Slice) -> u64 {
+        (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT)
+    }
+
     fn hold(
         &self,
         client: &Client,
@@ -287,7 +332,6 @@ impl Pages {
 
     /// Holds `slice`, charges it to whom `bill` says after the memory has been found, and appends it to `held`, which
     /// is empty.
-    #[inline(always)]
     fn hold_billed(
         &self,
         client: &Client,
@@ -296,7 +340,7 @@ impl Pages {
         bill: impl FnOnce() -> Option<Bill>,
         held: &mut HeldRuns,
     ) -> Result<(), IoasError> {
-        let start = (self.start & !(PAGE_SIZE - 1)) + (slice.first << PAGE_SHIFT);
+        let start = self.byte_of(slice);
         match &self.file {
             Some(file) => {
                 let size = match limit {
@@ -327,7 +371,7 @@ impl Pages {
     ) -> Result<Lent, IoasError> {
         let mut filled = self.fill.lock();
         let Filled { client, fill } = &mut *filled;
-        let own = Some(client.memory.id());
+        let own = Some(client.mm);
         let lenient = reading.is_some_and(|reader| slice.pages == 1 || reader == own);
         let rights = Rights { writable: self.terms.rights.writable && !lenient, ..self.terms.rights };
         let parts = fill.make_parts(self.all().pages);
@@ -392,18 +436,28 @@ impl Pages {
 
     /// Takes one area off the count of `slice`, which is filled, and releases and refunds what no area fills any more.
     pub(crate) fn release(&self, store: &PageStore, slice: Slice) {
-        let Filled { client, fill } = &mut *self.fill.lock();
-        if let Fill::Whole { first, areas, charged } = fill
-            && slice == self.all()
-        {
-            *areas -= 1;
-            if *areas == 0 {
-                let held = Held { run: FrameRun { first: *first, pages: slice.pages }, charged: *charged };
-                *fill = Fill::Empty;
-                store.release(&[held], self.payer(client));
-            }
-            return;
+        let filled = &mut *self.fill.lock();
+        match filled.release_whole(slice, self.all()) {
+            Some(Some(held)) => store.release_one(held, self.terms.payer_of(&filled.client)),
+            Some(None) => {}
+            None => self.release_parts(filled, store, slice),
         }
+    }
+
+    /// As [`Self::release`], for who has the pages alone.
+    #[inline(always)]
+    fn release_alone(&mut self, store: &PageStore, slice: Slice) {
+        let (all, terms) = (self.all(), self.terms);
+        let filled = self.fill.get_mut();
+        match filled.release_whole(slice, all) {
+            Some(Some(held)) => store.release_one(held, terms.payer_of(&filled.client)),
+            Some(None) => {}
+            None => self.release(store, slice),
+        }
+    }
+
+    #[inline(never)]
+    fn release_parts(&self, Filled { client, fill }: &mut Filled, store: &PageStore, slice: Slice) {
         let mut gone = Vec::new();
         let parts = fill.make_parts(self.all().pages);
         change(parts, slice, |segment| {
@@ -415,7 +469,7 @@ impl Pages {
         });
         parts.extract_if(slice.first..slice.first + slice.pages, |_, segment| segment.areas == 0).for_each(drop);
         fill.tidy(slice, self.all().pages);
-        store.release(&gone, self.payer(client));
+        store.release(&gone, self.terms.payer_of(client));
     }
 
     /// Whether the memory was named by descriptor, and is no region of a device.
@@ -435,13 +489,32 @@ impl Pages {
         bound: bool,
     ) -> Result<Arc<Client>, IoasError> {
         let Filled { client, fill } = &mut *self.fill.lock();
-        let (from, to) = (self.payer(client), self.bill(new, Limit::Now));
+        let (from, to) = (self.terms.payer_of(client), self.bill(new, Limit::Now));
         if let (Some(from), Some(to)) = (from, to)
             && from != to.payer
         {
             store.move_charge(&fill.held(self.all().pages), from, Bill { enforced: to.enforced && bound, ..to })?;
         }
         Ok(std::mem::replace(client, Arc::clone(new)))
+    }
+}
+
+impl Filled {
+    /// Takes one area off the count of `slice` if that is all of the pages, `all`, and they are one run: what is to be
+    /// released now, if anything. `None` is for the general form, and nothing has changed.
+    #[inline(always)]
+    fn release_whole(&mut self, slice: Slice, all: Slice) -> Option<Option<Held>> {
+        let Fill::Whole { first, areas, charged } = &mut self.fill else { return None };
+        if slice != all {
+            return None;
+        }
+        *areas -= 1;
+        if *areas != 0 {
+            return Some(None);
+        }
+        let held = Held { run: FrameRun { first: *first, pages: slice.pages }, charged: *charged };
+        self.fill = Fill::Empty;
+        Some(Some(held))
     }
 }
 

@@ -80,22 +80,41 @@ impl Account {
 
     /// Charges what of `held` is to be charged, or nothing. `limit` is in bytes; `enforce` is false for a payer that is
     /// counted without limit.
-    #[inline(always)]
     pub(crate) fn charge(&mut self, held: &HeldRuns, limit: u64, enforce: bool) -> Result<(), OverLimit> {
         self.limit = limit;
         let before = self.pages;
-        for held in held.iter() {
-            let pages = &mut self.pages;
-            match (held.charged, self.accounting) {
-                (true, Accounting::Once) => self.holders.add(held.run, |fresh| *pages += fresh.pages),
-                (true, Accounting::Linux) => *pages += held.run.pages,
-                (false, _) => {}
-            }
+        for held in held.iter().filter(|held| held.charged) {
+            self.add(held.run);
         }
         if enforce && self.pages > before && self.pages > limit / PAGE_SIZE {
             return Err(self.give_up(held));
         }
         Ok(())
+    }
+
+    /// As [`Self::charge`], of one run that is to be charged.
+    #[inline(always)]
+    pub(crate) fn charge_run(&mut self, run: FrameRun, limit: u64, enforce: bool) -> Result<(), OverLimit> {
+        self.limit = limit;
+        let before = self.pages;
+        self.add(run);
+        if enforce && self.pages > before && self.pages > limit / PAGE_SIZE {
+            let would = self.pages * PAGE_SIZE;
+            self.refund(run);
+            return Err(OverLimit { would });
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn add(&mut self, run: FrameRun) {
+        match self.accounting {
+            Accounting::Once => {
+                let pages = &mut self.pages;
+                self.holders.add(run, |fresh| *pages += fresh.pages);
+            }
+            Accounting::Linux => self.pages += run.pages,
+        }
     }
 
     /// Takes a charge back that is too much.

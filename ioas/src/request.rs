@@ -1,11 +1,15 @@
-//! What a caller asks of an IOAS, and what it sees of it: typed requests and views, with no behaviour.
+//! What a caller asks of an IOAS, and what it sees of it: typed requests and views. A request says what it means for its
+//! memory, as far as that needs no look at anything else.
 
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::addr::{Access, Iova, IovaRange, UserAddr};
+use crate::addr::{Access, Iova, IovaRange, PAGE_SIZE, UserAddr};
 use crate::caller::{FileBacking, FileId};
+use crate::error::IoasError;
+use crate::pages::{ChargeRule, Terms};
+use crate::resolve::Rights;
 
 /// Where the memory of a mapping is.
 #[derive(Debug)]
@@ -49,6 +53,17 @@ pub enum IpcLock {
     DoNotCount,
 }
 
+impl IpcLock {
+    /// How memory is charged to who has CAP_IPC_LOCK, or has not.
+    pub(crate) const fn charge_rule(self, capable: bool) -> ChargeRule {
+        match (capable, self) {
+            (false, _) => ChargeRule::Limited,
+            (true, Self::CountUnlimited) => ChargeRule::Unlimited,
+            (true, Self::DoNotCount) => ChargeRule::Free,
+        }
+    }
+}
+
 /// One mapping to be made.
 #[derive(Debug)]
 pub struct MapRequest {
@@ -66,6 +81,32 @@ pub struct MapRequest {
     pub ipc_lock: IpcLock,
     /// Whether a region of a device may be mapped (type1); otherwise EFAULT (iommufd).
     pub device_regions: bool,
+}
+
+impl MapRequest {
+    /// Checks the bytes that are to be mapped, and returns where they start.
+    pub(crate) fn check_bytes(&self) -> Result<u64, IoasError> {
+        let length = self.length;
+        // The last byte of the address space is no client's; the last byte that an offset can name passes.
+        let (start, end) = match &self.source {
+            Source::User(address) => (address.0, address.0.checked_add(length)),
+            Source::File { offset, .. } => (*offset, offset.checked_add(length.saturating_sub(1))),
+        };
+        if end.is_none() {
+            return Err(IoasError::Overflow { start, length });
+        }
+        if length == 0 || length > u64::MAX - PAGE_SIZE {
+            return Err(IoasError::BadLength { length, alignment: 1 });
+        }
+        Ok(start)
+    }
+
+    /// What the memory is mapped for, and on whose account, for a caller who has CAP_IPC_LOCK or has not.
+    pub(crate) const fn terms(&self, capable: bool) -> Terms {
+        let device_regions = self.device_regions || matches!(self.source, Source::File { .. });
+        let rights = Rights { writable: self.access.contains(Access::WRITE), device_regions };
+        Terms { rights, payer: self.payer, charge: self.ipc_lock.charge_rule(capable) }
+    }
 }
 
 /// Where the memory of an area is.

@@ -118,11 +118,12 @@ fn check_size(file: &FileBacking, end_page: u64) -> Result<(), FaultReason> {
 /// The region of a device does not grow: what is not in it when it is mapped never will be. It may be taken away later,
 /// which is found by DMA only.
 pub(crate) fn check_region(file: &FileBacking, offset: u64, length: u64) -> Result<(), IoasError> {
-    let (id, kind, size) = (file.id, file.kind, file.seen_size());
-    if kind != FileKind::DeviceRegion || offset.checked_add(length).is_some_and(|end| end <= size) {
+    if file.kind != FileKind::DeviceRegion {
         return Ok(());
     }
-    Err(IoasError::BadFile { file: id, kind, size, offset })
+    let size = file.seen_size();
+    let inside = offset.checked_add(length).is_some_and(|end| end <= size);
+    if inside { Ok(()) } else { Err(IoasError::BadFile { file: file.id, kind: file.kind, size, offset }) }
 }
 
 /// `pages` pages of a file of `size` bytes that was named by descriptor, from byte `offset` on, if they may be held.

@@ -356,7 +356,7 @@ impl PageStore {
     }
 
     /// Holds all of `wanted`, charges it and appends it to `all`, which is empty, in order; or changes nothing.
-    #[inline(always)]
+    #[inline(never)]
     pub(crate) fn hold<'a>(
         &self,
         wanted: impl Iterator<Item = Wanted<'a>>,
@@ -367,6 +367,13 @@ impl PageStore {
         let result = self.inner.lock().hold((self.space, self.accounting), wanted, bill, all, &mut ended);
         ended.into_each(|extent| extent.end(self.space));
         result
+    }
+
+    /// As [`Self::hold`], of what lies in one extent, and for a payer that has an account. `None` is for [`Self::hold`] to
+    /// decide: nothing has changed.
+    #[inline(always)]
+    pub(crate) fn hold_ready(&self, wanted: Wanted<'_>, bill: Option<Bill>) -> Option<Held> {
+        self.inner.lock().hold_ready(wanted, bill)
     }
 
     /// Charges what one payer is charged to another, or changes nothing.
@@ -399,7 +406,7 @@ impl PageStore {
     }
 
     /// Releases pages that [`Self::hold`] has given, and takes the charge back.
-    #[inline(always)]
+    #[inline(never)]
     pub(crate) fn release(&self, held: &[Held], payer: Option<PayerName>) {
         let mut ended = AllEnded::new();
         {
@@ -412,6 +419,30 @@ impl PageStore {
             }
         }
         ended.into_each(|extent| extent.end(self.space));
+    }
+
+    /// As [`Self::release`], of one run.
+    #[inline(always)]
+    pub(crate) fn release_one(&self, held: Held, payer: Option<PayerName>) {
+        let given_up = {
+            let mut inner = self.inner.lock();
+            match inner.extents.release_to_rest(self.space, held.run) {
+                Some((pages, given_up)) => {
+                    inner.held_pages -= pages;
+                    if let Some(account) =
+                        payer.filter(|_| held.charged).and_then(|payer| inner.accounts.get_mut(payer))
+                    {
+                        account.refund(held.run);
+                    }
+                    given_up
+                }
+                None => {
+                    drop(inner);
+                    return self.release(&[held], payer);
+                }
+            }
+        };
+        drop(given_up);
     }
 }
 
@@ -457,6 +488,20 @@ impl Inner {
             return Err(self.give_up(space, all, ended, error));
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn hold_ready(&mut self, wanted: Wanted<'_>, bill: Option<Bill>) -> Option<Held> {
+        let Wanted { backing, index, pages, charged } = wanted;
+        let extent = self.extents.ready_for_all(backing, index, pages)?;
+        let run = extent.frames_of(index, pages);
+        if let Some(Bill { payer, limit, enforced }) = bill
+            && charged
+        {
+            self.accounts.get_mut(payer)?.charge_run(run, limit, enforced).ok()?;
+        }
+        self.held_pages += extent.hold_of(backing, run);
+        Some(Held { run, charged })
     }
 
     /// Releases what was held in vain.

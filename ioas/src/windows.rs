@@ -47,10 +47,13 @@ impl Windows {
     /// # Errors
     /// [`IoasError::OutsideWindows`], [`IoasError::CrossesWindow`], [`IoasError::Misaligned`],
     /// [`IoasError::BadLength`].
+    #[inline(always)]
     pub(crate) fn check(&self, wanted: IovaRange) -> Result<(), IoasError> {
-        if self.list.is_empty() {
-            return Ok(());
-        }
+        if self.list.is_empty() { Ok(()) } else { self.check_window(wanted) }
+    }
+
+    #[inline(never)]
+    fn check_window(&self, wanted: IovaRange) -> Result<(), IoasError> {
         let window = self.at(wanted.start()).ok_or(IoasError::OutsideWindows(wanted))?;
         if !window.range.covers(wanted) {
             return Err(IoasError::CrossesWindow { range: wanted, window: window.range });
