@@ -397,7 +397,7 @@ impl Container {
     /// [`VfioError::NoIommu`], [`VfioError::OtherMemoryMap`], [`VfioError::NotEnabled`],
     /// [`VfioError::NothingRegistered`], [`VfioError::NotSupported`].
     pub fn ready_spapr(&self, caller: &dyn Caller, op: SpaprOp) -> Result<(), VfioError> {
-        self.spapr()?.ready(caller, op)
+        self.with_spapr(|spapr| spapr.ready(caller, op))?
     }
 
     /// VFIO_IOMMU_SPAPR_TCE_GET_INFO.
@@ -534,8 +534,14 @@ impl Container {
     }
 
     fn spapr(&self) -> Result<Arc<Spapr>, VfioError> {
+        self.with_spapr(Arc::clone)
+    }
+
+    /// What `look` finds, which is held up by nobody.
+    #[inline]
+    fn with_spapr<T>(&self, look: impl FnOnce(&Arc<Spapr>) -> T) -> Result<T, VfioError> {
         match &*self.iommu.read() {
-            Driver::Spapr(spapr) => Ok(Arc::clone(spapr)),
+            Driver::Spapr(spapr) => Ok(look(spapr)),
             Driver::Type1(_) => Err(VfioError::NotSupported("this ioctl of a type1 container")),
             Driver::NoIommu => Err(VfioError::NotSupported("this ioctl of a noiommu container")),
             Driver::Unset => Err(VfioError::NoIommu),

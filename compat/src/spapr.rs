@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use hwpt::spapr::{TceTable, WindowRules, Windows};
 use hwpt::{Hwpt, HwptList};
-use ioas::caller::{Caller, MemoryMap};
+use ioas::caller::{Caller, MemoryMap, MmId};
 use ioas::{
     Charge, Interrupt, Ioas, Iova, IovaRange, PAGE_SIZE, RegisteredMemory, Registration, Registrations, UserAddr,
     UserRange,
@@ -149,6 +149,8 @@ pub struct TceRange {
 /// The memory map that a container belongs to.
 struct Owner {
     memory: Arc<dyn MemoryMap>,
+    /// Its name.
+    mm: MmId,
     registered: Arc<RegisteredMemory>,
 }
 
@@ -260,7 +262,7 @@ impl Spapr {
         }
         let memory = caller.memory_map()?;
         let registered = self.registrations.of(&memory);
-        let owner = self.owner.get_or_init(|| Owner { memory, registered });
+        let owner = self.owner.get_or_init(|| Owner { mm: memory.id(), memory, registered });
         check_owner(owner, caller)?;
         Ok(owner)
     }
@@ -355,7 +357,7 @@ impl Spapr {
 }
 
 fn check_owner(owner: &Owner, caller: &dyn Caller) -> Result<(), VfioError> {
-    if caller.memory_map_id() == Ok(owner.memory.id()) { Ok(()) } else { Err(VfioError::OtherMemoryMap) }
+    if caller.memory_map_id() == Ok(owner.mm) { Ok(()) } else { Err(VfioError::OtherMemoryMap) }
 }
 
 fn check_user_pages(vaddr: u64, size: u64) -> Result<(), VfioError> {
