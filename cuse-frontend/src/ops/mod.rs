@@ -195,6 +195,9 @@ impl<'a, F: ?Sized> Call<'a, F> {
             Argument::Sized { size, .. } if let Some(bytes) = request.whole(size) => {
                 run(&Call { file, request, given: size, bytes, in_place: true })
             }
+            Argument::Argsz { min } if let Some((given, bytes)) = request.whole_argsz(min) => {
+                run(&Call { file, request, given, bytes, in_place: true })
+            }
             argument => Self::dispatch_copied(argument, file, request, run),
         }
     }
@@ -356,7 +359,9 @@ impl<const SIZE: usize> Fields<'_, SIZE> {
     /// Changes the field of 64 bits at byte `at`.
     #[inline(always)]
     pub(crate) fn put_u64(&self, at: usize, value: u64) {
-        value.to_ne_bytes().into_iter().enumerate().for_each(|(byte, value)| self.0[at + byte].set(value));
+        for (cell, byte) in self.0[at..at + size_of::<u64>()].iter().zip(value.to_ne_bytes()) {
+            cell.set(byte);
+        }
     }
 }
 

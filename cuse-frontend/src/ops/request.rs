@@ -62,6 +62,16 @@ impl<'a> Request<'a> {
         (u32::from_ne_bytes([a.get(), b.get(), c.get(), d.get()]) == size).then_some(whole)
     }
 
+    /// The first `min` bytes of the struct at `arg`, when they have been brought and its `argsz` is not below that, and
+    /// `argsz`.
+    #[inline]
+    pub(crate) fn whole_argsz(&self, min: u32) -> Option<(u32, &'a [Cell<u8>])> {
+        let whole = self.brought.get(..min as usize)?;
+        let [a, b, c, d, ..] = whole else { return None };
+        let given = u32::from_ne_bytes([a.get(), b.get(), c.get(), d.get()]);
+        (given >= min).then_some((given, whole))
+    }
+
     /// Copies bytes in.
     ///
     /// # Errors
