@@ -32,7 +32,7 @@ use crate::process;
 use crate::server::Server;
 use crate::session::Files;
 use crate::tree::{Offered, Recipient, Tree};
-use crate::uapi::descriptor::{CALL, CALL_OPEN, CALL_SIZE, CALL_UNDO, Call, PATH_SIZE};
+use crate::uapi::descriptor::{CALL, CALL_DONE, CALL_OPEN, CALL_SIZE, CALL_UNDO, Call, PATH_SIZE};
 
 /// How long a client may take to open what it was offered.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -91,8 +91,8 @@ impl Offers {
     /// Answers one of our ioctls, made on `file`: 0.
     ///
     /// # Errors
-    /// What the ioctl within gives; ENOTTY when it can return no descriptor, or none that this client could open; EMFILE
-    /// with too many offers; ENOENT for a path that is not on offer; EINVAL, EFAULT for a struct that is wrong.
+    /// ENOTTY when the ioctl within returns no descriptor, or none that this client could open; ENOENT for a path that
+    /// is not on offer; EINVAL, EFAULT for a struct that is wrong. What the ioctl within gives is in the struct.
     pub(crate) fn answer(
         self: &Arc<Self>,
         file: &OpenFile,
@@ -102,67 +102,73 @@ impl Offers {
     ) -> Result<i32, Errno> {
         let (name, answer) = match cmd {
             CALL => (NAMES[0], self.make(file, client, arg)),
-            _ => (NAMES[1], self.undo(client, arg).map_err(Refusal::Ours)),
+            _ => (NAMES[1], self.undo(client, arg)),
         };
-        answer.map_err(|refusal| match refusal {
-            Refusal::Ours(error) => file.refused(client.call, name, &error),
-            Refusal::Said(errno) => errno,
-        })?;
-        Ok(0)
+        match answer {
+            Ok(()) => Ok(0),
+            // Asked of any file for which the number stands; that is no failure of the client's.
+            Err(OpError::UnknownOp(_)) => Err(Errno(libc::ENOTTY)),
+            Err(error) => Err(file.refused(client.call, name, &error)),
+        }
     }
 
-    fn make(self: &Arc<Self>, file: &OpenFile, client: Client<'_>, arg: u64) -> Result<(), Refusal> {
+    fn make(self: &Arc<Self>, file: &OpenFile, client: Client<'_>, arg: u64) -> Result<(), OpError> {
         let mut call = read(client.call, arg)?;
         if call.flags != 0 {
-            return Err(OpError::Invalid { field: "flags", value: call.flags.into() }.into());
+            return Err(OpError::Invalid { field: "flags", value: call.flags.into() });
         }
         if !file.returns_file(call.cmd) {
-            return Err(Refusal::Said(Errno(libc::ENOTTY)));
+            return Err(OpError::UnknownOp(call.cmd));
         }
         let directory = self.directory(client.process).ok_or(OpError::OutOfSight)?;
-        match file.ioctl(client.call, call.cmd, call.arg).map_err(Refusal::Said)? {
-            IoctlReply::Value(value) => {
+        call.flags = CALL_DONE;
+        let new = match file.ioctl(client.call, call.cmd, call.arg) {
+            Ok(IoctlReply::NewFile(new)) => new,
+            Ok(IoctlReply::Value(value)) => {
                 call.value = value;
-                write(client.call, arg, call.as_bytes())?;
+                return write(client.call, arg, call.as_bytes());
             }
-            IoctlReply::NewFile(new) => {
-                call.flags = CALL_OPEN;
-                call.open_flags = (libc::O_RDWR | new.fd_flags).cast_unsigned();
-                call.fd_at = new.promise.at().map_or(0, |at| at.0);
-                self.offer(file.serial(), client, *new, |name| {
-                    let path = format!("{directory}/{name}\0");
-                    write(client.call, arg, &[call.as_bytes(), path.as_bytes()].concat())
-                })?;
+            Err(errno) => {
+                call.value = -errno.0;
+                return write(client.call, arg, call.as_bytes());
+            }
+        };
+        match self.offer(file.serial(), client, *new) {
+            Ok(Told { name, open_flags, fd_at }) => {
+                let path = format!("{directory}/{name}\0");
+                call.flags |= CALL_OPEN;
+                (call.open_flags, call.fd_at) = (open_flags, fd_at);
+                let told = write(client.call, arg, &[call.as_bytes(), path.as_bytes()].concat());
+                // Who was killed meanwhile may have had its files closed already.
+                if told.is_err() || client.call.interrupted() {
+                    self.end_where(|offer| offer.name == name);
+                }
+                told
+            }
+            Err(error) => {
+                call.value = -file.refused(client.call, NAMES[0], &error).0;
+                write(client.call, arg, call.as_bytes())
             }
         }
-        Ok(())
     }
 
-    /// Offers a new file, and tells the client its name. Undone when that fails.
-    fn offer(
-        self: &Arc<Self>,
-        through: u64,
-        client: Client<'_>,
-        new: NewFile,
-        tell: impl FnOnce(&str) -> Result<(), OpError>,
-    ) -> Result<(), OpError> {
+    /// Offers a new file. Undone when that fails.
+    fn offer(self: &Arc<Self>, through: u64, client: Client<'_>, new: NewFile) -> Result<Told, OpError> {
         let process = client.process;
         self.end_where(|offer| offer.offered.is_taken());
-        let NewFile { file, fd_flags: _, promise } = new;
+        let NewFile { file, fd_flags, promise } = new;
         let recipient = Recipient { client: process, opener: process, uid: Some(client.uid) };
+        let fd_at = promise.at().map_or(0, |at| at.0);
         let (name, offered) = self.tree.offer(file, recipient).map_err(|_| OpError::OutOfSight)?;
-        let offer =
-            Offer { name: name.clone(), client: process, through, offered, promise, until: Instant::now() + PATIENCE };
-        if let Err(refused) = self.wait_for(offer) {
-            self.end(refused);
-            return Err(OpError::TooManyOffers { most: MOST });
+        let told = Told { name: name.clone(), open_flags: (libc::O_RDWR | fd_flags).cast_unsigned(), fd_at };
+        let offer = Offer { name, client: process, through, offered, promise, until: Instant::now() + PATIENCE };
+        match self.wait_for(offer) {
+            Ok(()) => Ok(told),
+            Err(refused) => {
+                self.end(refused);
+                Err(OpError::TooManyOffers { most: MOST })
+            }
         }
-        let told = tell(&name);
-        // Who was killed meanwhile may have had its files closed already.
-        if told.is_err() || client.call.interrupted() {
-            self.end_where(|offer| offer.name == name);
-        }
-        told
     }
 
     /// Puts an offer on the list, unless the client has too many there.
@@ -245,18 +251,11 @@ impl Offers {
     }
 }
 
-/// Why one of our ioctls is refused.
-enum Refusal {
-    /// For a reason of our own.
-    Ours(OpError),
-    /// By the ioctl within, which has said why; or with nothing to say.
-    Said(Errno),
-}
-
-impl<E: Into<OpError>> From<E> for Refusal {
-    fn from(error: E) -> Self {
-        Self::Ours(error.into())
-    }
+/// What the client is told of an offer.
+struct Told {
+    name: String,
+    open_flags: u32,
+    fd_at: u64,
 }
 
 fn at(arg: u64, offset: usize) -> UserAddr {

@@ -5,10 +5,10 @@
  * VFIO_GROUP_GET_DEVICE_FD, IOMMU_FAULT_QUEUE_ALLOC, IOMMU_VEVENTQ_ALLOC, VFIO_DEVICE_FEATURE of a dma-buf and some of
  * IOMMU_TEST_CMD return a new descriptor, which no file system in user space can put into a program. So the program
  * opens it: libuiommufd_preload.so does what follows for programs that know nothing of it.
- *   1. UIOMMUFD_CALL on the same file, with cmd and arg of such an ioctl. The server does it. An errno is that ioctl's,
- *      but for these: ENOTTY, it returns no descriptor here, so make it as it is (a file that is not uiommufd's says so
- *      too); EMFILE, 16 descriptors of this process wait to be opened.
- *   2. Without UIOMMUFD_CALL_OPEN in flags the ioctl has returned value.
+ *   1. UIOMMUFD_CALL on the same file, with cmd and arg of such an ioctl. If it fails, or UIOMMUFD_CALL_DONE is not in
+ *      flags after it, the ioctl is to be made as it is: the file is not uiommufd's, or the ioctl returns no descriptor there.
+ *   2. Without UIOMMUFD_CALL_OPEN in flags the ioctl has returned value; a negative one is its errno. EMFILE may also mean
+ *      that 16 descriptors of this process wait to be opened.
  *   3. With it, open(path, open_flags) is the new descriptor. It works once, within 5 seconds, for this process alone.
  *      If fd_at is 0 the ioctl returns the descriptor's number. Otherwise it returns 0, and the number belongs into the
  *      __s32 at address fd_at, which was writable when the server looked.
@@ -26,16 +26,18 @@
  * time was over. */
 #define UIOMMUFD_CALL_UNDO 0x756a
 
-/* uiommufd_call.flags: path is to be opened. */
-#define UIOMMUFD_CALL_OPEN (1 << 0)
+/* uiommufd_call.flags: the ioctl has been made. */
+#define UIOMMUFD_CALL_DONE (1 << 0)
+/* uiommufd_call.flags: and path is to be opened. */
+#define UIOMMUFD_CALL_OPEN (1 << 1)
 
 /**
  * struct uiommufd_call - an ioctl that may return a descriptor
  * @argsz: in: the size of this struct in bytes, 512 or more
  * @cmd: in: the ioctl
  * @arg: in: its argument
- * @flags: in: 0; out: UIOMMUFD_CALL_OPEN or 0
- * @value: out: what the ioctl returns, without UIOMMUFD_CALL_OPEN
+ * @flags: in: 0; out: UIOMMUFD_CALL_DONE, and UIOMMUFD_CALL_OPEN or not
+ * @value: out: what the ioctl returns, without UIOMMUFD_CALL_OPEN; an errno as a negative number
  * @open_flags: out: the second argument of open
  * @__reserved: out: 0
  * @fd_at: out: where the number of the descriptor belongs, or 0

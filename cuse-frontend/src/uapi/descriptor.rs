@@ -8,8 +8,10 @@ use super::wire;
 pub const CALL: u32 = (b'u' as u32) << 8 | b'i' as u32;
 /// UIOMMUFD_CALL_UNDO: gives a path back that is not going to be opened.
 pub const CALL_UNDO: u32 = (b'u' as u32) << 8 | b'j' as u32;
+/// UIOMMUFD_CALL_DONE: in `flags` of [`Call`].
+pub const CALL_DONE: u32 = 1;
 /// UIOMMUFD_CALL_OPEN: in `flags` of [`Call`].
-pub const CALL_OPEN: u32 = 1;
+pub const CALL_OPEN: u32 = 2;
 /// Bytes of the whole struct.
 pub const CALL_SIZE: usize = 512;
 /// Bytes of the path at its end, with its zero.
@@ -53,6 +55,7 @@ mod tests {
             offset("path", size_of::<Call>()),
             format!("UIOMMUFD_CALL == {CALL:#x}"),
             format!("UIOMMUFD_CALL_UNDO == {CALL_UNDO:#x}"),
+            format!("UIOMMUFD_CALL_DONE == {CALL_DONE:#x}"),
             format!("UIOMMUFD_CALL_OPEN == {CALL_OPEN:#x}"),
         ];
         headers::agree("uiommufd_fd.h", &claims);

@@ -19,7 +19,9 @@ use crate::{BDF, GROUP};
 const CALL: u32 = 0x7569;
 const UNDO: u32 = 0x756a;
 const CALL_SIZE: usize = 512;
-const OPEN: u32 = 1;
+/// The ioctl was made; there is something to open.
+const DONE: u32 = 1;
+const OPEN: u32 = 2;
 
 /// How long an offer may wait, and what a busy machine adds to that.
 const OVER: Duration = Duration::from_secs(5 + 10);
@@ -77,7 +79,7 @@ fn offered_device(group: &File) -> Call {
     let name = format!("{BDF}\0");
     let mut call = Call::new(GROUP_GET_DEVICE_FD, name.as_ptr() as u64);
     assert_eq!(ioctl_bytes(group, CALL, &mut call.0), Ok(0));
-    assert_eq!(call.word(16), OPEN);
+    assert_eq!(call.word(16), DONE | OPEN);
     assert_eq!(call.0[32..40], [0; 8], "the ioctl returns the number");
     call
 }
@@ -87,7 +89,10 @@ fn offered_queue(iommu: &File) -> Result<(Call, u32), Errno> {
     let mut alloc = [16_u32, 0, 0, 0].map(u32::to_ne_bytes).concat();
     let address = alloc.as_mut_ptr() as u64;
     let mut call = Call::new(FAULT_QUEUE_ALLOC, address);
-    ioctl_bytes(iommu, CALL, &mut call.0)?;
+    assert_eq!(ioctl_bytes(iommu, CALL, &mut call.0), Ok(0));
+    if call.word(16) == DONE {
+        return Err(Errno::from_raw(-call.word(20).cast_signed()));
+    }
     assert_eq!(call.0[32..40], (address + 12).to_ne_bytes(), "where the number belongs");
     Ok((call, u32::from_ne_bytes(alloc[8..12].try_into().expect("4 bytes"))))
 }
@@ -180,7 +185,9 @@ pub(crate) fn misuses_the_ioctl() {
     for cmd in [CALL, UNDO, DESTROY, GROUP_GET_DEVICE_FD, 0, u32::MAX] {
         assert_eq!(made(&mut Call::new(cmd, arg)), Err(Errno::ENOTTY), "{cmd:#x} returns no descriptor here");
     }
-    assert_eq!(made(&mut Call::new(FAULT_QUEUE_ALLOC, 8)), Err(Errno::EFAULT), "the argument within");
+    let mut within = Call::new(FAULT_QUEUE_ALLOC, 8);
+    assert_eq!(made(&mut within), Ok(0));
+    assert_eq!((within.word(16), within.word(20).cast_signed()), (DONE, -libc::EFAULT), "the argument within");
     for cmd in [CALL, UNDO] {
         assert_eq!(ioctl(&iommu, cmd, 8), Err(Errno::EFAULT));
         assert_eq!(ioctl(&iommu, cmd, 0), Err(Errno::EFAULT));

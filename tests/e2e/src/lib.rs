@@ -19,6 +19,7 @@ pub mod monitor;
 pub mod newer_qemu;
 pub mod nvme;
 pub mod pagemap;
+pub mod served;
 pub mod server;
 pub mod spapr;
 #[allow(unsafe_code)]

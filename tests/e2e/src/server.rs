@@ -1,6 +1,6 @@
 //! Running `uiommufd run -- COMMAND`, and looking at the server from outside.
 //!
-//! A [`Run`] is one server with one COMMAND. Its standard output comes line by line; its standard error (the server's
+//! A [`Run`] is one server with one COMMAND, whichever of them started the other, or neither ([`crate::served`]). Its standard output comes line by line; its standard error (the server's
 //! log and COMMAND's) is kept in a file. Dropping it kills what is left, so that a failed test leaves nothing behind.
 
 use std::ffi::OsStr;
@@ -25,21 +25,34 @@ use crate::{PATIENCE, repository, wait_until};
 #[must_use]
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        if let Some(program) = std::env::var_os("UIOMMUFD_PROGRAM") {
-            return program.into();
-        }
-        let test = std::env::current_exe().expect("a test has a path");
-        let profile = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
-        let mut build = Command::new(env!("CARGO"));
-        build.current_dir(repository()).args(["build", "--quiet", "--package", "uiommufd", "--target-dir"]);
-        build.arg(profile.parent().expect("target/PROFILE"));
-        if profile.ends_with("release") {
-            build.arg("--release");
-        }
-        assert!(build.status().expect("cargo starts").success(), "uiommufd does not build");
-        profile.join("uiommufd")
+    BINARY.get_or_init(|| match std::env::var_os("UIOMMUFD_PROGRAM") {
+        Some(program) => program.into(),
+        None => built("uiommufd").join("uiommufd"),
     })
+}
+
+/// The library for programs that `run` has not started, built with [`binary`]; or the one that `UIOMMUFD_PRELOAD` names.
+#[must_use]
+pub fn library() -> &'static Path {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    LIBRARY.get_or_init(|| match std::env::var_os("UIOMMUFD_PRELOAD") {
+        Some(library) => library.into(),
+        None => built("uiommufd-preload").join("libuiommufd_preload.so"),
+    })
+}
+
+/// The directory of what Cargo has built, after it has built a package.
+fn built(package: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a path");
+    let profile = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
+    let mut build = Command::new(env!("CARGO"));
+    build.current_dir(repository()).args(["build", "--quiet", "--package", package, "--target-dir"]);
+    build.arg(profile.parent().expect("target/PROFILE"));
+    if profile.ends_with("release") {
+        build.arg("--release");
+    }
+    assert!(build.status().expect("cargo starts").success(), "{package} does not build");
+    profile.to_owned()
 }
 
 /// A program of this crate (`src/bin/NAME.rs`), which Cargo builds for the tests.
@@ -52,6 +65,8 @@ pub fn client(name: &str) -> PathBuf {
 /// A server with its COMMAND.
 pub struct Run {
     child: Child,
+    /// The server, where it is not the child.
+    server: Option<Child>,
     stdin: Option<ChildStdin>,
     lines: Receiver<String>,
     seen: Vec<String>,
@@ -74,18 +89,18 @@ impl Run {
     /// # Errors
     /// When it cannot be started.
     pub fn start(options: &[String], command: &[impl AsRef<OsStr>]) -> Result<Self> {
+        let mut run = Command::new(binary());
+        run.arg("run").args(options).arg("--").args(command);
         let directory = TempDir::new()?;
         let stderr = File::create(directory.path().join("stderr"))?;
-        let mut child = Command::new(binary())
-            .arg("run")
-            .args(options)
-            .arg("--")
-            .args(command)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(stderr)
-            .spawn()
-            .context("uiommufd")?;
+        Self::of(run, None, directory, stderr)
+    }
+
+    /// Starts `command`; with a server of its own, it is a client of that, which has its standard error in the same file
+    /// `stderr` in `directory`.
+    pub(crate) fn of(mut command: Command, server: Option<Child>, directory: TempDir, stderr: File) -> Result<Self> {
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(stderr).spawn().context("uiommufd")?;
         let stdout = child.stdout.take().context("stdout is piped")?;
         let (sender, lines) = channel();
         std::thread::spawn(move || {
@@ -96,13 +111,13 @@ impl Run {
             }
         });
         let stdin = child.stdin.take();
-        Ok(Self { child, stdin, lines, seen: Vec::new(), directory })
+        Ok(Self { child, server, stdin, lines, seen: Vec::new(), directory })
     }
 
     /// The server's pid.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.server.as_ref().unwrap_or(&self.child).id()
     }
 
     /// Writes a line to COMMAND's standard input.
@@ -189,12 +204,22 @@ impl Drop for Run {
     /// A killed server leaves COMMAND running, so COMMAND goes first.
     fn drop(&mut self) {
         // Already ended is what is wanted.
-        for process in descendants(self.pid()) {
+        for process in descendants(self.child.id()) {
             let _ = kill(Pid::from_raw(process), Signal::SIGKILL);
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if let Some(server) = &mut self.server {
+            end(server);
+        }
     }
+}
+
+/// Ends a server of `uiommufd serve`, which removes what it has made.
+pub(crate) fn end(server: &mut Child) {
+    // Already ended is what is wanted.
+    let _ = i32::try_from(server.id()).map(|pid| kill(Pid::from_raw(pid), Signal::SIGTERM));
+    let _ = server.wait();
 }
 
 impl Report {

@@ -60,6 +60,17 @@ pub fn device_fd(group: BorrowedFd<'_>, offset: u32, name: &std::ffi::CStr) -> R
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// FIONREAD: how many bytes wait in a pipe.
+///
+/// # Errors
+/// The errno.
+pub fn bytes_waiting(pipe: BorrowedFd<'_>) -> Result<i32> {
+    let mut bytes = 0;
+    // SAFETY: the ioctl writes one int, which is there.
+    result(unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut bytes) })?;
+    Ok(bytes)
+}
+
 /// IOMMU_FAULT_QUEUE_ALLOC: the queue's id and its descriptor.
 ///
 /// # Errors

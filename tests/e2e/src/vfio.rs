@@ -159,6 +159,12 @@ fn map_argument(iova: u64, memory: &Memory, allowed: Allowed) -> vfio_iommu_type
     }
 }
 
+impl AsFd for Group {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Group {
     /// Opens the device `bdf` of the group.
     ///

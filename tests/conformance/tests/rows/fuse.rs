@@ -1,5 +1,6 @@
 //! The rows over FUSE: `conformance-client` as the command of `uiommufd run`, as a program of this machine's word size and
-//! as a 32-bit one, whose system calls the kernel translates.
+//! as a 32-bit one, whose system calls the kernel translates; and as a program that found the nodes of `uiommufd serve`, and
+//! has the library for such programs.
 
 use std::fs::File;
 use std::path::Path;
@@ -8,12 +9,16 @@ use anyhow::Result;
 use conformance::record::{self, Answers};
 use conformance::rows::CHOICES;
 use conformance::tally::Tally;
+use e2e::served::{self, Library};
 use e2e::server::Run;
 
 /// As the reference kernel, the server has the mock.
 const LIKE_LINUX: &[&str] = &["--selftest", "--accounting", "linux", "--dirty", "linux"];
 /// What the 32-bit client is built for: without libraries, so that no 32-bit ones are needed.
 const TARGET_32: &str = "i686-unknown-linux-musl";
+
+/// The way of a program that the server has not started.
+const PRELOADED: &str = "preloaded, fuse";
 
 /// Runs the rows with Linux's accounting and dirty bits, then those that depend on them with the defaults; and the first again
 /// in 32 bits.
@@ -27,6 +32,10 @@ pub(crate) fn run(tally: &mut Tally) {
     all_rows(tally, "fuse", client);
     let chosen: Vec<String> = rows.into_iter().filter(|row| CHOICES.iter().any(|part| row.contains(part))).collect();
     one_server(tally, "fuse by default", client, &[], "", &chosen);
+    match served::missing() {
+        Some(reason) => tally.skip(PRELOADED, reason),
+        None => all_rows(tally, PRELOADED, client),
+    }
     match e2e::vm::programs(TARGET_32) {
         Ok(directory) => all_rows(tally, "fuse, 32-bit", &directory.join("conformance-client")),
         Err(error) => tally.skip("fuse, 32-bit", &format!("{error:#}")),
@@ -44,13 +53,13 @@ fn one_server(tally: &mut Tally, way: &str, client: &Path, options: &[&str], key
     if rows.is_empty() {
         return;
     }
-    match answers(client, options, keys, rows) {
+    match answers(way, client, options, keys, rows) {
         Ok((answers, stderr)) => tally.take_all(way, rows, &answers, &stderr),
         Err(error) => tally.fail(way, &format!("{error:#}")),
     }
 }
 
-fn answers(client: &Path, options: &[&str], keys: &str, rows: &[String]) -> Result<(Answers, String)> {
+fn answers(way: &str, client: &Path, options: &[&str], keys: &str, rows: &[String]) -> Result<(Answers, String)> {
     let disks = [tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?];
     let mut words: Vec<String> = options.iter().map(|word| (*word).to_owned()).collect();
     for (disk, bdf) in disks.iter().zip(["0000:c1:00.0", "0000:c2:00.0"]) {
@@ -59,6 +68,10 @@ fn answers(client: &Path, options: &[&str], keys: &str, rows: &[String]) -> Resu
     }
     let mut command = vec![client.display().to_string()];
     command.extend(rows.iter().cloned());
-    let report = Run::start(&words, &command)?.finish()?;
+    let run = match way {
+        PRELOADED => served::start(&words, &command, Library::Preloaded)?,
+        _ => Run::start(&words, &command)?,
+    };
+    let report = run.finish()?;
     Ok((record::parse(&report.lines.join("\n")), report.stderr))
 }
