@@ -217,6 +217,21 @@ impl From<VfioError> for OpError {
 }
 
 impl OpError {
+    /// True when RLIMIT_MEMLOCK is the reason.
+    pub(crate) fn is_memlock_limit(&self) -> bool {
+        let cause = match self {
+            Self::Ioas(error) | Self::Attach(AttachError::Ioas(error)) => Some(error),
+            Self::Vfio(error) => match &**error {
+                VfioError::Ioas(error)
+                | VfioError::NoDomain(AttachError::Ioas(error))
+                | VfioError::Attach(AttachError::Ioas(error)) => Some(error),
+                _ => None,
+            },
+            _ => None,
+        };
+        matches!(cause, Some(IoasError::Limit { .. }))
+    }
+
     /// The errno that Linux gives for this cause.
     #[must_use]
     pub fn errno(&self) -> i32 {

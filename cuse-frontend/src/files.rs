@@ -404,6 +404,9 @@ impl OpenFile {
     pub(crate) fn refused(&self, caller: &dyn ClientCall, name: &'static str, error: &OpError) -> Errno {
         let errno = Errno(error.errno());
         if !caller.comes_again() {
+            if error.is_memlock_limit() {
+                self.server.explain_limit(caller.pid(), error);
+            }
             self.server.record_failure(caller.pid(), name, errno, error);
         }
         errno

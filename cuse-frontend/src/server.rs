@@ -10,7 +10,7 @@
 //! Lock order: `devices` and `opens` are leaves; nothing of a client is looked at under them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Once, Weak};
 
 use compat::device::{Bdf, DeviceModel};
 use compat::{Container, DeviceFile, DirtyMode, Flavour, Personality, Vfio, VfioDevice, VfioError, VfioOptions};
@@ -125,6 +125,8 @@ pub struct Server {
     opens: Mutex<Vec<Weak<OpenFile>>>,
     /// How many files have been opened; names them in the status.
     serial: AtomicU64,
+    /// The log has said once that a limit can be raised.
+    limit_told: Once,
 }
 
 /// The list of recent failures, of calls and of DMA.
@@ -169,6 +171,7 @@ impl Server {
             devices,
             opens,
             serial: AtomicU64::new(0),
+            limit_told: Once::new(),
         })
     }
 
@@ -358,6 +361,12 @@ impl Server {
         let reason = reason.to_string();
         tracing::info!(pid, op, %errno, reason, "refused");
         self.failures.0.push(pid, op, errno.0, reason);
+    }
+
+    /// Says once in the log how a limit that a client has met can be raised.
+    pub(crate) fn explain_limit(&self, pid: u32, reason: &OpError) {
+        let advice = "raise RLIMIT_MEMLOCK (ulimit -l), or give the server a limit of its own (memlock)";
+        self.limit_told.call_once(|| tracing::warn!(pid, "{reason}: {advice}"));
     }
 
     /// What `uiommufd status --json` shows of this server, but for what only the transport knows.

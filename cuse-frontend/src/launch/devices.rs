@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{LaunchError, LaunchOptions};
+use super::{LaunchError, LaunchOptions, user_namespace};
 use crate::cuse::{self, Asker, Channels, Naming, NodeError};
 use crate::server::Server;
 
@@ -27,6 +27,10 @@ impl Devices {
     /// When the process that is to look at descriptors cannot be started.
     pub(super) fn prepare(options: LaunchOptions, naming: Naming) -> Result<Option<Self>, LaunchError> {
         if !options.cuse {
+            return Ok(None);
+        }
+        if !user_namespace::may_mount() {
+            tracing::warn!("character devices take root: the nodes are FUSE files instead");
             return Ok(None);
         }
         if let Err(error) = cuse::probe() {

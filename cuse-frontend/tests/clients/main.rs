@@ -114,12 +114,21 @@ fn mappings_are_reported_with_their_rights_and_files() {
     assert_eq!(memory.vma(child.at("hole")), Err(MemoryError::Fault(child.at("hole"))));
 }
 
+/// Whether a file that nobody has open can be opened by a mapping of it.
+fn opens_by_mapping() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
 #[test]
 fn files_behind_shared_mappings_open_with_the_rights_of_the_mapping() {
     let (child, clients) = (Child::start(), clients());
     let memory = call(&clients, child.pid()).memory_map().expect("a memory map");
     for (kind, writable) in [("shared", true), ("shared-read", false), ("shared-anonymous", true)] {
         let vma = memory.vma(child.at(kind)).expect(kind);
+        if kind == "shared-anonymous" && !opens_by_mapping() {
+            assert_eq!(memory.open_file(&vma).err(), Some(MemoryError::Denied), "it is reached as private memory");
+            continue;
+        }
         let file = memory.open_file(&vma).expect(kind);
         assert_eq!((file.kind, file.writable), (FileKind::Shmem, writable), "{kind}");
         assert_eq!(Some(file.id), vma.file.map(|(id, _)| id), "{kind}");
@@ -142,7 +151,8 @@ fn mapping_of_secret_memory_cannot_be_opened() {
     let clients = clients();
     let memory = call(&clients, child.pid()).memory_map().expect("a memory map");
     let vma = memory.vma(address).expect("mapped");
-    assert_eq!(memory.open_file(&vma).err(), Some(MemoryError::Fault(vma.range.start())));
+    let error = if opens_by_mapping() { MemoryError::Fault(vma.range.start()) } else { MemoryError::Denied };
+    assert_eq!(memory.open_file(&vma).err(), Some(error));
 }
 
 #[test]
@@ -191,10 +201,48 @@ fn exit_ends_a_kept_memory_map() {
 fn file_behind_a_mapping_outlives_the_client() {
     let (child, clients) = (Child::start(), clients());
     let memory = call(&clients, child.pid()).memory_map().expect("a memory map");
-    let vma = memory.vma(child.at("shared-anonymous")).expect("mapped");
+    let kind = if opens_by_mapping() { "shared-anonymous" } else { "shared" };
+    let vma = memory.vma(child.at(kind)).expect("mapped");
     let file = memory.open_file(&vma).expect("shared");
     drop(child);
     assert_eq!(&sys::bytes_at(&file.fd, vma.file.expect("a file").1), b"contents");
+}
+
+#[test]
+fn limit_that_the_server_sets_counts_in_place_of_the_clients() {
+    let (child, clients) = (Child::start(), clients().limited_to(Some(12_288)));
+    let caller = call(&clients, child.pid());
+    assert_eq!(caller.memlock_limit(), 12_288);
+    let memory = caller.memory_map().expect("a memory map");
+    assert_eq!(memory.memlock_limit(), Some(12_288));
+    drop(child);
+    assert_eq!(memory.memlock_limit(), None, "nobody is there to have a limit");
+}
+
+#[test]
+fn capabilities_count_where_the_mount_is_owned() {
+    // In a user namespace of its own a process has them all.
+    let child = std::process::Command::new("unshare")
+        .args(["--user", "--map-root-user", "sh", "-c", "echo ready; read line"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn();
+    let Ok(mut child) = child else {
+        println!("Skipped(there is no unshare)");
+        return;
+    };
+    let mut line = [0; 6];
+    if std::io::Read::read_exact(child.stdout.as_mut().expect("piped"), &mut line).is_err() {
+        println!("Skipped(no user namespace is to be had)");
+        return;
+    }
+    let inside = clients().judged_where(child.id().cast_signed());
+    let capable = |clients: &Clients, pid| call(clients, pid).capable(Capability::IpcLock);
+    assert!(!capable(&clients(), child.id()), "in the server's it has none");
+    assert!(capable(&inside, child.id()), "it owns the mount");
+    assert!(!capable(&inside, std::process::id()), "who is outside has none inside");
+    drop(child.stdin.take());
+    child.wait().expect("ended");
 }
 
 #[test]

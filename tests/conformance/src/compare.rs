@@ -2,8 +2,8 @@
 //!
 //! `divergences.txt` holds the lines in which we differ, word for word, under `[heading]` lines; each heading is a
 //! section of docs/divergences.md that gives the reason. So a divergence is pinned as firmly as an agreement: an
-//! answer that changes is a failure in either case. A line under `[heading @ WAY]` counts for ways whose name ends so
-//! alone.
+//! answer that changes is a failure in either case. A line under `[heading @ WAY]` counts for ways alone that have this
+//! in their name.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -66,7 +66,7 @@ impl Judge {
             return Verdict::Skipped(answer[at + 8..].trim_end_matches(')').to_owned());
         }
         let here = |divergence: &&Divergence| {
-            divergence.row == row && divergence.way.as_deref().is_none_or(|only| way.ends_with(only))
+            divergence.row == row && divergence.way.as_deref().is_none_or(|only| way.contains(only))
         };
         match self.ours.iter().filter(here).find(|divergence| divergence.answer == answer) {
             Some(divergence) => Verdict::Diverges(divergence.heading.clone()),
@@ -141,6 +141,7 @@ mod tests {
     fn answer_of_another_way_is_wrong() {
         assert_eq!(judge().judge("in process", "a/one", "x=1"), Verdict::Wrong);
         assert_eq!(judge().judge("fuse", "a/one", "x=1"), Verdict::Diverges("other".into()));
+        assert_eq!(judge().judge("fuse by default", "a/one", "x=1"), Verdict::Diverges("other".into()));
     }
 
     #[test]

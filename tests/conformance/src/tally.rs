@@ -13,6 +13,8 @@ use crate::rows::SUITES;
 #[derive(Debug)]
 pub struct Tally {
     judge: Judge,
+    /// What the name of every way ends with.
+    who: String,
     wanted: Vec<String>,
     passed: u32,
     failed: u32,
@@ -25,7 +27,14 @@ impl Tally {
     /// When the recordings cannot be read.
     pub fn from_command_line() -> std::io::Result<Self> {
         let wanted = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-        Ok(Self { judge: Judge::load()?, wanted, passed: 0, failed: 0 })
+        Ok(Self { judge: Judge::load()?, who: String::new(), wanted, passed: 0, failed: 0 })
+    }
+
+    /// The same for clients of whom something is different; then every way is another, whose name ends so.
+    #[must_use]
+    pub fn of(mut self, who: &str) -> Self {
+        self.who = format!(" {who}");
+        self
     }
 
     /// The rows to run: their full names.
@@ -45,6 +54,7 @@ impl Tally {
 
     /// Judges and prints one answer.
     pub fn take(&mut self, way: &str, row: &str, answer: &str) {
+        let way = &format!("{way}{}", self.who);
         let verdict = self.judge.judge(way, row, answer);
         let word = match &verdict {
             Verdict::Same => "ok".to_owned(),
@@ -74,19 +84,19 @@ impl Tally {
 
     /// Says that something other than a row went well.
     pub fn pass(&mut self, what: &str) {
-        println!("test {what} ... ok");
+        println!("test {what}{} ... ok", self.who);
         self.passed += 1;
     }
 
     /// Says that a way, or a suite, did not run.
     pub fn skip(&mut self, what: &str, reason: &str) {
-        println!("test {what} ... Skipped({reason})");
+        println!("test {what}{} ... Skipped({reason})", self.who);
         self.passed += 1;
     }
 
     /// Says that something broke down.
     pub fn fail(&mut self, what: &str, reason: &str) {
-        println!("test {what} ... FAILED\n    {reason}");
+        println!("test {what}{} ... FAILED\n    {reason}", self.who);
         self.failed += 1;
     }
 

@@ -17,10 +17,12 @@ use crate::server::{Report, Run};
 /// The size of every disk here, in MiB.
 pub const DISK_MEGABYTES: u64 = 16;
 
-/// The option that offers `image` as the NVMe controller at `bdf`; `keys` begin with a comma.
+/// The options that offer `image` as the NVMe controller at `bdf`, to guests with more RAM than an ordinary user may
+/// lock; `keys` begin with a comma.
 #[must_use]
-pub fn nvme(bdf: &str, image: &Image, keys: &str) -> [String; 2] {
-    ["--device".to_owned(), format!("nvme@{bdf},file={}{keys}", image.path().display())]
+pub fn nvme(bdf: &str, image: &Image, keys: &str) -> Vec<String> {
+    let device = format!("nvme@{bdf},file={}{keys}", image.path().display());
+    ["--device", &device, "--memlock", "unlimited"].map(str::to_owned).to_vec()
 }
 
 /// Starts `machine` on a server with `options` and a controller with `image` and `keys`.

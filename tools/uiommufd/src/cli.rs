@@ -98,7 +98,7 @@ pub(crate) struct ServerOptions {
     pub(crate) accounting: Accounting,
     /// Judges clients by this limit of locked memory, and not by their own (ulimit -l): bytes, with K, M, G or T behind, or
     /// 'unlimited'
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", overrides_with = "memlock")]
     pub(crate) memlock: Option<Memlock>,
     /// Charges the TCE tables of windows, as Linux does, or not.
     #[arg(long, value_enum, default_value_t = TceCharge::Linux)]
