@@ -193,6 +193,12 @@ pub struct Nvme {
 }
 
 impl Nvme {
+    /// Whether the thread waits to write a completion until Bus Master Enable is set.
+    #[cfg(test)]
+    fn is_starved(&self) -> bool {
+        self.shared.core.lock().session.as_ref().is_some_and(|session| session.is_starved())
+    }
+
     /// A controller at power-on.
     ///
     /// # Errors

@@ -131,6 +131,8 @@ pub(crate) struct Doors {
     pub(crate) shutdown: bool,
     /// The thread has ended, or serves nothing any more.
     pub(crate) ended: bool,
+    /// The thread has a completion to write and waits for Bus Master Enable.
+    pub(crate) starved: bool,
 }
 
 impl Doors {
@@ -145,6 +147,7 @@ impl Doors {
             stop: false,
             shutdown: false,
             ended: false,
+            starved: false,
         }
     }
 

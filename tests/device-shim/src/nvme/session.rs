@@ -117,10 +117,18 @@ impl Session {
             if self.bus_master() {
                 return true;
             }
+            doors.starved = true;
             self.wake.wait(&mut doors);
+            doors.starved = false;
         }
         // A shutdown lets what is running be posted if it can.
         !doors.stop && self.bus_master()
+    }
+
+    /// Whether the thread waits to write a completion until Bus Master Enable is set.
+    #[cfg(test)]
+    pub(crate) fn is_starved(&self) -> bool {
+        self.doors.lock().starved
     }
 
     /// Waits for something to do. `last` is the queue served last, `event_requested` that the host waits for events.

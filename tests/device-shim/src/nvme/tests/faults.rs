@@ -82,7 +82,8 @@ fn bus_master_taken_away_in_a_transfer_aborts_it_and_the_queue_waits() {
     guest.bus.wait_until_blocked();
     guest.bus_master(false);
     guest.bus.unblock();
-    std::thread::sleep(Duration::from_millis(20));
+    // Until then the transfer has not met the missing bit, and would not if it came back.
+    guest.wait_until_starved();
     assert_eq!(guest.peek(1), None);
     guest.bus_master(true);
     assert_eq!(guest.reap(1).status, (0, 0x04));

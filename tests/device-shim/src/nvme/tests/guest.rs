@@ -116,6 +116,15 @@ impl Guest {
         self.device.write(Region::Config, 4, &command.to_le_bytes()).expect("config");
     }
 
+    /// Waits until the controller's thread waits for Bus Master Enable.
+    pub(super) fn wait_until_starved(&self) {
+        let since = Instant::now();
+        while !self.device.is_starved() {
+            assert!(since.elapsed() < PATIENCE, "the thread does not wait for the bus");
+            std::thread::yield_now();
+        }
+    }
+
     pub(super) fn capability(&self, id: u8) -> u64 {
         let mut at = u64::from(self.config16(0x34) & 0xff);
         while self.config16(at) as u8 != id {
