@@ -259,7 +259,7 @@ impl OpError {
             Self::Driver(error) => error.errno(),
             Self::Attach(error) => error.errno(),
             Self::Extra { errno, .. } => *errno,
-            Self::NoCompatIoas | Self::NoDevice(_) | Self::Fd(FdError::Revoked) => libc::ENODEV,
+            Self::NoCompatIoas | Self::NoDevice(_) | Self::Fd(FdError::Revoked { .. }) => libc::ENODEV,
             Self::HasObjects { .. } => libc::EBUSY,
             Self::TooSmall { .. } => libc::EMSGSIZE,
             Self::ListTooLong { .. } | Self::TooMuchToBring => libc::ENOMEM,

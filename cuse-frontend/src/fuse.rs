@@ -129,6 +129,8 @@ impl Fuse {
         let (name, _) = self.tree.offer(Arc::clone(file), recipient)?;
         let opened = openat(root, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
         drop(self.tree.withdraw(&name));
+        // It works once; without this the kernel would remember it, and the node, until it is short of memory.
+        self.session.forget_name(&name);
         Ok(opened?)
     }
 

@@ -289,6 +289,12 @@ impl<F> Tree<F> {
         (id, self.attr_of(id, known, names.ownership.get(&known.path)))
     }
 
+    /// How many nodes the kernel knows.
+    #[cfg(test)]
+    pub(crate) fn known(&self) -> usize {
+        self.names.lock().known.len()
+    }
+
     /// The kernel forgets `count` lookups of a node.
     pub(crate) fn forget(&self, id: u64, count: u64) {
         let mut names = self.names.lock();

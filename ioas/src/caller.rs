@@ -111,6 +111,13 @@ pub trait MemoryMap: Send + Sync {
     /// [`MemoryError::Denied`] without the privilege, [`MemoryError::Fault`] when the mapping has changed.
     fn open_file(&self, vma: &Vma) -> Result<ClientFile, MemoryError>;
 
+    /// The size in bytes of the regular file behind a private mapping that [`Self::vma`] reported, where it can be told:
+    /// what lies beyond its last page cannot be touched.
+    fn private_file_size(&self, vma: &Vma) -> Option<u64> {
+        let _ = vma;
+        None
+    }
+
     /// Copies bytes out of the memory map into `data`, with no regard to protection.
     ///
     /// # Errors
@@ -149,8 +156,11 @@ pub enum FdError {
     #[error("the server may not access the caller's descriptors")]
     Denied,
     /// The memory that the descriptor stood for has been taken away.
-    #[error("the memory behind the descriptor has been revoked")]
-    Revoked,
+    #[error("the {size:#x} bytes behind the descriptor have been revoked")]
+    Revoked {
+        /// How many bytes it stands for.
+        size: u64,
+    },
 }
 
 /// Who makes a call, as far as a mapping of its memory needs to know.

@@ -135,6 +135,9 @@ pub enum IoasError {
     /// WRITE of pages that were mapped without it.
     #[error("the pages were not mapped writeable")]
     ReadOnly,
+    /// An access met a region of a device, which is not for software (EINVAL).
+    #[error("{0} is a region of a device")]
+    DeviceMemory(IovaRange),
     /// Nothing is mapped in the range.
     #[error("nothing is mapped in IOVA {0}")]
     NotMapped(IovaRange),
@@ -288,6 +291,7 @@ impl IoasError {
             | Self::AccessAttached
             | Self::NoPins
             | Self::NotOfFile(_)
+            | Self::DeviceMemory(_)
             | Self::RegionOverlap { .. }
             | Self::BadFile { .. } => errno::EINVAL,
             Self::Overflow { .. } => errno::EOVERFLOW,

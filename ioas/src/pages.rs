@@ -477,6 +477,11 @@ impl Pages {
         self.file.as_ref().is_some_and(|file| file.kind != FileKind::DeviceRegion)
     }
 
+    /// Whether it is a region of a device, named by descriptor.
+    pub(crate) fn is_region(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.kind == FileKind::DeviceRegion)
+    }
+
     /// Makes `new` the client that mapped the memory: what is filled is charged to it, and no more to who paid before.
     /// With `bound` the charge is held against the new one's RLIMIT_MEMLOCK. Returns the client of before.
     ///

@@ -73,7 +73,10 @@ pub(crate) fn user_memory(
                 let charged = file.kind != FileKind::DeviceRegion;
                 Found { backing: Backing::File(file), index, pages: stop - at, charged }
             }
-            None => Found { backing: Backing::Private(Arc::clone(memory)), index: at, pages: stop - at, charged: true },
+            None => {
+                check_private_size(&**memory, &vma, address, stop - at).map_err(fault)?;
+                Found { backing: Backing::Private(Arc::clone(memory)), index: at, pages: stop - at, charged: true }
+            }
         };
         all.push(found);
         at = stop;
@@ -113,6 +116,15 @@ fn check_kind(file: &FileBacking, rights: Rights) -> Result<(), FaultReason> {
 fn check_size(file: &FileBacking, end_page: u64) -> Result<(), FaultReason> {
     let size = file.size();
     if end_page > size.div_ceil(PAGE_SIZE) { Err(FaultReason::BeyondEnd { file: file.id, size }) } else { Ok(()) }
+}
+
+/// As [`check_size`], for `pages` pages from `address` on of a mapping that copies a file on write: what has been copied
+/// goes when the file is cut too.
+fn check_private_size(memory: &dyn MemoryMap, vma: &Vma, address: UserAddr, pages: u64) -> Result<(), FaultReason> {
+    let Some((file, offset)) = vma.file.filter(|_| !vma.shared) else { return Ok(()) };
+    let Some(size) = memory.private_file_size(vma) else { return Ok(()) };
+    let first = (offset + (address.0 - vma.range.start().0)) >> PAGE_SHIFT;
+    if first + pages > size.div_ceil(PAGE_SIZE) { Err(FaultReason::BeyondEnd { file, size }) } else { Ok(()) }
 }
 
 /// The region of a device does not grow: what is not in it when it is mapped never will be. It may be taken away later,

@@ -31,18 +31,33 @@ use std::sync::{Arc, Once};
 
 use ioas::caller::{ClientFile, FileId, FileKind, MemoryError, MemoryMap, MmId, Vma};
 use ioas::{UserAddr, UserRange};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use super::{OwnFiles, file, memory_error};
 use crate::sys::client as sys;
 
+/// A process that uses a memory map, and is asked about it.
+struct Owner {
+    tgid: i32,
+    pidfd: OwnedFd,
+    maps: File,
+}
+
+impl Owner {
+    fn open(tgid: i32) -> io::Result<Self> {
+        let maps = File::open(format!("/proc/{tgid}/maps"))?;
+        Ok(Self { tgid, pidfd: sys::pidfd_open(tgid)?, maps })
+    }
+}
+
 /// A kept handle to one memory map.
 pub(crate) struct ProcessMemory {
     id: MmId,
-    tgid: i32,
-    maps: File,
     mem: File,
-    pidfd: OwnedFd,
+    /// Another one that lives, where the first has ended and others use the map too. A leaf.
+    owner: RwLock<Arc<Owner>>,
+    /// Several processes have this handle, or had it.
+    shared: AtomicBool,
     /// Set once the kernel has said that it knows no PROCMAP_QUERY.
     parse: AtomicBool,
     /// The text of `maps` is read by one thread at a time: they share its position.
@@ -56,12 +71,11 @@ impl ProcessMemory {
     /// Opens the memory map of a process that waits for an answer of ours.
     pub(crate) fn open(tgid: i32, own: Arc<dyn OwnFiles>) -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        let maps = File::open(format!("/proc/{tgid}/maps"))?;
         let mem = File::options().read(true).write(true).open(format!("/proc/{tgid}/mem"))?;
-        let pidfd = sys::pidfd_open(tgid)?;
+        let owner = RwLock::new(Arc::new(Owner::open(tgid)?));
         let id = MmId(NEXT.fetch_add(1, Ordering::Relaxed));
-        let (parse, reading) = (AtomicBool::new(false), Mutex::new(()));
-        Ok(Self { id, tgid, maps, mem, pidfd, parse, reading, own, memlock_limit: None })
+        let (shared, parse, reading) = (AtomicBool::new(false), AtomicBool::new(false), Mutex::new(()));
+        Ok(Self { id, mem, owner, shared, parse, reading, own, memlock_limit: None })
     }
 
     /// This limit counts, in bytes, where one is given, and not the process's.
@@ -70,28 +84,54 @@ impl ProcessMemory {
         self
     }
 
+    /// Another process gets this handle too.
+    pub(super) fn share(&self) {
+        self.shared.store(true, Ordering::Release);
+    }
+
+    /// Whether several processes have this handle, or had it.
+    pub(super) fn is_shared(&self) -> bool {
+        self.shared.load(Ordering::Acquire)
+    }
+
+    /// Has `tgid`, which uses the memory map, asked about it from now on, if who was asked before has ended.
+    pub(super) fn be_asked_of(&self, tgid: i32) {
+        let owner = self.owner();
+        if owner.tgid == tgid || sys::pidfd_alive(&owner.pidfd) {
+            return;
+        }
+        if let Ok(owner) = Owner::open(tgid) {
+            *self.owner.write() = Arc::new(owner);
+        }
+    }
+
+    fn owner(&self) -> Arc<Owner> {
+        Arc::clone(&self.owner.read())
+    }
+
     /// True until the last process that uses the memory map has exited or exec'ed.
     pub(super) fn in_use(&self) -> bool {
         !matches!(self.raw_vma(0), Err(error) if error.raw_os_error() == Some(libc::ESRCH))
     }
 
     fn raw_vma(&self, address: u64) -> io::Result<sys::ProcmapQuery> {
+        let owner = self.owner();
         if !self.parse.load(Ordering::Relaxed) {
-            match sys::procmap_query(&self.maps, address) {
+            match sys::procmap_query(&owner.maps, address) {
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.parse.store(true, Ordering::Relaxed),
                 answer => return answer,
             }
         }
-        self.parse_vma(address)
+        self.parse_vma(&owner.maps, address)
     }
 
     /// Reads the text of `/proc/PID/maps` up to the mapping that covers `address`. An end without a single line is a
     /// memory map that has gone: a live one has mappings.
-    fn parse_vma(&self, address: u64) -> io::Result<sys::ProcmapQuery> {
+    fn parse_vma(&self, mut maps: &File, address: u64) -> io::Result<sys::ProcmapQuery> {
         let _one_reader = self.reading.lock();
-        (&self.maps).rewind()?;
+        maps.rewind()?;
         let mut any = false;
-        for line in BufReader::new(&self.maps).lines() {
+        for line in BufReader::new(maps).lines() {
             any = true;
             let vma = parse_line(&line?).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
             if vma.vma_start <= address && address < vma.vma_end {
@@ -131,7 +171,7 @@ impl ProcessMemory {
     /// Opens the file behind a mapping that has just been looked at, with the rights that the mapping has. `None` when
     /// its pages cannot be held.
     fn open_mapped(&self, raw: &sys::ProcmapQuery) -> io::Result<Option<ClientFile>> {
-        let link = format!("/proc/{}/map_files/{:x}-{:x}", self.tgid, raw.vma_start, raw.vma_end);
+        let link = format!("/proc/{}/map_files/{:x}-{:x}", self.owner().tgid, raw.vma_start, raw.vma_end);
         let seen = File::options().read(true).custom_flags(libc::O_PATH).open(link)?;
         let stat = sys::stat(&seen)?;
         if file::kind(&seen, stat.mode)? == FileKind::Unpinnable || stat.inode != raw.inode {
@@ -147,7 +187,8 @@ impl ProcessMemory {
     fn find_mapped(&self, raw: &sys::ProcmapQuery) -> io::Result<Option<ClientFile>> {
         let writable = raw.vma_flags & sys::VMA_WRITABLE != 0;
         let id = FileId { device: device(raw), inode: raw.inode };
-        let found = open_here(self.tgid, &self.pidfd, id, writable)?;
+        let owner = self.owner();
+        let found = open_here(owner.tgid, &owner.pidfd, id, writable)?;
         static FOUND: Once = Once::new();
         static COPIED: Once = Once::new();
         match &found {
@@ -158,7 +199,7 @@ impl ProcessMemory {
             }),
             None => COPIED.call_once(|| {
                 tracing::warn!(
-                    pid = self.tgid,
+                    pid = owner.tgid,
                     "shared memory without an open descriptor is copied, for want of privilege"
                 );
             }),
@@ -259,6 +300,15 @@ impl MemoryMap for ProcessMemory {
         }
     }
 
+    fn private_file_size(&self, vma: &Vma) -> Option<u64> {
+        let (id, _) = vma.file.filter(|_| !vma.shared)?;
+        let (start, last) = (vma.range.start().0, vma.range.last().0);
+        let link = format!("/proc/{}/map_files/{start:x}-{:x}", self.owner().tgid, last + 1);
+        let seen = File::options().read(true).custom_flags(libc::O_PATH).open(link).ok()?;
+        let stat = sys::stat(&seen).ok()?;
+        (stat.mode & libc::S_IFMT == libc::S_IFREG && stat.inode == id.inode).then_some(stat.size)
+    }
+
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
         let mut done = 0;
         while done < data.len() {
@@ -278,10 +328,11 @@ impl MemoryMap for ProcessMemory {
     }
 
     fn memlock_limit(&self) -> Option<u64> {
-        if !sys::pidfd_alive(&self.pidfd) {
+        let owner = self.owner();
+        if !sys::pidfd_alive(&owner.pidfd) {
             return None;
         }
-        self.memlock_limit.or_else(|| sys::memlock_limit(self.tgid).ok())
+        self.memlock_limit.or_else(|| sys::memlock_limit(owner.tgid).ok())
     }
 }
 

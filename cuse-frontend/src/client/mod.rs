@@ -8,7 +8,12 @@
 //! A kept handle is taken up again only after it has proved to be the caller's: the thread belongs to that process
 //! still, that process lives, and the memory map behind the handle is in use still, which an exec or an exit ends. The
 //! last is left out for whoever asks the memory map for its layout at once: that answer says it too.
-//! Two processes that share one memory map (clone with CLONE_VM) get the same handle.
+//!
+//! Two processes that share one memory map (clone with CLONE_VM) get the same handle, if both live when the second makes
+//! its first call: nothing tells that a map is that of a process which has ended. With a shared handle the map being in
+//! use says nothing about one process, which may have exec'ed while the other goes on; so what lies in the caller's
+//! memory is compared with what lies behind the handle, at a place where each exec puts random bytes. When the process
+//! that opened a handle ends, the next caller takes it over: the layout and the files are asked of a process that lives.
 //!
 //! **Our own files.** A descriptor or a mapping of a client may be one of our own nodes. They are recognised by the
 //! mount's device number and told apart by inode number ([`OwnFiles`]); the transport gives every open file an inode
@@ -28,7 +33,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use ioas::caller::{FdError, MemoryError};
+use ioas::UserAddr;
+use ioas::caller::{FdError, MemoryError, MemoryMap as _};
 use parking_lot::Mutex;
 
 pub(crate) use caller::whole;
@@ -61,6 +67,8 @@ struct Process {
     pidfd: OwnedFd,
     namespace: UserNamespace,
     memory: Arc<ProcessMemory>,
+    /// Where the last exec of the process put random bytes.
+    random: Option<u64>,
 }
 
 /// All processes that have made calls, and what is kept of them.
@@ -107,7 +115,7 @@ impl Clients {
     fn process(&self, tid: i32) -> Result<Arc<Process>, MemoryError> {
         let kept = self.processes.lock().get(&tid).cloned();
         match kept {
-            Some(process) if process.has(tid) => Ok(process),
+            Some(process) if process.has(tid) && process.still_shares(tid) => Ok(process),
             _ => self.look_up(tid),
         }
     }
@@ -117,7 +125,9 @@ impl Clients {
     fn look_up(&self, tid: i32) -> Result<Arc<Process>, MemoryError> {
         let tgid = thread_group(tid).map_err(memory_error)?;
         let others = self.forget_the_dead();
-        let same = |process: &&Arc<Process>| process.tgid == tgid && process.has(tid) && process.memory.in_use();
+        let same = |process: &&Arc<Process>| {
+            process.tgid == tgid && process.has(tid) && process.memory.in_use() && process.still_shares(tid)
+        };
         let process = match others.iter().find(same) {
             Some(process) => Arc::clone(process),
             None => Arc::new(self.open(tid, tgid, &others)?),
@@ -131,9 +141,14 @@ impl Clients {
 
     /// Opens what is kept of a process. Only its own memory map is waited for: another's lock may be held for ever.
     fn open(&self, tid: i32, tgid: i32, others: &[Arc<Process>]) -> Result<Process, MemoryError> {
-        let shared = others.iter().find(|other| sys::same_memory_map(tid, other.tgid) == Some(true));
-        let memory = match shared.map(|other| &other.memory) {
-            Some(memory) if memory.in_use() => Arc::clone(memory),
+        let shares = |other: &&Arc<Process>| {
+            other.tgid != tgid && sys::same_memory_map(tid, other.tgid) == Some(true) && other.still_shares(other.tgid)
+        };
+        let memory = match others.iter().find(shares).map(|other| &other.memory) {
+            Some(memory) if memory.in_use() => {
+                memory.share();
+                Arc::clone(memory)
+            }
             _ => {
                 let memory = ProcessMemory::open(tgid, Arc::clone(&self.own)).map_err(memory_error)?;
                 Arc::new(memory.limited_to(self.memlock_limit))
@@ -141,7 +156,7 @@ impl Clients {
         };
         let pidfd = sys::pidfd_open(tgid).map_err(memory_error)?;
         let namespace = UserNamespace::open(tgid).map_err(memory_error)?;
-        Ok(Process { tgid, pidfd, namespace, memory })
+        Ok(Process { tgid, pidfd, namespace, memory, random: sys::random_bytes_at(tgid) })
     }
 
     /// Drops what is kept for threads that have ended, and returns the rest. Bounds the table by the living.
@@ -164,6 +179,23 @@ impl Process {
     /// True while the process lives and `tid` is one of its threads. Its first thread has its number.
     fn has(&self, tid: i32) -> bool {
         (tid == self.tgid || sys::is_thread_of(tid, self.tgid)) && sys::pidfd_alive(&self.pidfd)
+    }
+
+    /// False when the process has exec'ed since it got a handle that others have too. Its thread `tid` then has other
+    /// memory. One that goes on sees to the handle, if the process that opened it has ended.
+    fn still_shares(&self, tid: i32) -> bool {
+        if !self.memory.is_shared() {
+            return true;
+        }
+        let Some(address) = self.random else { return false };
+        let (mut ours, mut its) = ([0; 16], [0; 16]);
+        let read = self.memory.read(UserAddr(address), &mut ours).is_ok()
+            && matches!(sys::read_memory(tid, address, &mut its), Ok(length) if length == its.len());
+        let same = read && ours == its;
+        if same {
+            self.memory.be_asked_of(self.tgid);
+        }
+        same
     }
 }
 

@@ -160,10 +160,17 @@ fn check_pasid(
     Ok(())
 }
 
-/// EINVAL unless a group can attach to a new automatic page table, which takes no PASIDs. Linux attaches to it before it
-/// fills it, and so finds this before what is wrong with memory; it fills first what a device moves to.
+/// Whether a group can attach to a new automatic page table, which takes no PASIDs. Linux attaches to it before it fills
+/// it, and so finds this before what is wrong with memory; it fills first what a device moves to.
+///
+/// # Errors
+/// EBUSY where the device is attached already; EINVAL for a PASID, and for a device that has some attached.
 fn check_first(binding: &Binding, pasid: u32) -> Result<(), OpError> {
-    if pasid != 0 || !binding.bound().together.attachments.lock().is_empty() {
+    let attachments = binding.bound().together.attachments.lock();
+    if attachments.get(&pasid).is_some_and(|attachment| attachment.devices.contains(&binding.id())) {
+        return Err(OpError::Attached { device: binding.id() });
+    }
+    if pasid != 0 || !attachments.is_empty() {
         return Err(OpError::Invalid { field: "pasid", value: pasid.into() });
     }
     Ok(())

@@ -346,14 +346,26 @@ fn no_viommu(id: u32) -> OpError {
     OpError::NoObject { kind: "virtual IOMMU", id }
 }
 
+/// Linux lists the pages of a hardware queue, a pointer each, before it looks whether anything is mapped there; no list
+/// of it is longer than 2^31 - 1 bytes (mm/slub.c).
+const MOST_PAGES: u64 = i32::MAX as u64 / size_of::<u64>() as u64;
+
 /// Pins the pages of a hardware queue, which must be neighbours. Returns the frame of the first.
+///
+/// # Errors
+/// ERANGE for a length that does not fit with its first page's beginning, ENOMEM for more than [`MOST_PAGES`], then what
+/// the IOAS finds, and EFAULT for pages that are no neighbours.
 fn pin(viommu: &VirtualIommu, iova: Iova, length: u64) -> Result<(Pinned, ioas::Frame), OpError> {
     let start = iova.0 & !(PAGE_SIZE - 1);
     let too_long = OpError::TooLarge { field: "length", value: length };
     let Some(end) = (iova.0 - start).checked_add(length).and_then(|bytes| bytes.checked_add(PAGE_SIZE - 1)) else {
         return Err(too_long);
     };
-    let length = end / PAGE_SIZE * PAGE_SIZE;
+    let pages = end / PAGE_SIZE;
+    if pages > MOST_PAGES {
+        return Err(OpError::Driver(DriverError::NoMemory("a list of the queue's pages")));
+    }
+    let length = pages * PAGE_SIZE;
     let access = IoasAccess::new(AccessKind::Internal);
     access.attach(viommu.parent.ioas())?;
     let runs = match access.pin(Iova(start), length, AccessMode::Read) {

@@ -160,7 +160,7 @@ fn eventfd(call: &Call<'_, Device>, fd: i32) -> Result<EventFdArg, OpError> {
             Ok(Some(eventfd)) => EventFdArg::Fd(EventFd::new(eventfd)),
             Ok(None) => EventFdArg::NotEventFd(fd),
             Err(FdError::Bad(fd)) => EventFdArg::NotOpen(fd),
-            Err(error @ (FdError::Denied | FdError::Revoked)) => return Err(error.into()),
+            Err(error @ (FdError::Denied | FdError::Revoked { .. })) => return Err(error.into()),
         },
     })
 }

@@ -9,7 +9,7 @@ use std::mem::offset_of;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use ioas::caller::Capability;
+use ioas::caller::{Capability, FdError};
 use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -263,9 +263,14 @@ fn ioas_map_file(call: &Call<'_, Arc<Context>>) -> OpResult {
     let access = access(flags)?;
     let ioas = call.file.ioas(cmd.u32_at(offset_of!(IoasMapFile, ioas_id)))?;
     // EINVAL for no bytes, EOVERFLOW when they wrap.
-    ioas::UserRange::new(UserAddr(start), length)?;
+    let bytes = ioas::UserRange::new(UserAddr(start), length)?;
     let fd = cmd.u32_at(offset_of!(IoasMapFile, fd)).cast_signed();
-    let source = Source::File { file: call.caller.file(fd)?, offset: start };
+    let file = call.caller.file(fd).map_err(|error| match error {
+        // Linux compares with the size first.
+        FdError::Revoked { size } if bytes.last().0 >= size => OpError::Invalid { field: "length", value: length },
+        error => error.into(),
+    })?;
+    let source = Source::File { file, offset: start };
     let request = request(call, source, length, choice(flags, iova), access);
     let mapped = ioas.map(call.caller, request)?;
     cmd.put_u64(offset_of!(IoasMapFile, iova), mapped.start().0);

@@ -70,7 +70,7 @@ impl Exports for Toy {
                 Ok(Some(file)) => Ok(i32::try_from(file.number).expect("small")),
                 Ok(None) => Err(Errno(libc::EINVAL)),
                 Err(FdError::Bad(_)) => Err(Errno(libc::EBADF)),
-                Err(FdError::Denied | FdError::Revoked) => Err(Errno(libc::EPERM)),
+                Err(FdError::Denied | FdError::Revoked { .. }) => Err(Errno(libc::EPERM)),
             },
             _ => Err(Errno(libc::ENOTTY)),
         };
@@ -218,6 +218,31 @@ fn descriptor_names_its_own_open_file_and_no_other() {
         let again = File::open(format!("/proc/self/fd/{}", files[1].as_raw_fd())).expect("reopened");
         let fd = u64::try_from(again.as_raw_fd()).expect("fd");
         assert_eq!(ioctl(&files[0], WHO, fd), Err(nix::errno::Errno::EPERM), "two opens of one inode");
+    });
+}
+
+#[test]
+fn name_that_worked_once_is_forgotten_with_its_last_descriptor() {
+    with_mount(|mounted| {
+        let toy = &mounted.toy;
+        let Place::Tree(tree) = &mounted.session.engine.place else { panic!("it is a mount") };
+        let before = tree.known();
+        let number = toy.opened.fetch_add(1, Ordering::SeqCst);
+        let memory = memfd_create(c"toy", MFdFlags::MFD_CLOEXEC).expect("memfd");
+        let (kind, closed) = (NodeKind::Group(7), Arc::clone(&toy.closed));
+        let recipient = crate::tree::Recipient { client: 1, opener: std::process::id(), uid: None };
+        let offered = Arc::new(ToyFile { kind, number, memory, closed });
+        let (name, _) = tree.offer(offered, recipient).expect("random bytes");
+        let file = mounted.open(&name);
+        assert!(tree.withdraw(&name).is_none(), "it is taken");
+        mounted.session.forget_name(&name);
+        assert_eq!(ioctl(&file, DOUBLE, 21), Ok(42), "the descriptor works on");
+        assert!(!mounted.root.join(&name).exists());
+        assert_eq!(tree.known(), before + 1);
+        drop(file);
+        while tree.known() > before {
+            std::thread::yield_now();
+        }
     });
 }
 

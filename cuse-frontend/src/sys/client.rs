@@ -121,6 +121,19 @@ pub(crate) fn same_memory_map(one: i32, other: i32) -> Option<bool> {
     check(unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_VM, 0, 0) }).ok().map(|order| order == 0)
 }
 
+/// Where the last exec of a process has put 16 random bytes (AT_RANDOM of its auxiliary vector).
+pub(crate) fn random_bytes_at(pid: i32) -> Option<u64> {
+    const AT_RANDOM: u64 = 25;
+    let vector = std::fs::read(format!("/proc/{pid}/auxv")).ok()?;
+    let mut words = vector.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_ne_bytes));
+    while let (Some(key), Some(value)) = (words.next(), words.next()) {
+        if key == AT_RANDOM {
+            return Some(value);
+        }
+    }
+    None
+}
+
 /// RLIMIT_MEMLOCK of a process in bytes; `u64::MAX` is no limit. 0 is the calling process.
 ///
 /// prlimit tells another user's limits to a server with CAP_SYS_RESOURCE only; `/proc/PID/limits` tells everybody.

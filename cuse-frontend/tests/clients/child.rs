@@ -19,6 +19,21 @@ use crate::sys;
 pub(crate) const MARK: &str = "CUSE_FRONTEND_TEST_CHILD";
 const READY: &str = "ready";
 
+/// A process that shares a child's memory map, and outlives it. Killed on drop.
+pub(crate) struct Twin(i32);
+
+impl Twin {
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.cast_unsigned()
+    }
+}
+
+impl Drop for Twin {
+    fn drop(&mut self) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0), nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
 /// A running child. Killed on drop.
 pub(crate) struct Child {
     process: std::process::Child,
@@ -102,6 +117,11 @@ impl Child {
     /// Starts a thread in the child and returns its id.
     pub(crate) fn thread(&mut self) -> u32 {
         self.tell("thread").parse().expect("a thread id")
+    }
+
+    /// Starts a process that shares the child's memory map.
+    pub(crate) fn twin(&mut self) -> Twin {
+        Twin(self.tell("twin").parse().expect("a process id"))
     }
 
     /// Ends a thread that was started in the child, and all others; returns when it has gone.
@@ -189,6 +209,7 @@ fn obey() {
                 threads.push(life);
                 say(&tid.to_string());
             }
+            ("twin", _) => say(&sys::twin().to_string()),
             ("end-threads", _) => {
                 threads.clear();
                 say("ok");

@@ -268,6 +268,39 @@ fn memory_map_found_by_a_thread_that_has_ended_is_that_of_the_process_still() {
 }
 
 #[test]
+fn memory_map_of_two_processes_is_one_and_outlives_the_first() {
+    let (mut child, clients) = (Child::start(), clients());
+    let twin = child.twin();
+    let map = call(&clients, child.pid()).memory_map().expect("a memory map");
+    assert_eq!(call(&clients, twin.pid()).memory_map_id(), Ok(map.id()));
+    let (private, shared) = (child.at("private"), child.at("shared"));
+    drop(child);
+    let survivor = call(&clients, twin.pid());
+    assert_eq!(survivor.memory_map_id(), Ok(map.id()));
+    let mut bytes = [0; 8];
+    map.read(private, &mut bytes).expect("the memory is there");
+    assert_eq!(&bytes, b"contents");
+    let vma = map.vma(shared).expect("mapped");
+    assert!(map.open_file(&vma).is_ok(), "the survivor is asked for the file");
+    assert!(map.memlock_limit().is_some(), "and for its limit");
+    drop((survivor, twin));
+    while map.read(private, &mut bytes) != Err(MemoryError::Gone) {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn exec_of_one_of_two_processes_with_one_memory_map_takes_it_to_another() {
+    let (mut child, clients) = (Child::start(), clients());
+    let twin = child.twin();
+    let both = call(&clients, child.pid()).memory_map_id();
+    assert_eq!(call(&clients, twin.pid()).memory_map_id(), both);
+    child.exec();
+    assert_ne!(call(&clients, child.pid()).memory_map_id(), both);
+    assert_eq!(call(&clients, twin.pid()).memory_map_id(), both);
+}
+
+#[test]
 fn descriptors_are_told_apart() {
     let (child, clients) = (Child::start(), clients());
     let caller = call(&clients, child.pid());

@@ -56,6 +56,22 @@ pub(crate) fn secret() -> Option<u64> {
     Some(mapped(&file, MapFlags::MAP_SHARED, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE))
 }
 
+/// Starts a process that shares this one's memory map, and does nothing for ever.
+pub(crate) fn twin() -> libc::pid_t {
+    extern "C" fn wait(_: *mut libc::c_void) -> libc::c_int {
+        loop {
+            // SAFETY: takes nothing. It is all that the process does: its thread-local memory is that of another thread.
+            unsafe { libc::syscall(libc::SYS_pause) };
+        }
+    }
+    let stack = Box::leak(vec![0_u128; 4096].into_boxed_slice());
+    let top = stack.as_mut_ptr_range().end.cast();
+    // SAFETY: the stack, which ends at `top`, is never freed; the new process touches nothing else.
+    let pid = unsafe { libc::clone(wait, top, libc::CLONE_VM | libc::SIGCHLD, std::ptr::null_mut()) };
+    assert!(pid > 0, "no process");
+    pid
+}
+
 /// The first eight bytes of a file from an offset on.
 pub(crate) fn bytes_at(file: impl AsFd, offset: u64) -> [u8; 8] {
     let mut bytes = [0; 8];

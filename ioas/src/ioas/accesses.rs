@@ -211,10 +211,14 @@ fn check_span(span: &Span, mode: AccessMode) -> Result<(), IoasError> {
     }
 }
 
-/// The pages themselves can be written.
+/// The pages themselves can be written, and are not a device's: software reaches memory alone.
 fn check_pages(span: &Span, mode: AccessMode) -> Result<(), IoasError> {
-    if mode == AccessMode::Write && !span.area.pages.terms().rights.writable {
+    let pages = &span.area.pages;
+    if mode == AccessMode::Write && !pages.terms().rights.writable {
         return Err(IoasError::ReadOnly);
+    }
+    if pages.is_region() {
+        return Err(IoasError::DeviceMemory(span.area.range(span.start)));
     }
     Ok(())
 }

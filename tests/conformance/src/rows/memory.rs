@@ -193,6 +193,23 @@ pub(super) const ROWS: &[Row] = &[
         },
     },
     Row {
+        name: "memory_memfd_private_beyond_end",
+        run: |s| {
+            let file = memfd(2)?;
+            let memory = private(file.as_fd(), R | W)?;
+            let container = s.container()?;
+            for (step, page) in [("inside", 0), ("across", 1), ("beyond", 2)] {
+                for flags in [1, 3] {
+                    let range = (IOVA, 2 * PAGE);
+                    if s.map(step, container, range, memory.address() + page * PAGE, flags).is_ok() {
+                        s.unmap("unmap", container, range, 0).ok();
+                    }
+                }
+            }
+            Ok(())
+        },
+    },
+    Row {
         name: "memory_memfd_private",
         run: |s| {
             let file = memfd(4)?;
