@@ -4,7 +4,7 @@
 //! free descriptor; and what each request does to objects is known as well as [`Effect`] says it. So a client that
 //! never looks at an answer can still guess most of them. Where it is wrong nothing is lost but aim.
 //!
-//! An object *keeps* those that its making named: they cannot be destroyed before it. A descriptor keeps its object.
+//! An object *keeps* those that its making named: they cannot be destroyed before it. A descriptor keeps its object, if it has one.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -38,8 +38,8 @@ pub(crate) struct Context {
 #[derive(Debug, Clone)]
 struct Descriptor {
     kind: Opened,
-    /// The context and the object that it keeps.
-    keeps: (usize, u32),
+    /// The context and the object that it keeps, if there is one.
+    keeps: Option<(usize, u32)>,
 }
 
 /// What a request was filled with, as far as its effect needs it.
@@ -179,8 +179,7 @@ impl Belief {
             self.places[place] = None;
         }
         let Some(gone) = self.descriptors.remove(&file) else { return };
-        if gone.kind == Opened::Access {
-            let (context, id) = gone.keeps;
+        if let (Opened::Access, Some((context, id))) = (gone.kind, gone.keeps) {
             self.contexts[context].objects.remove(&id);
         }
     }
@@ -200,7 +199,7 @@ impl Belief {
             Effect::Maps => context.mapped.extend(named.mapped),
             Effect::Destroys => {
                 let id = named.ids.first().copied().unwrap_or_default();
-                let held = |descriptor: &Descriptor| descriptor.keeps == (index, id);
+                let held = |descriptor: &Descriptor| descriptor.keeps == Some((index, id));
                 if !self.descriptors.values().any(held) {
                     context.destroy(id);
                 }
@@ -212,8 +211,9 @@ impl Belief {
             Effect::Opens(kind, opened) => {
                 let keeps = context.kept(&named);
                 let id = context.add(kind, keeps);
-                self.add_descriptor(opened, (index, id));
+                self.add_descriptor(opened, Some((index, id)));
             }
+            Effect::Gives(opened) => self.add_descriptor(opened, None),
             Effect::Attaches => context.attach(named.ids.first().copied().unwrap_or_default()),
             Effect::Moves => {
                 if let [mock, target] = named.ids[..] {
@@ -223,7 +223,7 @@ impl Belief {
         }
     }
 
-    fn add_descriptor(&mut self, kind: Opened, keeps: (usize, u32)) {
+    fn add_descriptor(&mut self, kind: Opened, keeps: Option<(usize, u32)>) {
         let used: BTreeSet<i32> = self.descriptors.keys().map(|file| file.0).collect();
         let number = (3..).find(|number| !used.contains(number)).unwrap_or_default();
         self.descriptors.insert(File(number), Descriptor { kind, keeps });

@@ -6,10 +6,12 @@
 //!
 //! Two ioctls at the same time are of different iommufds, or both only look, so that their answers are determined.
 
+use conformance::arg;
+
 use crate::believe::{Belief, Mapped, Named};
 use crate::play::{ARGUMENT, BESIDE, DATA, HOLE, MEMFD, NULL_FILE, READ_ONLY, USER};
 use crate::random::Random;
-use crate::structs::{Effect, Family, Field, Kind, Opened, Request};
+use crate::structs::{DMABUF_GET, Effect, Family, Field, Kind, Opened, Request, TEST, descriptor_at, test_operation};
 use crate::text::{Action, File, Ioctl, PLACES, Step, Who, Words};
 
 const PAGE: u64 = 0x1000;
@@ -33,6 +35,7 @@ impl Generator {
         let who = match self.random.below(100) {
             0..2 => Who::Child,
             2..5 => Who::Thread,
+            5..8 => Who::Twin,
             _ => Who::Main,
         };
         let open = self.belief.open_places();
@@ -60,7 +63,7 @@ impl Generator {
             }
         };
         // Only these have the same effect whoever does them. A child's private memory goes with it, and its descriptors:
-        // what becomes of mappings then is in docs/divergences.md.
+        // what becomes of mappings then is in docs/divergences.md. A twin's stay.
         let by_anybody = match &action {
             Action::Ioctl(ioctl) => who != Who::Child || !(opens(ioctl) || maps(ioctl)),
             Action::Read(..) | Action::Write(..) | Action::Poll(..) => true,
@@ -359,17 +362,9 @@ const NO_FLAGS: &[u32] = &[1, 2, 8, 1 << 17, 1 << 31, 0xfffe_ffff];
 const WILD: &[u64] =
     &[0, 1, 0x7ff, 0xffff_ffff, 1 << 32, 0xffff_ffff_f000, 1 << 48, 1 << 63, u64::MAX - 0xfff, u64::MAX - 1, u64::MAX];
 
-/// IOMMU_TEST_CMD.
-const TEST: u32 = 0x3ba0;
-
-/// The sub-operation, if it is the mock's request.
-fn test_operation(ioctl: &Ioctl) -> Option<u32> {
-    (ioctl.request == TEST).then(|| ioctl.argument.words.get(1).copied()).flatten()
-}
-
-/// Whether an ioctl may return a descriptor: fault queues, event queues and accesses do.
+/// Whether an ioctl may return a descriptor: fault queues, event queues, accesses and buffers do.
 fn opens(ioctl: &Ioctl) -> bool {
-    matches!(ioctl.request, 0x3b8e | 0x3b93) || test_operation(ioctl) == Some(5)
+    descriptor_at(ioctl).is_some() || test_operation(ioctl) == Some(DMABUF_GET)
 }
 
 /// Whether an ioctl maps the caller's memory: IOAS_MAP and MAP_DMA do, and CHANGE_PROCESS has it pay.
@@ -384,7 +379,9 @@ fn may_be_beside(ioctl: &Ioctl, looks_only: bool) -> bool {
         0x3b84 | 0x3b8a => true,
         _ if looks_only => false,
         // Those that ask about descriptors, or about memory that others hold too.
-        TEST => !matches!(test_operation(ioctl), Some(4..=9 | 11)),
+        TEST => !matches!(test_operation(ioctl), Some(4..=9 | 11 | 22..)),
+        // What it names may be what is not to be asked.
+        arg::IOMMU_IOAS_MAP_FILE => false,
         _ => !opens(ioctl),
     }
 }
@@ -484,7 +481,7 @@ mod tests {
             assert!(requests.contains(&request), "{request:x}");
         }
         let operations: BTreeSet<u32> = asked.iter().filter_map(test_operation).collect();
-        assert!((1..=21).all(|operation| operations.contains(&operation)), "{operations:?}");
+        assert!((1..=23).all(|operation| operations.contains(&operation)), "{operations:?}");
     }
 
     #[test]

@@ -3,10 +3,11 @@
 //! Each sequence gets a process of its own, whose memory and descriptors lie at the same places on every machine:
 //! arguments and data in two shared pages (a child's answers are seen by the parent) that end at a hole, a read-only
 //! page beside it, and memory to map, full of numbers. It has no capability that an answer hangs on, and to our server
-//! it is not root. Only one step is under way at any time, whoever does it: the main thread waits for the thread or
-//! the child. The two ioctls of a step that has two start together and have places of their own in the pages.
+//! it is not root. Only one step is under way at any time, whoever does it: the main thread waits for the thread, the
+//! child or the twin. The two ioctls of a step that has two start together and have places of their own in the pages.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, RawFd};
 use std::sync::Barrier;
@@ -21,6 +22,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 
+use crate::structs::{DMABUF_GET, descriptor_at, mapped_file, test_operation};
 use crate::sys;
 use crate::text::{Action, File, Ioctl, Step, Who, Words};
 
@@ -79,6 +81,8 @@ struct Player {
     _user: [Memory; 3],
     /// What a step has mapped.
     window: RefCell<Option<Memory>>,
+    /// Descriptors of objects: a queue or an access.
+    objects: RefCell<BTreeSet<RawFd>>,
 }
 
 impl Player {
@@ -102,6 +106,7 @@ impl Player {
             answer: anonymous(ANSWER, PAGE, libc::MAP_SHARED, RW)?,
             _user: [private, anonymous(USER + 0x10_0000, 0x1_0000, libc::MAP_PRIVATE, libc::PROT_READ)?, shared_file],
             window: RefCell::default(),
+            objects: RefCell::default(),
         };
         sys::move_to(memfd.into_raw_fd(), MEMFD)?;
         let null = std::fs::File::open("/dev/null").map_err(|_| Errno::last())?;
@@ -122,10 +127,12 @@ impl Player {
             Action::Open(file) => answer(open(*file)),
             Action::Close(file) => {
                 sys::close(file.0);
+                self.objects.borrow_mut().remove(&file.0);
                 settle(*file);
                 "0".to_owned()
             }
             Action::Send(from, to) => answer(send(from.0, to.0)),
+            Action::Ioctl(ioctl) if self.keeps(ioctl) => "not asked".to_owned(),
             Action::Ioctl(ioctl) => {
                 self.lay(ioctl);
                 let result = self.by(step.who, || ask(ioctl));
@@ -179,12 +186,24 @@ impl Player {
 
     /// The answer of an ioctl, and what it changed.
     fn told(&self, ioctl: &Ioctl, result: Result<i32, Errno>) -> String {
+        if let (Ok(_), Some(at), Some((memory, offset))) =
+            (result, descriptor_at(ioctl), self.memory(ioctl.argument.address))
+        {
+            self.objects.borrow_mut().insert(word(&memory.get(offset + at, 4)).cast_signed());
+        }
         let mut text = answer(result);
         self.changes(&mut text, "", &ioctl.argument, ioctl.argument.words.len() as u64 * 4 + BEYOND);
         if let Some(data) = &ioctl.data {
             self.changes(&mut text, "data", data, DATA_LENGTH);
         }
         text
+    }
+
+    /// Whether an ioctl would map the file of an object, or an iommufd: Linux keeps it open for as long as it is mapped,
+    /// for ever if it is mapped in itself. See docs/divergences.md.
+    fn keeps(&self, ioctl: &Ioctl) -> bool {
+        let Some(file) = mapped_file(ioctl) else { return false };
+        file.index().is_some() || self.objects.borrow().contains(&file.0)
     }
 
     /// Maps memory of a file in place of what was mapped before, and looks at its first word.
@@ -207,6 +226,11 @@ impl Player {
         match who {
             Who::Main => ask(),
             Who::Thread => std::thread::scope(|scope| scope.spawn(ask).join().unwrap_or(Err(Errno::EIO))),
+            Who::Twin => {
+                let mut answer = Err(Errno::EIO);
+                sys::in_twin(|| answer = ask())?;
+                answer
+            }
             Who::Child => {
                 in_child(|| {
                     let answer = ask().unwrap_or_else(|errno| -(errno as i32));
@@ -286,7 +310,9 @@ fn settle(file: File) {
 }
 
 fn ask(ioctl: &Ioctl) -> Result<i32, Errno> {
-    Syscalls.ioctl(ioctl.file.0, ioctl.request, ioctl.argument.address)
+    let answer = Syscalls.ioctl(ioctl.file.0, ioctl.request, ioctl.argument.address)?;
+    // Linux makes a buffer's descriptor and does not say its number: see docs/divergences.md.
+    Ok(if test_operation(ioctl) == Some(DMABUF_GET) { 0 } else { answer })
 }
 
 /// The events of a file.

@@ -1,7 +1,8 @@
 //! What the real kernel answered to a fixed set of seeds: one file a family, in `recorded/`.
 //!
 //! A line `SEED HASH` stands for each sequence, which is small and enough to tell a difference. The first few are
-//! there in full as well, to be read and to be compared without a VM: each after a line `# SEED`.
+//! there in full as well, to be read and to be compared without a VM: each after a line `# SEED`. `found.txt` has
+//! short sequences that once differed, in full: each after a line `# NAME`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -41,6 +42,17 @@ pub fn load(family: &str) -> Result<Recording> {
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let numbered = split(&text).into_iter().filter_map(|(name, text)| Some((name.parse().ok()?, text)));
     Ok(Recording { hashes: hashes(&text), texts: numbered.collect() })
+}
+
+/// The sequences that were found to differ, with the right answers, by their names.
+///
+/// # Errors
+/// When there are none.
+pub fn found() -> Result<BTreeMap<String, String>> {
+    let path = path("found");
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    // The first parts are remarks about the file.
+    Ok(split(&text).into_iter().filter(|(_, text)| !text.is_empty()).collect())
 }
 
 /// The lines `SEED HASH` of a text.

@@ -54,6 +54,35 @@ pub(crate) fn write(file: RawFd, address: u64, length: u32) -> Result<i32, Errno
     Errno::result(count).map(|count| count as i32)
 }
 
+/// Does `work` in a process of its own that shares memory map and descriptors with this one, and waits for its end.
+///
+/// # Errors
+/// What clone answers.
+pub(crate) fn in_twin<W: FnOnce()>(work: W) -> Result<(), Errno> {
+    extern "C" fn run<W: FnOnce()>(work: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: it points to the `Option` below, which nobody touches before this process has ended.
+        let work = unsafe { &mut *work.cast::<Option<W>>() };
+        work.take().map_or(1, |work| {
+            work();
+            0
+        })
+    }
+    let mut stack = vec![0_u128; TWIN_STACK / size_of::<u128>()];
+    let mut work = Some(work);
+    let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_VFORK | libc::SIGCHLD;
+    let (top, work) = (stack.as_mut_ptr_range().end.cast(), (&raw mut work).cast());
+    // SAFETY: the stack is large enough for an ioctl and ends at `top`. This thread, whose thread-local memory the new
+    // process uses, stops until it has ended (CLONE_VFORK), so both `stack` and `work` outlive it.
+    let twin = Errno::result(unsafe { libc::clone(run::<W>, top, flags, work) })?;
+    let mut status = 0;
+    // SAFETY: `status` is a place for one int.
+    Errno::result(unsafe { libc::waitpid(twin, &raw mut status, 0) })?;
+    Ok(())
+}
+
+/// The size of a twin's stack in bytes.
+const TWIN_STACK: usize = 256 << 10;
+
 /// CAP_IPC_LOCK, CAP_SYS_RAWIO, CAP_SYS_RESOURCE: the capabilities that answers hang on.
 const ASKED_FOR: [u32; 3] = [14, 17, 24];
 

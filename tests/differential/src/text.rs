@@ -17,7 +17,8 @@
 //! main close f0 = 0
 //! ```
 //!
-//! WHO does it: `main`, a `thread` made for the step, or a `child` forked for it. A file is a descriptor: `f0` to `f3`
+//! WHO does it: `main`, a `thread` made for the step, a `child` forked for it, or a `twin`, which is another process
+//! with the same memory map and descriptors. A file is a descriptor: `f0` to `f3`
 //! are places of the sequence's own, `d3` is whatever an ioctl made descriptor 3. An ioctl names the file, its number
 //! and the argument's address; then come the 32-bit words that lie there. `data@ADDRESS` begins the words of a second
 //! place, an array for example. `both` is two ioctls at the same time, by the main thread and another one.
@@ -39,6 +40,8 @@ pub enum Who {
     Thread,
     /// A child with a copy of the process's memory and files.
     Child,
+    /// A process of its own that shares memory map and files with this one.
+    Twin,
 }
 
 /// How many places for files a sequence has.
@@ -166,6 +169,7 @@ impl fmt::Display for Step {
             Who::Main => "main",
             Who::Thread => "thread",
             Who::Child => "child",
+            Who::Twin => "twin",
         };
         write!(f, "{who} {}", self.action)
     }
@@ -207,6 +211,7 @@ fn step(line: &str) -> Option<Step> {
         "main" => Who::Main,
         "thread" => Who::Thread,
         "child" => Who::Child,
+        "twin" => Who::Twin,
         _ => return None,
     };
     Some(Step { who, action: action_of(action)? })
@@ -268,8 +273,9 @@ fn file(word: &str) -> Option<File> {
 
 /// FNV-1a over a text: what is recorded of most sequences.
 #[must_use]
-pub fn hash(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+pub fn hash(text: impl AsRef<[u8]>) -> u64 {
+    let fold = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    text.as_ref().iter().fold(0xcbf2_9ce4_8422_2325, fold)
 }
 
 #[cfg(test)]
@@ -284,6 +290,7 @@ mod tests {
             "main close d7",
             "main send f0 f2",
             "thread ioctl f1 3b80 @0",
+            "twin ioctl f1 3b80 @0",
             "main ioctl f0 3b84 @1000000000 20 1 2 0 data@1000001000 1 ffffffff",
             "main both f0 3b80 @1000000100 8 1 & d4 3b81 @1000000500 c 0 0 data@1000001000",
             "main poll d3",

@@ -1,9 +1,8 @@
 //! Our nodes answer the recorded seeds as the real kernel did.
 
-use std::fs::File;
-
 use anyhow::{Result, ensure};
-use differential::recorded::{LENGTH, SEEDS, hashes, load};
+use differential::peer::split;
+use differential::recorded::{LENGTH, SEEDS, found, hashes, load};
 use differential::shrink::first_difference;
 use differential::structs::{FAMILIES, Family};
 use e2e::server::Run;
@@ -41,8 +40,8 @@ fn differences(family: &Family) -> Result<Vec<String>> {
 /// Compares one family, or says why it cannot.
 fn family_has_the_answers_of_linux(name: &str) {
     let family = differential::structs::family(name).expect("a family");
-    if File::options().read(true).write(true).open("/dev/fuse").is_err() {
-        println!("Skipped(/dev/fuse cannot be opened)");
+    if let Some(reason) = e2e::no_fuse() {
+        e2e::skipped(reason);
         return;
     }
     let wrong = differences(family).expect("our nodes answer, and there is a recording");
@@ -77,6 +76,30 @@ fn sequences_of_accesses_have_the_answers_of_linux() {
 #[test]
 fn sequences_of_nested_page_tables_have_the_answers_of_linux() {
     family_has_the_answers_of_linux("nesting");
+}
+
+#[test]
+fn sequences_that_were_found_to_differ_have_the_answers_of_linux() {
+    if let Some(reason) = e2e::no_fuse() {
+        e2e::skipped(reason);
+        return;
+    }
+    let found = found().expect("there is a recording");
+    assert!(!found.is_empty());
+    let folder = tempfile::tempdir().expect("a folder");
+    let files: Vec<(String, &String)> =
+        found.iter().map(|(name, text)| (folder.path().join(name).display().to_string(), text)).collect();
+    let mut command = vec![env!("CARGO_BIN_EXE_differential-client"), "play"];
+    for (path, text) in &files {
+        std::fs::write(path, text).expect("written");
+        command.push(path);
+    }
+    let options = ["--accounting", "linux", "--dirty", "linux", "--selftest"].map(str::to_owned);
+    let report = Run::start(&options, &command).and_then(Run::finish).expect("our nodes answer");
+    let ours = split(&report.lines.join("\n"));
+    for (path, linux) in files {
+        assert_eq!(ours.get(&path), Some(linux), "{path}\n{}", report.stderr);
+    }
 }
 
 #[test]

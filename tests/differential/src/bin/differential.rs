@@ -2,7 +2,8 @@
 //!
 //! `differential compare CLIENT UIOMMUFD VM FAMILY FIRST COUNT`: the live comparison, in batches, both asked at the same
 //! time. Exit status 1 if something differs: each such seed is named, and the first is shrunk and shown. Our server is
-//! looked at after each batch: what it still holds then is an error, as is a sequence that kills or stops it.
+//! looked at after each batch: what it still holds then is an error, as is a sequence that kills or stops it. With a folder
+//! behind COUNT the answers of the real kernel are kept there, and not asked for again: the same client asks the same.
 //! `differential shrink CLIENT UIOMMUFD VM FAMILY SEED`: shrinks one sequence that differs.
 //! `differential record CLIENT VM FAMILY`: prints what belongs into `recorded/`, without the header.
 
@@ -16,7 +17,7 @@ use differential::peer::Peer;
 use differential::recorded::{IN_FULL, LENGTH, SEEDS, hashes};
 use differential::shrink::{first_difference, shortest};
 use differential::structs::{Family, family};
-use differential::text::Step;
+use differential::text::{Step, hash};
 
 fn main() -> ExitCode {
     match run() {
@@ -33,8 +34,11 @@ fn run() -> Result<bool> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words[..] {
-        ["compare", client, uiommufd, vm, name, first, count] => {
-            let (family, comparison) = Comparison::of([client, uiommufd, vm], name)?;
+        ["compare", client, uiommufd, vm, name, first, count, ref answers @ ..] if answers.len() < 2 => {
+            let (family, mut comparison) = Comparison::of([client, uiommufd, vm], name)?;
+            if let Some(folder) = answers.first() {
+                comparison.keep_answers(Path::new(folder))?;
+            }
             comparison.compare(family, first.parse()?, count.parse()?)
         }
         ["shrink", client, uiommufd, vm, name, seed] => {
@@ -49,7 +53,7 @@ fn run() -> Result<bool> {
             Ok(true)
         }
         _ => bail!(
-            "compare CLIENT UIOMMUFD VM FAMILY FIRST COUNT, shrink CLIENT UIOMMUFD VM FAMILY SEED, or record CLIENT VM FAMILY"
+            "compare CLIENT UIOMMUFD VM FAMILY FIRST COUNT [ANSWERS], shrink CLIENT UIOMMUFD VM FAMILY SEED, or record CLIENT VM FAMILY"
         ),
     }
 }
@@ -62,6 +66,8 @@ struct Comparison {
     client: PathBuf,
     ours: Peer,
     linux: Peer,
+    /// Where answers of the real kernel to this client are kept.
+    answers: Option<PathBuf>,
 }
 
 /// How many sequences are asked of one start of a peer.
@@ -74,7 +80,16 @@ impl Comparison {
         let family = family(name).with_context(|| format!("there is no family '{name}'"))?;
         let [client, uiommufd, vm] = programs.map(PathBuf::from);
         let (ours, linux) = (Peer::Ours { uiommufd, mock: family.mock }, Peer::Linux(vm));
-        Ok((family, Self { client, ours, linux }))
+        Ok((family, Self { client, ours, linux, answers: None }))
+    }
+
+    /// Keeps answers of the real kernel below `folder`, apart for each build of the client.
+    fn keep_answers(&mut self, folder: &Path) -> Result<()> {
+        let program = std::fs::read(&self.client).with_context(|| self.client.display().to_string())?;
+        let folder = folder.join(format!("{:016x}", hash(&program)));
+        std::fs::create_dir_all(&folder)?;
+        self.answers = Some(folder);
+        Ok(())
     }
 
     fn compare(&self, family: &Family, first: u64, count: u64) -> Result<bool> {
@@ -107,7 +122,19 @@ impl Comparison {
     /// The seeds that differ.
     fn batch(&self, family: &Family, seeds: Range<u64>) -> Result<Vec<u64>> {
         let asked = request("seeds", family.name, seeds.start, seeds.end - seeds.start);
-        let (ours, linux) = self.together(|peer| Ok(hashes(&peer.ask(&self.client, &asked)?)))?;
+        let kept = self.answers.as_ref().map(|folder| folder.join(asked[1..].join("-")));
+        let ask = |peer: &Peer| match &kept {
+            Some(file) if matches!(peer, Peer::Linux(_)) => {
+                if let Ok(text) = std::fs::read_to_string(file) {
+                    return Ok(hashes(&text));
+                }
+                let text = peer.ask(&self.client, &asked)?;
+                std::fs::write(file, &text)?;
+                Ok(hashes(&text))
+            }
+            _ => Ok(hashes(&peer.ask(&self.client, &asked)?)),
+        };
+        let (ours, linux) = self.together(ask)?;
         let missing = seeds.clone().filter(|seed| !linux.contains_key(seed)).count();
         ensure!(missing == 0, "Linux has not answered {missing} of the seeds {seeds:?}");
         let different: Vec<u64> = seeds.clone().filter(|seed| ours.get(seed) != linux.get(seed)).collect();

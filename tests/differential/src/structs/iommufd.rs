@@ -8,7 +8,7 @@ use super::Kind::{Auto, Device, Fault, HwQueue, Hwpt, Ioas, Mock, Nested, Parent
 use super::{Field, Kind, Opened, Request, row};
 
 pub(super) const NONE: Field = Word(&[0]);
-const MAP_FLAGS: Field = Word(&[7, 7, 7, 7, 6, 6, 5, 3, 4, 2, 1, 0]);
+pub(super) const MAP_FLAGS: Field = Word(&[7, 7, 7, 7, 6, 6, 5, 3, 4, 2, 1, 0]);
 pub(super) const ANY: &[Kind] =
     &[Ioas, Auto, Hwpt, Parent, Nested, Device, Mock, Fault, Viommu, Vdevice, Veventq, HwQueue, Kind::Access];
 /// What a device can be attached to.

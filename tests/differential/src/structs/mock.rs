@@ -1,20 +1,18 @@
 //! IOMMU_TEST_CMD of drivers/iommu/iommufd/iommufd_test.h, and the other structs with what the mock IOMMU understands.
 //!
 //! IOMMU_TEST_CMD is one struct of 72 bytes for all its sub-operations: size, sub-operation, an id, a reserved word, 48
-//! bytes of the sub-operation's, and a last word with padding. DMABUF_GET and DMABUF_REVOKE (22, 23) are not asked: the
-//! reference kernel is built without dma-bufs.
+//! bytes of the sub-operation's, and a last word with padding.
 
 use conformance::arg;
 
-use super::Effect::{Attaches, Destroys, Makes, Maps, Moves, Opens};
+use super::Effect::{Attaches, Destroys, Gives, Makes, Maps, Moves, Opens};
 use super::Field::{
     Bits, Count, Given, Id, Iova, Length, Long, Opened as Descriptor, Out, Room, Size, User, Word, Zeros,
 };
 use super::Kind::{Access, Device, Fault, HwQueue, Hwpt, Ioas, Mock, Nested, Parent, Vdevice, Veventq, Viommu};
-use super::iommufd::{ANY, NONE, PAGING, TABLES, iommufd};
-use super::{Field, Opened, Request, row};
+use super::iommufd::{ANY, MAP_FLAGS, NONE, PAGING, TABLES, iommufd};
+use super::{DMABUF_GET, Field, Opened, Request, TEST, row};
 
-const TEST: u32 = iommufd(0xa0);
 const MIN: u32 = 68;
 
 const PASID: Field = Word(&[1, 1, 2, 7, 1024, 1024, 0, (1 << 20) - 1, 1 << 20]);
@@ -177,6 +175,43 @@ pub(super) const ACCESSES: &[Request] = &[
         ],
     ),
     row(TEST, MIN, 4, &[Size, Word(&[11]), Descriptor(Opened::Access), NONE, Id(&[Ioas]), Zeros(13)]),
+];
+
+/// O_CLOEXEC, or nothing.
+const OPEN_FLAGS: Field = Word(&[0, 0x8_0000]);
+
+/// Memory that is mapped by its descriptor and can be taken away.
+pub(super) const BUFFERS: &[Request] = &[
+    row(
+        TEST,
+        MIN,
+        2,
+        &[
+            Size,
+            Word(&[DMABUF_GET]),
+            NONE,
+            NONE,
+            Word(&[0x1000, 0x4000, 0x4000, 1, 0x20_0000, 0, 0x20_0001]),
+            OPEN_FLAGS,
+            Zeros(12),
+        ],
+    )
+    .effect(Gives(Opened::Buffer)),
+    row(TEST, MIN, 4, &[Size, Word(&[23]), NONE, NONE, Descriptor(Opened::Buffer), Word(&[0, 1, 1, 2]), Zeros(12)]),
+    row(
+        arg::IOMMU_IOAS_MAP_FILE,
+        40,
+        8,
+        &[
+            Size,
+            MAP_FLAGS,
+            Id(&[Ioas]),
+            Descriptor(Opened::Buffer),
+            Long(&[0, 0, 0, 0x1000, 0x1800, 0x3000]),
+            Length,
+            Iova,
+        ],
+    ),
 ];
 
 const INVALIDATIONS: Field = Given(&[&[0, 0], &[0, 1, 0, 3, 1, 0], &[1, 0], &[0, 4], &[2, 0], &[0, 1, 0, 9]]);

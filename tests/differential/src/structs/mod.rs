@@ -10,6 +10,10 @@
 mod iommufd;
 mod mock;
 
+use conformance::arg;
+
+use crate::text::{File, Ioctl};
+
 /// What an id stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -50,6 +54,8 @@ pub enum Opened {
     Veventq,
     /// A software user of an address space.
     Access,
+    /// Memory of the mock's that can be mapped and taken away.
+    Buffer,
 }
 
 /// One field.
@@ -104,6 +110,8 @@ pub enum Effect {
     Makes(Kind),
     /// Makes an object with a descriptor, which keeps it.
     Opens(Kind, Opened),
+    /// Makes a descriptor with no object behind it.
+    Gives(Opened),
     /// Makes a mock device, which is bound and attached to the page table named.
     Attaches,
     /// Attaches the mock device named first to the page table named second.
@@ -166,17 +174,49 @@ impl Field {
 }
 
 use iommufd::{ADDRESS_SPACES, CONTAINER, OBJECTS};
-use mock::{ACCESSES, DEVICES, LOOKS, NESTING, PASIDS};
+use mock::{ACCESSES, BUFFERS, DEVICES, LOOKS, NESTING, PASIDS};
 
 /// The families. Their names and contents are part of the recordings: a change asks for new ones.
 pub const FAMILIES: &[Family] = &[
     Family { name: "ioas", requests: &[ADDRESS_SPACES], mock: false },
     Family { name: "objects", requests: &[ADDRESS_SPACES, OBJECTS], mock: true },
     Family { name: "container", requests: &[ADDRESS_SPACES, CONTAINER, DEVICES], mock: true },
-    Family { name: "mock", requests: &[ADDRESS_SPACES, OBJECTS, DEVICES, LOOKS], mock: true },
-    Family { name: "access", requests: &[ADDRESS_SPACES, ACCESSES, DEVICES, LOOKS], mock: true },
+    Family { name: "mock", requests: &[ADDRESS_SPACES, OBJECTS, DEVICES, LOOKS, BUFFERS], mock: true },
+    Family { name: "access", requests: &[ADDRESS_SPACES, ACCESSES, DEVICES, LOOKS, BUFFERS], mock: true },
     Family { name: "nesting", requests: &[NESTING, DEVICES, LOOKS, PASIDS, OBJECTS], mock: true },
 ];
+
+/// IOMMU_TEST_CMD.
+pub(crate) const TEST: u32 = iommufd::iommufd(0xa0);
+/// IOMMU_FAULT_QUEUE_ALLOC.
+const FAULT_QUEUE_ALLOC: u32 = iommufd::iommufd(0x8e);
+/// IOMMU_VEVENTQ_ALLOC.
+const VEVENTQ_ALLOC: u32 = iommufd::iommufd(0x93);
+/// The sub-operation of IOMMU_TEST_CMD that makes a software user.
+const CREATE_ACCESS: u32 = 5;
+/// The one that makes a buffer.
+pub(crate) const DMABUF_GET: u32 = 22;
+
+/// The sub-operation, if it is the mock's request.
+pub(crate) fn test_operation(ioctl: &Ioctl) -> Option<u32> {
+    (ioctl.request == TEST).then(|| ioctl.argument.words.get(1).copied()).flatten()
+}
+
+/// Where an ioctl puts the descriptor of an object that it makes, in bytes from the start of its argument.
+pub(crate) fn descriptor_at(ioctl: &Ioctl) -> Option<u64> {
+    match ioctl.request {
+        FAULT_QUEUE_ALLOC => Some(12),
+        VEVENTQ_ALLOC => Some(24),
+        TEST if test_operation(ioctl) == Some(CREATE_ACCESS) => Some(16),
+        _ => None,
+    }
+}
+
+/// The descriptor that IOAS_MAP_FILE maps.
+pub(crate) fn mapped_file(ioctl: &Ioctl) -> Option<File> {
+    let file = ioctl.argument.words.get(3).filter(|_| ioctl.request == arg::IOMMU_IOAS_MAP_FILE);
+    file.map(|file| File(file.cast_signed()))
+}
 
 /// The family of a name.
 #[must_use]
