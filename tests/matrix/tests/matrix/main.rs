@@ -24,11 +24,13 @@ struct Front {
     options: &'static [&'static str],
     /// Options of `tools/vm`.
     machine: &'static [&'static str],
+    /// Whether whoever asks is root.
+    root: bool,
 }
 
 const FRONTS: &[Front] = &[
-    Front { name: "fuse", options: &[], machine: &[] },
-    Front { name: "fuse, no root", options: &[], machine: &["--user"] },
+    Front { name: "fuse", options: &[], machine: &[], root: true },
+    Front { name: "fuse, no root", options: &[], machine: &["--user"], root: false },
 ];
 
 /// What a machine has besides `uiommufd`.
