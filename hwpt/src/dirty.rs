@@ -11,7 +11,7 @@
 //! **The epoch** lets an IOTLB entry remember that its page is marked. It changes *after* bits were taken: an entry
 //! that was marked while they were being taken marks again. It is 0 while nothing is tracked, and never the same twice.
 //!
-//! Marking takes no lock; collecting, forgetting and switching take `changes`. Without memory for a node the set gives
+//! Marking takes no lock; collecting, forgetting and switching take `changes`, and then the tree's. Without memory for a node the set gives
 //! up and says that everything is dirty.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -5,7 +5,7 @@
 //! table of one [`Format`] that the IOAS fills. What a device then reads and writes goes through its [`Dma`].
 //!
 //! Lock order: the list's `changes`, a group's `seat`, a device's `state`, then the IOAS's own locks; the list's
-//! `members`, a table's `beside`, a radix table's `updates` and everything marked so are leaf locks.
+//! `members`, a table's `beside`, that of a change of trees (`sys`) and everything marked so are leaf locks.
 #![deny(unsafe_code)]
 
 mod device;
