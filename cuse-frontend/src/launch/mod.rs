@@ -25,6 +25,8 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
+use crate::fuse::Fuse;
+
 /// How a server's nodes look to programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LaunchOptions {
@@ -78,4 +80,12 @@ fn no_fuse(errno: Errno) -> String {
 /// [`LaunchError::NoFuse`].
 pub fn fuse_device() -> Result<OwnedFd, LaunchError> {
     open("/dev/fuse", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(LaunchError::NoFuse)
+}
+
+/// Answers `uiommufd status` from now on. Another user can have taken the socket's name, which must keep nobody from
+/// his server.
+fn show_status(fuse: &Fuse) {
+    if let Err(error) = fuse.show_status() {
+        tracing::warn!(%error, "the status of this server will not be told");
+    }
 }

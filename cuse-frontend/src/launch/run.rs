@@ -33,7 +33,7 @@ use super::devices::Devices;
 use super::line::{Line, Word, early_end};
 use super::namespace::EnterError;
 use super::user_namespace::Borrowed;
-use super::{LaunchError, LaunchOptions, filter, fuse_device, namespace, supervisor};
+use super::{LaunchError, LaunchOptions, filter, fuse_device, namespace, show_status, supervisor};
 use crate::cuse::Naming;
 use crate::facade::View;
 use crate::fuse::Fuse;
@@ -120,7 +120,7 @@ fn parent<E: std::fmt::Display>(
     let view = View::Private(namespace::MACHINE);
     let at = namespace::mount_point(&entries);
     let fuse = Fuse::start(device, server, view, child, channels, &at).map_err(system("the FUSE session"))?;
-    fuse.show_status().map_err(system("the status socket"))?;
+    show_status(&fuse);
     go()?;
     let mut made = line.hear()?;
     match made.word {

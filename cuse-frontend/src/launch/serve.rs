@@ -28,7 +28,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, setsid};
 
 use super::devices::{Devices, MOUNT, check_directory};
-use super::{LaunchError, LaunchOptions, fuse_device, namespace, user_namespace};
+use super::{LaunchError, LaunchOptions, fuse_device, namespace, show_status, user_namespace};
 use crate::cuse::{Channels, Naming};
 use crate::facade::View;
 use crate::fuse::Fuse;
@@ -191,7 +191,7 @@ fn serve_at(
     }
     let fuse = Fuse::start(device, server, View::Public, Pid::this(), channels, &place.nodes);
     let fuse = fuse.map_err(io("the FUSE session"))?;
-    fuse.show_status().map_err(io("the status socket"))?;
+    show_status(&fuse);
     let root = open(&place.nodes, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
     fuse.mounted_at(root.map_err(system("cannot open the mount"))?).map_err(io("the mount"))?;
     ready();

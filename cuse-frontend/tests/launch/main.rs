@@ -363,7 +363,8 @@ fn leave_the_machine() {
 }
 
 /// The tests that an ordinary user cannot run: they serve the machine.
-const OF_ROOT: [fn(); 3] = [
+const OF_ROOT: [fn(); 4] = [
+    clients_of_serve_open_what_ioctls_return_and_leave_nothing,
     serve_ended_by_a_signal_or_killed_removes_what_it_made,
     serve_killed_with_its_watcher_is_cleaned_up_after_by_the_next,
     serve_refuses_what_is_there_already,
