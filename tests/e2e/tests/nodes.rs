@@ -90,12 +90,12 @@ fn silent_memory_hurts_nobody_else(what: &str) -> Result<()> {
     Ok(())
 }
 
-/// A script: the silent client; when it is told to go on, a hundred rounds of the steady one; then the silent one's
-/// end.
+/// A script: the silent client, whose number comes before anything that it says; when it is told to go on, a hundred
+/// rounds of the steady one; then the silent one's end.
 fn two_clients(what: &str) -> String {
     let (silent, steady) = (client("silent-memory"), client("steady"));
     format!(
-        "{} {what} 0 {BDF} & silent=$!; echo \"silent $silent\"; read go; seq 100 | {} 1 {OTHER}; \
+        "sh -c 'echo \"silent $$\"; exec {} {what} 0 {BDF}' & silent=$!; read go; seq 100 | {} 1 {OTHER}; \
          echo \"worked $?\"; wait $silent; echo \"killed $?\"; cat >/dev/null",
         silent.display(),
         steady.display()
