@@ -12,7 +12,8 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use fuse_uring::Offered;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -62,6 +63,11 @@ pub fn client(name: &str) -> PathBuf {
     test.ancestors().nth(2).expect("target/PROFILE/deps/TEST").join(name)
 }
 
+/// The environment variable that says over what requests travel in every [`Run::start`]: [`IO_URING`], or `/dev/fuse`.
+pub const OVER: &str = "UIOMMUFD_TEST_OVER";
+/// Its value for io_uring.
+pub const IO_URING: &str = "io-uring";
+
 /// A server with its COMMAND.
 pub struct Run {
     child: Child,
@@ -84,11 +90,36 @@ pub struct Report {
 }
 
 impl Run {
-    /// Starts `uiommufd run OPTIONS -- COMMAND`.
+    /// Starts `uiommufd run OPTIONS -- COMMAND`; over io_uring when the environment says so ([`OVER`]).
     ///
     /// # Errors
     /// When it cannot be started.
     pub fn start(options: &[String], command: &[impl AsRef<OsStr>]) -> Result<Self> {
+        match std::env::var(OVER) {
+            Ok(over) if over == IO_URING => {
+                let offered = Offered::on().map_err(|reason| anyhow!("{reason}"))?;
+                Self::start_over_io_uring(offered, options, command)
+            }
+            _ => Self::spawn(options, command),
+        }
+    }
+
+    /// Starts it while io_uring is offered to its mount, and sees to it that it takes that.
+    ///
+    /// # Errors
+    /// When it cannot be started, or does not take the offer.
+    pub fn start_over_io_uring(offered: Offered, options: &[String], command: &[impl AsRef<OsStr>]) -> Result<Self> {
+        let mut run = Self::spawn(options, command)?;
+        let taken = wait_until("a server over io_uring", PATIENCE, || {
+            let over = run.status().is_ok_and(|status| status["transport"] == "fuse-uring");
+            // One that has ended at once has nothing more to say.
+            Ok((over || run.child.try_wait()?.is_some()).then_some(()))
+        });
+        drop(offered);
+        taken.with_context(|| run.transcript()).map(|()| run)
+    }
+
+    fn spawn(options: &[String], command: &[impl AsRef<OsStr>]) -> Result<Self> {
         let mut run = Command::new(binary());
         run.arg("run").args(options).arg("--").args(command);
         let directory = TempDir::new()?;

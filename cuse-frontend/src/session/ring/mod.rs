@@ -196,15 +196,16 @@ impl<D: Desk> Rings<D> {
     /// Takes what has come in an entry.
     fn arrival(&self, entry: Arc<Entry>, result: i32, desk: &D) -> Arrival<D::Job> {
         let cpu = usize::from(entry.note.cpu);
-        if self.queues[cpu].took() == Left::Few {
-            self.post.order(Order::Replenish(cpu));
-        }
+        let left = self.queues[cpu].took();
         if result < 0 {
             if !matches!(-result, libc::ENOTCONN | libc::ECONNABORTED | libc::ECANCELED | libc::ENODEV) {
                 let error = std::io::Error::from_raw_os_error(-result);
                 tracing::error!(%error, "the kernel has refused an answer, or a ring entry");
             }
             return Arrival::Gone;
+        }
+        if left == Left::Few {
+            self.post.order(Order::Replenish(cpu));
         }
         let Some((header, body, unique)) = entry::arrived(&entry) else { return Arrival::Gone };
         if header.opcode == opcode::NOTIFY_REPLY {

@@ -1,16 +1,17 @@
 //! The rows over FUSE: `conformance-client` as the command of `uiommufd run`, as a program of this machine's word size and
-//! as a 32-bit one, whose system calls the kernel translates; and as a program that found the nodes of `uiommufd serve`, and
-//! has the library for such programs.
+//! as a 32-bit one, whose system calls the kernel translates; as a program that found the nodes of `uiommufd serve`, and
+//! has the library for such programs; and with requests that travel over io_uring.
 
 use std::fs::File;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use conformance::record::{self, Answers};
 use conformance::rows::CHOICES;
 use conformance::tally::Tally;
 use e2e::served::{self, Library};
 use e2e::server::Run;
+use fuse_uring::Offered;
 
 /// As the reference kernel, the server has the mock.
 const LIKE_LINUX: &[&str] = &["--selftest", "--accounting", "linux", "--dirty", "linux"];
@@ -19,6 +20,8 @@ const TARGET_32: &str = "i686-unknown-linux-musl";
 
 /// The way of a program that the server has not started.
 const PRELOADED: &str = "preloaded, fuse";
+/// The way whose requests travel over io_uring.
+const OVER_IO_URING: &str = "fuse over io_uring";
 
 /// Runs the rows with Linux's accounting and dirty bits, then those that depend on them with the defaults; and the first again
 /// in 32 bits.
@@ -30,6 +33,10 @@ pub(crate) fn run(tally: &mut Tally) {
     let client = Path::new(env!("CARGO_BIN_EXE_conformance-client"));
     let rows = tally.rows();
     all_rows(tally, "fuse", client);
+    match Offered::on() {
+        Ok(_) => all_rows(tally, OVER_IO_URING, client),
+        Err(reason) => tally.skip(OVER_IO_URING, &reason),
+    }
     let chosen: Vec<String> = rows.into_iter().filter(|row| CHOICES.iter().any(|part| row.contains(part))).collect();
     one_server(tally, "fuse by default", client, &[], "", &chosen);
     match served::missing() {
@@ -70,6 +77,10 @@ fn answers(way: &str, client: &Path, options: &[&str], keys: &str, rows: &[Strin
     command.extend(rows.iter().cloned());
     let run = match way {
         PRELOADED => served::start(&words, &command, Library::Preloaded)?,
+        OVER_IO_URING => {
+            let offered = Offered::on().map_err(|reason| anyhow!("{reason}"))?;
+            Run::start_over_io_uring(offered, &words, &command)?
+        }
         _ => Run::start(&words, &command)?,
     };
     let report = run.finish()?;
