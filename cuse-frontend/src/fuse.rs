@@ -79,6 +79,11 @@ impl Fuse {
         Ok(())
     }
 
+    /// Lets the members of a group open the nodes of the mount.
+    pub(crate) fn give_to(&self, group: u32) {
+        self.tree.give_to(group);
+    }
+
     /// Answers `uiommufd status` from now on.
     ///
     /// # Errors

@@ -19,7 +19,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
@@ -216,6 +216,8 @@ pub(crate) struct Tree<F> {
     layout: Box<dyn Fn() -> Arc<Layout> + Send + Sync>,
     /// Who owns the nodes until somebody changes that.
     owner: (u32, u32),
+    /// Whose members may open nodes; set at most once.
+    group: OnceLock<u32>,
     names: Mutex<Names<F>>,
 }
 
@@ -230,7 +232,12 @@ impl<F> Tree<F> {
             next: ROOT_ID + 1,
         };
         let owner = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
-        Self { layout: Box::new(layout), owner, names: Mutex::new(names) }
+        Self { layout: Box::new(layout), owner, group: OnceLock::new(), names: Mutex::new(names) }
+    }
+
+    /// Gives the nodes to a group, whose members may open them: until somebody changes that.
+    pub(crate) fn give_to(&self, group: u32) {
+        let _ = self.group.set(group);
     }
 
     /// Offers an open file under a name in the root that nobody can guess, that exists for the recipient's opener alone
@@ -388,6 +395,8 @@ impl<F> Tree<F> {
             Found::Entry(entry) => (entry.mode(), entry.size(), None),
             Found::Offered(offered) => (libc::S_IFREG | 0o600, NODE_SIZE, offered.recipient.uid),
         };
+        let group = self.group.get().filter(|_| matches!(known.what, Found::Entry(Entry::Node(_))));
+        let mode = if group.is_some() { mode | 0o660 } else { mode };
         let set = ownership.copied().unwrap_or_default();
         Attr {
             ino: id,
@@ -395,7 +404,7 @@ impl<F> Tree<F> {
             mode: set.mode.map_or(mode, |bits| mode & libc::S_IFMT | bits),
             nlink: 1,
             uid: set.uid.or(owner).unwrap_or(self.owner.0),
-            gid: set.gid.unwrap_or(self.owner.1),
+            gid: set.gid.or(group.copied()).unwrap_or(self.owner.1),
             blksize: 4096,
             ..Attr::default()
         }
@@ -459,6 +468,18 @@ mod tests {
         tree.set_ownership(id, Ownership { mode: Some(0o600), ..Ownership::default() }).expect("known");
         let (_, after) = tree.look_up(ROOT_ID, b"vfio", me).expect("there");
         assert_eq!(after.mode, libc::S_IFREG | 0o600);
+    }
+
+    #[test]
+    fn group_that_the_nodes_are_given_to_has_the_nodes_and_nothing_else() {
+        let tree = tree();
+        tree.give_to(77);
+        let of = |path: &[u8]| tree.look_up(ROOT_ID, path, me).map(|(_, attr)| (attr.mode & 0o777, attr.gid));
+        assert_eq!(of(b"vfio"), Ok((0o666, 77)));
+        assert_ne!(of(b"sys").map(|(_, gid)| gid), Ok(77));
+        let directory = tree.look_up(ROOT_ID, b"devices", me).expect("there").0;
+        let device = tree.look_up(directory, b"vfio0", me).expect("there").1;
+        assert_eq!((device.mode & 0o777, device.gid), (0o660, 77));
     }
 
     const RECIPIENT: Recipient = Recipient { client: 1, opener: 2, uid: Some(1000) };

@@ -32,6 +32,9 @@ use crate::fuse::Fuse;
 pub struct LaunchOptions {
     /// The nodes are character devices, by CUSE, where the machine has it. The FUSE mount is then beside them.
     pub cuse: bool,
+    /// The group whose members may open the nodes of `serve` too; without it their owner alone may. Character devices
+    /// have what the machine's rules for devices give them.
+    pub group: Option<u32>,
 }
 
 /// Why a command was not run, or the nodes not served. In every case nothing is left behind.

@@ -48,17 +48,19 @@ struct Place {
     nodes: PathBuf,
     /// The link into it, unless `/dev/iommu` is a character device.
     iommu: Option<PathBuf>,
+    /// Whose the nodes are.
+    group: Option<u32>,
 }
 
 impl Place {
     fn below(at: &Path) -> Result<Self, LaunchError> {
         let at = at.canonicalize().map_err(|error| LaunchError::System("the directory to serve at", error))?;
-        Ok(Self { nodes: at.join("vfio"), iommu: Some(at.join("iommu")) })
+        Ok(Self { nodes: at.join("vfio"), iommu: Some(at.join("iommu")), group: None })
     }
 
     /// The same place, with the mount beside character devices.
     fn beside_devices(&self) -> Self {
-        Self { nodes: self.nodes.with_file_name(MOUNT), iommu: None }
+        Self { nodes: self.nodes.with_file_name(MOUNT), iommu: None, group: self.group }
     }
 
     /// Removes what a killed server has left here.
@@ -124,6 +126,7 @@ pub fn serve<E: std::fmt::Display>(
     ready: impl FnOnce(),
 ) -> Result<(), LaunchError> {
     let mut place = Place::below(at)?;
+    place.group = options.group;
     if !user_namespace::may_mount() {
         let sentence =
             "to serve the machine takes root (CAP_SYS_ADMIN); 'uiommufd run' gives one command the nodes without it";
@@ -191,6 +194,9 @@ fn serve_at(
     }
     let fuse = Fuse::start(device, server, View::Public, Pid::this(), channels, &place.nodes);
     let fuse = fuse.map_err(io("the FUSE session"))?;
+    if let Some(group) = place.group {
+        fuse.give_to(group);
+    }
     show_status(&fuse);
     let root = open(&place.nodes, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
     fuse.mounted_at(root.map_err(system("cannot open the mount"))?).map_err(io("the mount"))?;

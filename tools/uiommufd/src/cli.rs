@@ -38,7 +38,7 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// The three commands.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Runs COMMAND in a mount namespace of its own that has our nodes; its exit status and signals pass through
@@ -60,6 +60,15 @@ pub(crate) enum Command {
         /// The directory that gets `iommu` and `vfio/`.
         #[arg(long, value_name = "DIR", default_value = "/dev")]
         at: PathBuf,
+        /// A group, by name or number, whose members may open the nodes; without it their owner alone may.
+        #[arg(long, value_name = "GROUP")]
+        group: Option<String>,
+    },
+    /// Writes the man pages and the shell completions into a directory.
+    #[command(hide = true)]
+    Documents {
+        /// The directory.
+        directory: PathBuf,
     },
     /// Shows the objects, areas, domains, pins, charges and recent failures of every running server
     Status {

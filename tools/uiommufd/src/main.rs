@@ -5,6 +5,7 @@
 
 mod cli;
 mod devices;
+mod documents;
 mod picture;
 mod prepare;
 mod spec;
@@ -32,7 +33,8 @@ fn main() -> ExitCode {
     };
     match cli.command {
         Command::Run { options, command } => run(&options, &command),
-        Command::Serve { options, at } => serve(&options, &at),
+        Command::Serve { options, at, group } => serve(&options, &at, group.as_deref()),
+        Command::Documents { directory } => finish(documents::write(&directory).map_err(Into::into)),
         Command::Status { json, pid } => finish(show_status(json, pid)),
     }
 }
@@ -48,19 +50,25 @@ fn run(options: &ServerOptions, command: &[OsString]) -> ExitCode {
     }
 }
 
-fn serve(options: &ServerOptions, at: &Path) -> ExitCode {
-    let prepared = match prepare::check(options) {
+fn serve(options: &ServerOptions, at: &Path, group: Option<&str>) -> ExitCode {
+    let prepared = prepare::check(options).and_then(|prepared| Ok((prepared, group.map(prepare::group).transpose()?)));
+    let (prepared, group) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => return refuse(&error),
     };
-    match launch::serve(at, launch_options(options), || prepared.server().map_err(Line), tell_ready) {
+    match launch::serve(
+        at,
+        LaunchOptions { group, ..launch_options(options) },
+        || prepared.server().map_err(Line),
+        tell_ready,
+    ) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failed(error),
     }
 }
 
 fn launch_options(options: &ServerOptions) -> LaunchOptions {
-    LaunchOptions { cuse: options.cuse }
+    LaunchOptions { cuse: options.cuse, group: None }
 }
 
 /// Tells the service manager that started us, if one did.

@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::sync::Arc;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use cuse_frontend::Server;
 use cuse_frontend::launch;
 use tracing_subscriber::EnvFilter;
@@ -90,4 +90,16 @@ fn start_log(level: &str) -> Result<()> {
 fn texts(specs: &[OsString]) -> Result<Vec<String>> {
     let text = |spec: &OsString| spec.clone().into_string().map_err(|spec| anyhow!("--device {spec:?} is not UTF-8"));
     specs.iter().map(text).collect()
+}
+
+/// A group of users, by name or number.
+///
+/// # Errors
+/// When there is none of that name.
+pub(crate) fn group(name: &str) -> Result<u32> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    let group = nix::unistd::Group::from_name(name).with_context(|| format!("--group {name}"))?;
+    Ok(group.with_context(|| format!("--group {name}: there is no such group"))?.gid.as_raw())
 }
