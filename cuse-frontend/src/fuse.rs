@@ -14,6 +14,7 @@ use ioas::caller::{FdError, Uid};
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
+use parking_lot::Mutex;
 
 use crate::client::{Clients, OwnFiles, ProcessCaller, TransportCall};
 use crate::cuse::{Channels, Cuse};
@@ -34,8 +35,8 @@ pub(crate) struct Fuse {
     nodes: Arc<Nodes>,
     tree: Arc<Tree<OpenFile>>,
     session: Session<Nodes>,
-    /// A path descriptor of the mount's root; set once it is mounted.
-    root: OnceLock<OwnedFd>,
+    /// A path descriptor of the mount's root, while it is mounted. A leaf.
+    root: Mutex<Option<Arc<OwnedFd>>>,
     /// The nodes beside the mount.
     cuse: Option<Cuse>,
 }
@@ -66,7 +67,7 @@ impl Fuse {
         let nodes = Arc::new(Nodes { server, clients, files: Arc::clone(&files), offers });
         let session = Session::start(device, Arc::clone(&nodes), Place::Tree(Arc::clone(&tree)), files, rings)?;
         let cuse = channels.map(|channels| Cuse::start(channels, &nodes, at)).transpose()?;
-        Ok(Arc::new(Self { nodes, tree, session, root: OnceLock::new(), cuse }))
+        Ok(Arc::new(Self { nodes, tree, session, root: Mutex::default(), cuse }))
     }
 
     /// Tells how to reach the mount: by a path descriptor of its root.
@@ -75,13 +76,19 @@ impl Fuse {
     /// When it cannot be looked at.
     pub(crate) fn mounted_at(&self, root: OwnedFd) -> std::io::Result<()> {
         self.session.mounted_at(&root)?;
-        let _ = self.root.set(root);
+        *self.root.lock() = Some(Arc::new(root));
         Ok(())
     }
 
     /// Lets the members of a group open the nodes of the mount.
     pub(crate) fn give_to(&self, group: u32) {
         self.tree.give_to(group);
+    }
+
+    /// The mount is about to go. As long as anybody has a descriptor of it the kernel keeps the connection, and the
+    /// session would not end.
+    pub(crate) fn leave(&self) {
+        *self.root.lock() = None;
     }
 
     /// Answers `uiommufd status` from now on.
@@ -129,10 +136,10 @@ impl Fuse {
     /// # Errors
     /// When the mount cannot be reached or has gone. The file is closed.
     pub(crate) fn open_descriptor(&self, file: &Arc<OpenFile>, client: u32) -> std::io::Result<OwnedFd> {
-        let root = self.root.get().ok_or(std::io::ErrorKind::NotConnected)?;
+        let root = self.root.lock().clone().ok_or(std::io::ErrorKind::NotConnected)?;
         let recipient = Recipient { client, opener: std::process::id(), uid: None };
         let (name, _) = self.tree.offer(Arc::clone(file), recipient)?;
-        let opened = openat(root, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
+        let opened = openat(&*root, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
         drop(self.tree.withdraw(&name));
         // It works once; without this the kernel would remember it, and the node, until it is short of memory.
         self.session.forget_name(&name);

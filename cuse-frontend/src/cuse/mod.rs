@@ -15,6 +15,8 @@
 mod asker;
 mod node;
 mod rounds;
+#[cfg(test)]
+mod tests;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -26,7 +28,7 @@ use ioas::caller::FdError;
 
 use crate::error::OpError;
 use crate::facade::Numbers;
-use crate::files::{Errno, NodeKind, OpenFile};
+use crate::files::{ClientCall, Errno, NodeKind, OpenFile};
 use crate::fuse::Nodes;
 use crate::server::Server;
 use crate::session::{Caller, Exports, Ioctl, IoctlAnswer, Looked, Place, Session, Strangers};
@@ -35,7 +37,7 @@ use crate::sys;
 pub(crate) use self::asker::Asker;
 use self::node::Node;
 pub(crate) use self::node::{DEVICE, NodeError, Number};
-use self::rounds::{Rounds, Travelling, Turn};
+use self::rounds::Rounds;
 
 /// How nodes are named in the machine's `/dev`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,13 +221,8 @@ impl Exports for Control {
             return Ok(IoctlAnswer::Value(0));
         }
         let tid = caller.tid();
-        let brought = match self.rounds.turn(ioctl, tid)? {
-            Turn::Answered(answer) => return Ok(answer),
-            Turn::Run(brought) => brought,
-        };
-        let client = Travelling::new(self.nodes.client(tid, caller), ioctl, brought);
-        let result = self.nodes.answer(file, &client, caller.tgid(), (ioctl.cmd, ioctl.arg));
-        client.finish(&self.rounds, tid, result).unwrap_or_else(|error| {
+        let call = |client: &dyn ClientCall| self.nodes.answer(file, client, caller.tgid(), (ioctl.cmd, ioctl.arg));
+        rounds::run(&self.rounds, ioctl, tid, self.nodes.client(tid, caller), call).unwrap_or_else(|error| {
             let errno = Errno(error.errno());
             file.server().record_failure(caller.tgid(), "ioctl", errno, &error);
             Err(errno)

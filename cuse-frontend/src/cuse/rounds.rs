@@ -118,7 +118,7 @@ pub(super) struct Rounds {
 }
 
 /// What is to be done with an ioctl that has come.
-pub(super) enum Turn {
+enum Turn {
     /// It was done in an earlier round.
     Answered(IoctlAnswer),
     /// It is to be run, with the bytes that have been brought.
@@ -127,7 +127,7 @@ pub(super) enum Turn {
 
 /// The ranges whose bytes have been brought, in the order of the bytes.
 #[derive(Debug, Default)]
-pub(super) struct Brought {
+struct Brought {
     spans: Vec<Span>,
     rounds: u32,
 }
@@ -137,7 +137,7 @@ impl Rounds {
     ///
     /// # Errors
     /// EFAULT for a further round of an ioctl that is not known any more.
-    pub(super) fn turn(&self, ioctl: &Ioctl<'_>, tid: u32) -> Result<Turn, Errno> {
+    fn turn(&self, ioctl: &Ioctl<'_>, tid: u32) -> Result<Turn, Errno> {
         let mut kept = self.kept.lock();
         if ioctl.brought.is_empty() && ioctl.room == 0 {
             // What this thread did not come back for was given up by the kernel.
@@ -176,6 +176,12 @@ impl Rounds {
         IoctlAnswer::Again(read.iter().map(Span::wire).collect(), write)
     }
 
+    /// How many ioctls are to come again.
+    #[cfg(test)]
+    pub(super) fn kept(&self) -> usize {
+        self.kept.lock().len()
+    }
+
     /// An open file has been closed.
     pub(super) fn forget(&self, handle: u64) {
         self.kept.lock().retain(|(key, _)| key.handle != handle);
@@ -184,6 +190,27 @@ impl Rounds {
 
 fn key_of(ioctl: &Ioctl<'_>, tid: u32, brought: u64, room: u64) -> Key {
     Key { handle: ioctl.handle, tid, cmd: ioctl.cmd, arg: ioctl.arg, brought, room }
+}
+
+/// Does what is to be done with an ioctl that thread `tid` of `process` makes: `call` is the op.
+///
+/// # Errors
+/// [`OpError::TooMuchToBring`]. What the op ended with is the answer inside.
+pub(super) fn run<'a>(
+    rounds: &Rounds,
+    ioctl: &'a Ioctl<'a>,
+    tid: u32,
+    process: ProcessCaller<'a>,
+    call: impl FnOnce(&dyn ClientCall) -> Result<i32, Errno>,
+) -> Result<Result<IoctlAnswer, Errno>, OpError> {
+    let brought = match rounds.turn(ioctl, tid) {
+        Ok(Turn::Answered(answer)) => return Ok(Ok(answer)),
+        Ok(Turn::Run(brought)) => brought,
+        Err(errno) => return Ok(Err(errno)),
+    };
+    let client = Travelling::new(process, ioctl, brought);
+    let result = call(&client);
+    client.finish(rounds, tid, result)
 }
 
 /// What a run has met and left.
@@ -196,7 +223,7 @@ struct State {
 }
 
 /// The caller of one round. See the top of the file.
-pub(super) struct Travelling<'a> {
+struct Travelling<'a> {
     process: ProcessCaller<'a>,
     ioctl: &'a Ioctl<'a>,
     brought: Brought,
@@ -206,7 +233,7 @@ pub(super) struct Travelling<'a> {
 }
 
 impl<'a> Travelling<'a> {
-    pub(super) fn new(process: ProcessCaller<'a>, ioctl: &'a Ioctl<'a>, brought: Brought) -> Self {
+    fn new(process: ProcessCaller<'a>, ioctl: &'a Ioctl<'a>, brought: Brought) -> Self {
         let by_rounds = AtomicBool::new(brought.rounds > 0);
         Self { process, ioctl, brought, by_rounds, state: Mutex::default() }
     }
@@ -215,7 +242,7 @@ impl<'a> Travelling<'a> {
     ///
     /// # Errors
     /// [`OpError::TooMuchToBring`]. What the op ended with is the answer inside.
-    pub(super) fn finish(
+    fn finish(
         self,
         rounds: &Rounds,
         tid: u32,
@@ -238,7 +265,10 @@ impl<'a> Travelling<'a> {
         {
             return Ok(Ok(IoctlAnswer::Data(value, data)));
         }
-        Ok(Ok(rounds.again(ioctl, tid, &[], &spans, Kept::Done(value, data))))
+        // Once the kernel has brought bytes it has to bring some in every further round: one without them would take the
+        // rest of its own request from where they lie (fuse_do_ioctl never clears `in_pages`).
+        let something: Vec<Span> = brought.spans.first().map(|span| Span { length: 1, ..*span }).into_iter().collect();
+        Ok(Ok(rounds.again(ioctl, tid, &something, &spans, Kept::Done(value, data))))
     }
 
     /// Where the bytes of a span have been brought.

@@ -153,6 +153,7 @@ pub fn serve<E: std::fmt::Display>(
     drop(line);
     let _ = waitpid(watcher, None);
     let fuse = served?;
+    fuse.leave();
     let nodes_ended = fuse.end_nodes(PATIENCE);
     if !fuse.wait(Some(PATIENCE)) || !nodes_ended {
         tracing::warn!("some requests are still blocked in their clients' memory");

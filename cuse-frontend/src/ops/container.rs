@@ -284,7 +284,9 @@ fn unmap_dma<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
     let mut unmap: DmaUnmap = call.get();
     let flags = F::FLAVOUR.unmap_flags(unmap.flags)?;
     let bitmap = if flags.contains(UnmapFlags::GET_DIRTY_BITMAP) {
-        Some(bitmap_request(call.get_behind::<Bitmap>(size_of::<DmaUnmap>())?))
+        let bitmap = call.get_behind::<Bitmap>(size_of::<DmaUnmap>())?;
+        call.needs(bitmap.data, bitmap.size)?;
+        Some(bitmap_request(bitmap))
     } else {
         None
     };
@@ -310,6 +312,7 @@ fn dirty_pages<F: ContainerFile>(call: &Call<'_, F>) -> OpResult {
         DirtyPagesKind::Stop => DirtyPages::Stop,
         DirtyPagesKind::Get => {
             let DirtyBitmapGet { iova, size, bitmap } = call.get_behind(size_of::<DirtyBitmap>())?;
+            call.needs(bitmap.data, bitmap.size)?;
             DirtyPages::Get { iova, size, bitmap: bitmap_request(bitmap) }
         }
     };

@@ -229,11 +229,17 @@ fn feature(call: &Call<'_, Device>) -> OpResult {
         FeatureAction::LoggingStop => call.file.stop_logging(),
         FeatureAction::LoggingReport => {
             let LoggingReport { iova, length, page_size, bitmap } = call.get_behind(size_of::<Feature>())?;
+            call.needs(bitmap, bytes_of_report(length, page_size))?;
             let report = LogReport { iova: Iova(iova), length, page_size, bitmap: UserAddr(bitmap) };
             call.file.report_logging(call.caller, &report)?;
         }
     }
     done()
+}
+
+/// Bytes of the bitmap of a report, in whole words of 64 bits.
+fn bytes_of_report(length: u64, page_size: u64) -> u64 {
+    length.checked_div(page_size).map_or(0, |whole| whole / 64 * 8 + 8)
 }
 
 fn start_logging(call: &Call<'_, Device>) -> Result<(), OpError> {

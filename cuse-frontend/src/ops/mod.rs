@@ -328,6 +328,14 @@ impl<'a, F: ?Sized> Call<'a, F> {
         Ok(self.request.write(address, data)?)
     }
 
+    /// As [`ClientCall::needs`].
+    ///
+    /// # Errors
+    /// [`OpError::Memory`], with nothing changed.
+    pub(crate) fn needs(&self, address: u64, length: u64) -> Result<(), OpError> {
+        Ok(self.caller.needs(UserAddr(address), length)?)
+    }
+
     /// For a wait that ends early when the caller has been killed.
     pub(crate) fn interrupt(&self) -> CallerInterrupt<'_> {
         CallerInterrupt(self.caller)

@@ -139,11 +139,19 @@ pub(super) fn get_dirty_bitmap(call: &ContextCall<'_>) -> OpResult {
         let page_size = 1 << cmd.page_size.trailing_zeros();
         let clear = cmd.flags & dirty_flags::NO_CLEAR == 0;
         match mapped_from_the_start(hwpt, whole) {
-            Some(mapped) => report(call, hwpt, mapped, page_size, clear, cmd.data),
+            Some(mapped) => {
+                call.needs(cmd.data, bytes_of_bitmap(mapped, page_size))?;
+                report(call, hwpt, mapped, page_size, clear, cmd.data)
+            }
             None => Ok(()),
         }
     })?;
     done()
+}
+
+/// Bytes of the bitmap of a range, a bit for a page.
+fn bytes_of_bitmap(range: IovaRange, page_size: u64) -> u64 {
+    (range.last().0 - range.start().0) / page_size / 8 + 1
 }
 
 /// The range of a bitmap. In Linux's order: empty (EINVAL), past the end (EOVERFLOW), alignment to the IOAS, no page
@@ -248,6 +256,7 @@ pub(super) fn invalidate(call: &ContextCall<'_>) -> OpResult {
     let (outcome, handled) = match check_invalidate(&cmd) {
         Err(error) => (Err(error), 0),
         Ok(()) => {
+            call.needs(cmd.data_uptr, u64::from(cmd.entry_len) * u64::from(cmd.entry_num))?;
             let address = UserAddr(cmd.data_uptr);
             let interrupt = call.interrupt();
             let mut array = UserArray::new(call.caller, cmd.data_type, address, cmd.entry_len, cmd.entry_num)

@@ -304,6 +304,18 @@ pub enum PageResponse {
 /// The file of a fault queue.
 pub struct FaultQueue(File);
 
+impl AsFd for Iommufd {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsFd for BoundDevice {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.device.as_fd()
+    }
+}
+
 impl AsFd for FaultQueue {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.0.as_fd()

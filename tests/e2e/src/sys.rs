@@ -21,6 +21,15 @@ fn number(offset: u32) -> libc::Ioctl {
     (u64::from(VFIO_TYPE) << 8 | u64::from(VFIO_BASE + offset)) as libc::Ioctl
 }
 
+/// Takes a capability away from what this process executes next.
+///
+/// # Errors
+/// EPERM without CAP_SETPCAP, EINVAL for a capability that there is not.
+pub fn drop_capability(number: i32) -> Result<()> {
+    // SAFETY: takes numbers only.
+    result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) }).map(drop)
+}
+
 /// An ioctl whose argument is a number.
 ///
 /// # Errors

@@ -49,11 +49,11 @@ pub struct Group(File);
 /// An open device.
 pub struct Device(File);
 
-/// Opens a node.
+/// Opens a node for reading and writing.
 ///
 /// # Errors
 /// The errno.
-pub(crate) fn open(path: &str) -> Result<File> {
+pub fn open(path: &str) -> Result<File> {
     OpenOptions::new().read(true).write(true).open(path)
 }
 
