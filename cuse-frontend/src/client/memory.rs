@@ -97,7 +97,7 @@ impl ProcessMemory {
     /// Has `tgid`, which uses the memory map, asked about it from now on, if who was asked before has ended.
     pub(super) fn be_asked_of(&self, tgid: i32) {
         let owner = self.owner();
-        if owner.tgid == tgid || sys::pidfd_alive(&owner.pidfd) {
+        if owner.tgid == tgid || !sys::pidfd_ended(&owner.pidfd) {
             return;
         }
         if let Ok(owner) = Owner::open(tgid) {

@@ -10,7 +10,8 @@
 //! last is left out for whoever asks the memory map for its layout at once: that answer says it too.
 //!
 //! Two processes that share one memory map (clone with CLONE_VM) get the same handle, if both live when the second makes
-//! its first call: nothing tells that a map is that of a process which has ended. With a shared handle the map being in
+//! its first call: nothing tells that a map is that of a process which has ended. So the parent of a process that makes
+//! its first call is looked at as well, for it is the parent that usually goes on. With a shared handle the map being in
 //! use says nothing about one process, which may have exec'ed while the other goes on; so what lies in the caller's
 //! memory is compared with what lies behind the handle, at a place where each exec puts random bytes. When the process
 //! that opened a handle ends, the next caller takes it over: the layout and the files are asked of a process that lives.
@@ -130,7 +131,11 @@ impl Clients {
         };
         let process = match others.iter().find(same) {
             Some(process) => Arc::clone(process),
-            None => Arc::new(self.open(tid, tgid, &others)?),
+            None => {
+                let process = Arc::new(self.open(tid, tgid, &others)?);
+                self.keep_parent(&process);
+                process
+            }
         };
         let mut processes = self.processes.lock();
         processes.insert(tgid, Arc::clone(&process));
@@ -157,6 +162,20 @@ impl Clients {
         let pidfd = sys::pidfd_open(tgid).map_err(memory_error)?;
         let namespace = UserNamespace::open(tgid).map_err(memory_error)?;
         Ok(Process { tgid, pidfd, namespace, memory, random: sys::random_bytes_at(tgid) })
+    }
+
+    /// Keeps the parent of a process too, where both have one memory map.
+    fn keep_parent(&self, process: &Process) {
+        let Ok(parent) = status_number(process.tgid, "PPid:") else { return };
+        // Looked at before it is known to share: if it execs meanwhile, it does not share any more.
+        let random = sys::random_bytes_at(parent);
+        let (Ok(pidfd), Ok(namespace)) = (sys::pidfd_open(parent), UserNamespace::open(parent)) else { return };
+        if sys::same_memory_map(process.tgid, parent) == Some(true) {
+            process.memory.share();
+            let memory = Arc::clone(&process.memory);
+            let parent = Arc::new(Process { tgid: parent, pidfd, namespace, memory, random });
+            self.processes.lock().entry(parent.tgid).or_insert(parent);
+        }
     }
 
     /// Drops what is kept for threads that have ended, and returns the rest. Bounds the table by the living.
@@ -201,8 +220,13 @@ impl Process {
 
 /// The process that a thread belongs to.
 fn thread_group(tid: i32) -> io::Result<i32> {
+    status_number(tid, "Tgid:")
+}
+
+/// The number in a line of a thread's status.
+fn status_number(tid: i32, name: &str) -> io::Result<i32> {
     let status = std::fs::read_to_string(format!("/proc/{tid}/status"))?;
-    let field = status.lines().find_map(|line| line.strip_prefix("Tgid:"));
+    let field = status.lines().find_map(|line| line.strip_prefix(name));
     field.and_then(|text| text.trim().parse().ok()).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 

@@ -107,6 +107,12 @@ pub(crate) fn pidfd_alive(pidfd: impl AsFd) -> bool {
     check(result).map_or_else(|error| error.raw_os_error() != Some(libc::ESRCH), |_| true)
 }
 
+/// True once the last thread of the process has ended, whether it has been waited for or not.
+pub(crate) fn pidfd_ended(pidfd: impl AsFd) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
 /// True when `tid` is a thread of `tgid` now.
 pub(crate) fn is_thread_of(tid: i32, tgid: i32) -> bool {
     // SAFETY: takes three numbers; signal 0 is never delivered.

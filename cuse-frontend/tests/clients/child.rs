@@ -26,6 +26,15 @@ impl Twin {
     pub(crate) fn pid(&self) -> u32 {
         self.0.cast_unsigned()
     }
+
+    /// Ends it, and returns when it has ended; nobody has waited for it then.
+    pub(crate) fn end(self) {
+        let stat = format!("/proc/{}/stat", self.0);
+        drop(self);
+        while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+            std::thread::yield_now();
+        }
+    }
 }
 
 impl Drop for Twin {

@@ -290,6 +290,27 @@ fn memory_map_of_two_processes_is_one_and_outlives_the_first() {
 }
 
 #[test]
+fn memory_map_of_a_parent_is_the_one_that_its_child_called_with_before_it_ended() {
+    let (mut child, clients) = (Child::start(), clients());
+    let twin = child.twin();
+    let map = call(&clients, twin.pid()).memory_map().expect("a memory map");
+    twin.end();
+    let parent = call(&clients, child.pid());
+    assert_eq!(parent.memory_map_id(), Ok(map.id()));
+    let thread = child.thread();
+    assert_eq!(call(&clients, thread).memory_map_id(), Ok(map.id()));
+    let vma = map.vma(child.at("shared")).expect("mapped");
+    assert!(map.open_file(&vma).is_ok(), "the parent is asked for the file");
+}
+
+#[test]
+fn parent_with_a_memory_map_of_its_own_is_not_taken_for_its_child() {
+    let (child, clients) = (Child::start(), clients());
+    let of_child = call(&clients, child.pid()).memory_map_id().expect("a memory map");
+    assert_ne!(call(&clients, std::process::id()).memory_map_id(), Ok(of_child));
+}
+
+#[test]
 fn exec_of_one_of_two_processes_with_one_memory_map_takes_it_to_another() {
     let (mut child, clients) = (Child::start(), clients());
     let twin = child.twin();
