@@ -81,6 +81,10 @@ impl MemoryMap for OwnMemory {
         self.memory.open_file(vma)
     }
 
+    fn private_file_size(&self, vma: &Vma) -> Option<u64> {
+        self.memory.private_file_size(vma)
+    }
+
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
         self.memory.read(address, data)
     }
