@@ -24,7 +24,7 @@ use crate::iommufd::Mapper;
 use crate::offers::{self, Offers};
 use crate::process;
 use crate::server::Server;
-use crate::session::{Caller, Exports, Files, Ioctl, IoctlAnswer, Place, Session};
+use crate::session::{Caller, Exports, Files, Ioctl, IoctlAnswer, Place, Session, Ways};
 use crate::tree::{Recipient, Tree};
 use crate::uapi::command;
 use crate::uapi::iommufd::nr;
@@ -63,9 +63,9 @@ impl Fuse {
         let facade = Facade::new(&server, view, numbers);
         let tree = Arc::new(Tree::new(move || facade.layout()));
         let offers = Offers::new(Arc::clone(&server), Arc::clone(&tree), Arc::clone(&files));
-        let rings = server.may_use_io_uring();
+        let ways = Ways { rings: server.may_use_io_uring(), others: channels.is_some() };
         let nodes = Arc::new(Nodes { server, clients, files: Arc::clone(&files), offers });
-        let session = Session::start(device, Arc::clone(&nodes), Place::Tree(Arc::clone(&tree)), files, rings)?;
+        let session = Session::start(device, Arc::clone(&nodes), Place::Tree(Arc::clone(&tree)), files, ways)?;
         let cuse = channels.map(|channels| Cuse::start(channels, &nodes, at)).transpose()?;
         Ok(Arc::new(Self { nodes, tree, session, root: Mutex::default(), cuse }))
     }

@@ -31,7 +31,7 @@ use crate::facade::Numbers;
 use crate::files::{ClientCall, Errno, NodeKind, OpenFile};
 use crate::fuse::Nodes;
 use crate::server::Server;
-use crate::session::{Caller, Exports, Ioctl, IoctlAnswer, Looked, Place, Session, Strangers};
+use crate::session::{Caller, Exports, Ioctl, IoctlAnswer, Looked, Place, Session, Strangers, Ways};
 use crate::sys;
 
 pub(crate) use self::asker::Asker;
@@ -135,7 +135,7 @@ impl Cuse {
             let files = Arc::clone(nodes.files());
             let control = Arc::new(Control { nodes, asker, rounds: Rounds::default(), regions });
             let (channel, abort) = node.into_channel();
-            sessions.push((Session::start(channel, control, place, files, false)?, abort));
+            sessions.push((Session::start(channel, control, place, files, Ways::default())?, abort));
         }
         Ok(Self { sessions, entries })
     }

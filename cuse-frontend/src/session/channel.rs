@@ -4,6 +4,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zerocopy::IntoBytes;
 
 use super::calls::{WayBack, slices};
@@ -27,14 +29,16 @@ impl Channel {
         self.device.as_fd()
     }
 
-    /// Waits for a request and reads it. Returns its length, or `None` once the mount has gone.
+    /// Waits for a request and reads it. Returns its length, or `None` once the mount has gone. Where it does not wait, 0
+    /// means that there is none.
     pub(crate) fn receive(&self, buffer: &mut [u8]) -> Option<usize> {
         while !self.ended.load(Ordering::Relaxed) {
             match nix::unistd::read(&self.device, buffer) {
                 Ok(0) | Err(Errno::ENODEV | Errno::ECONNABORTED) => break,
                 Ok(length) => return Some(length),
+                Err(Errno::EAGAIN) => return Some(0),
                 // ENOENT: the caller was killed before the request was read.
-                Err(Errno::ENOENT | Errno::EINTR | Errno::EAGAIN) => {}
+                Err(Errno::ENOENT | Errno::EINTR) => {}
                 Err(error) => {
                     tracing::error!(%error, "the connection to the kernel has failed");
                     break;
@@ -43,6 +47,17 @@ impl Channel {
         }
         self.ended.store(true, Ordering::Relaxed);
         None
+    }
+
+    /// From now on [`Self::receive`] gives up with `Some(0)` instead of waiting.
+    pub(crate) fn do_not_wait(&self) -> nix::Result<()> {
+        fcntl(&self.device, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK)).map(drop)
+    }
+
+    /// Whether the kernel has a request for us, or has ended the connection; waits for that if `wait`.
+    pub(crate) fn has_request(&self, wait: bool) -> bool {
+        let timeout = if wait { PollTimeout::NONE } else { PollTimeout::ZERO };
+        poll(&mut [PollFd::new(self.device.as_fd(), PollFlags::POLLIN)], timeout).is_ok_and(|ready| ready > 0)
     }
 
     /// Tells the kernel that poll(2) of the open file with poll handle `kh` may say more now.

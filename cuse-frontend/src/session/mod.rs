@@ -45,6 +45,9 @@ use crate::wire::{self, InHeader, IoctlRange, opcode};
 pub(crate) const MAX_WRITE: usize = 128 << 10;
 /// Requests under way above which the clients' numbers of them are looked at.
 const CROWDED: usize = 8;
+/// How long [`Engine::catch_up`] waits at most, and between two looks.
+const CATCH_UP: Duration = Duration::from_millis(100);
+const LOOK_AGAIN: Duration = Duration::from_micros(50);
 
 /// What a session serves.
 pub(crate) trait Exports: Send + Sync + Sized + 'static {
@@ -296,8 +299,10 @@ struct Engine<E: Exports> {
     may_use_rings: bool,
     /// Requests of clients that have too many under way, in the order in which they came.
     queue: Mutex<VecDeque<Request<E::File>>>,
-    /// Used by the leader of the crew alone.
+    /// Used by the leader of the crew, who has it locked from before a request is read until it has been noted.
     buffer: Mutex<Vec<u8>>,
+    /// The leader waits for a request before it locks the buffer: see [`Engine::catch_up`].
+    others: bool,
     /// Set by INIT.
     passthrough: OnceLock<bool>,
 }
@@ -306,8 +311,11 @@ impl<E: Exports> Source for Engine<E> {
     type Job = Request<E::File>;
 
     fn take(&self) -> Option<Self::Job> {
-        let mut buffer = self.buffer.lock();
         loop {
+            if self.others {
+                self.channel.has_request(true);
+            }
+            let mut buffer = self.buffer.lock();
             let Some(length) = self.channel.receive(&mut buffer) else {
                 self.calls.end();
                 if let Some(rings) = self.rings.get() {
@@ -354,6 +362,31 @@ impl<E: Exports> Desk for Engine<E> {
 }
 
 impl<E: Exports> Engine<E> {
+    /// Waits, at most [`CATCH_UP`], until every request that the kernel had for us before this call has been noted.
+    fn catch_up(&self) {
+        if let Some(rings) = self.rings.get() {
+            rings.catch_up();
+        }
+        let deadline = Instant::now() + CATCH_UP;
+        // What is not there any more when the buffer is free has been noted.
+        while self.others && self.channel.has_request(false) && Instant::now() < deadline {
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        if self.others {
+            drop(self.buffer.lock());
+        }
+    }
+
+    /// Has OPENs wait until this session has caught up.
+    fn put_in_order(&self) {
+        let me = Weak::clone(&self.me);
+        self.files.opens.catch_up_by(Box::new(move || {
+            if let Some(me) = me.upgrade() {
+                me.catch_up();
+            }
+        }));
+    }
+
     /// Notes a request in the order in which it came.
     fn note(
         &self,
@@ -427,6 +460,16 @@ impl<E: Exports> Engine<E> {
     }
 }
 
+/// How requests reach a session.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Ways {
+    /// By io_uring, where the kernel offers it.
+    pub(crate) rings: bool,
+    /// Requests about the same files reach other sessions too, and there is no order among them. So an OPEN there waits
+    /// until what was closed here before is known, which costs a system call per request here.
+    pub(crate) others: bool,
+}
+
 /// A running session. Dropping it does not end it: the end of what it serves does.
 pub(crate) struct Session<E: Exports> {
     engine: Arc<Engine<E>>,
@@ -436,8 +479,7 @@ pub(crate) struct Session<E: Exports> {
 
 impl<E: Exports> Session<E> {
     /// Serves a `/dev/fuse` descriptor that has been, or is about to be, mounted, or a `/dev/cuse` descriptor that has
-    /// become a node. A mount is served
-    /// over io_uring where `rings` allows it and the kernel offers it.
+    /// become a node. A mount is served over io_uring where `ways` allow it and the kernel offers it.
     ///
     /// # Errors
     /// When threads cannot be made.
@@ -446,9 +488,12 @@ impl<E: Exports> Session<E> {
         exports: Arc<E>,
         place: Place<E::File>,
         files: Arc<Files<E::File>>,
-        rings: bool,
+        ways: Ways,
     ) -> std::io::Result<Self> {
         let channel = Arc::new(Channel::new(device));
+        if ways.others {
+            channel.do_not_wait()?;
+        }
         let calls = Calls::new();
         // Nobody maps a node, and what INIT says of a mount was said of it when it was made.
         let passthrough = match place {
@@ -463,11 +508,15 @@ impl<E: Exports> Session<E> {
             files,
             me: Weak::clone(me),
             rings: OnceLock::new(),
-            may_use_rings: rings,
+            may_use_rings: ways.rings,
+            others: ways.others,
             queue: Mutex::default(),
             buffer: Mutex::new(vec![0; MAX_WRITE + 4096]),
             passthrough,
         });
+        if ways.others {
+            engine.put_in_order();
+        }
         let watcher = ioas::thread::spawn("fuse-kills", move || calls.watch())?;
         let crew = Crew::start(Arc::clone(&engine), "fuse")?;
         Ok(Self { engine, crew, watcher: Mutex::new(Some(watcher)) })

@@ -8,8 +8,9 @@
 //! the same node, of files of the same group of devices (a device that is open keeps its group from others) and of its own
 //! client, not for those of others.
 //!
-//! Over rings requests are not taken in one order; so an OPEN that an open file could be in the way of first has every
-//! request noted that had come before it ([`Opens::catch_up_by`]).
+//! Over rings requests are not taken in one order, and a mount and the nodes beside it have sessions of their own; so an
+//! OPEN that an open file could be in the way of first has every request noted that had come before it
+//! ([`Opens::catch_up_by`]).
 //!
 //! Lock order: both locks are leaves. A file is dropped, which may take long, under neither.
 

@@ -142,12 +142,7 @@ impl<E: Exports> Engine<E> {
         }
         match Rings::start(Arc::clone(&self.channel), &self.me.upgrade()?, MAX_WRITE) {
             Ok(rings) => {
-                let behind = Arc::downgrade(&rings);
-                self.files.opens.catch_up_by(Box::new(move || {
-                    if let Some(rings) = behind.upgrade() {
-                        rings.catch_up();
-                    }
-                }));
+                self.put_in_order();
                 Some(self.rings.get_or_init(|| rings))
             }
             Err(error) => {

@@ -119,6 +119,7 @@ fn layout() -> Arc<Layout> {
 }
 
 struct Mounted {
+    transport: Transport,
     toy: Arc<Toy>,
     session: Session<Toy>,
     root: PathBuf,
@@ -135,13 +136,15 @@ impl Mounted {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Transport {
     Device,
+    /// As with nodes beside the mount.
+    DeviceBesideOthers,
     Rings,
 }
 
 /// Runs `body` with a mount of the toy, once for each transport; afterwards the mount ends and the session with it.
 fn with_mount(body: impl Fn(&Mounted) + Send + Sync + 'static) {
     let body = Arc::new(body);
-    for transport in [Transport::Device, Transport::Rings] {
+    for transport in [Transport::Device, Transport::DeviceBesideOthers, Transport::Rings] {
         let body = Arc::clone(&body);
         let run = move || match run_mounted(transport, &*body) {
             Ok(()) => println!("over {transport:?}"),
@@ -171,7 +174,8 @@ fn run_mounted(transport: Transport, body: &dyn Fn(&Mounted)) -> Result<(), Stri
     });
     let place = Place::Tree(Arc::new(Tree::new(layout)));
     let files = Arc::clone(&toy.files);
-    let session = Session::start(device.into(), Arc::clone(&toy), place, files, offered.is_some()).expect("session");
+    let ways = Ways { rings: offered.is_some(), others: transport == Transport::DeviceBesideOthers };
+    let session = Session::start(device.into(), Arc::clone(&toy), place, files, ways).expect("session");
     let root = directory.path().to_owned();
     let handle = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&root).expect("root");
     session.mounted_at(&handle).expect("root");
@@ -180,7 +184,7 @@ fn run_mounted(transport: Transport, body: &dyn Fn(&Mounted)) -> Result<(), Stri
     root.join("7").metadata().expect("attributes");
     drop(offered);
     assert_eq!(session.uses_rings()(), transport == Transport::Rings);
-    let mounted = Mounted { toy, session, root, _directory: directory };
+    let mounted = Mounted { transport, toy, session, root, _directory: directory };
     body(&mounted);
     // A test may have done that.
     let _ = nix::mount::umount2(&mounted.root, nix::mount::MntFlags::MNT_DETACH);
@@ -288,6 +292,21 @@ fn node_closed_on_one_cpu_and_opened_on_another_finds_the_old_open_gone() {
         ioas::thread::roam();
         stop.store(true, Ordering::Relaxed);
         busy.join().expect("a thread that spins");
+    });
+}
+
+#[test]
+fn file_that_was_closed_is_gone_for_another_session_too() {
+    with_mount(|mounted| {
+        if mounted.transport == Transport::Device {
+            return println!("Skipped(nobody else has its files)");
+        }
+        for closed in 1..=100 {
+            drop(mounted.open("7"));
+            // What an OPEN of another session waits for.
+            mounted.toy.files.settle_for(std::process::id());
+            assert_eq!(mounted.toy.closed.load(Ordering::SeqCst), closed);
+        }
     });
 }
 
