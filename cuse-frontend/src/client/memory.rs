@@ -303,8 +303,11 @@ impl MemoryMap for ProcessMemory {
     fn private_file_size(&self, vma: &Vma) -> Option<u64> {
         let (id, _) = vma.file.filter(|_| !vma.shared)?;
         let (start, last) = (vma.range.start().0, vma.range.last().0);
-        let link = format!("/proc/{}/map_files/{start:x}-{:x}", self.owner().tgid, last + 1);
-        let seen = File::options().read(true).custom_flags(libc::O_PATH).open(link).ok()?;
+        let owner = self.owner();
+        let link = format!("/proc/{}/map_files/{start:x}-{:x}", owner.tgid, last + 1);
+        let Ok(seen) = File::options().read(true).custom_flags(libc::O_PATH).open(link) else {
+            return open_here(owner.tgid, &owner.pidfd, id, false).ok()?.map(|file| file.size);
+        };
         let stat = sys::stat(&seen).ok()?;
         (stat.mode & libc::S_IFMT == libc::S_IFREG && stat.inode == id.inode).then_some(stat.size)
     }
