@@ -306,7 +306,9 @@ impl MemoryMap for ProcessMemory {
         let owner = self.owner();
         let link = format!("/proc/{}/map_files/{start:x}-{:x}", owner.tgid, last + 1);
         let Ok(seen) = File::options().read(true).custom_flags(libc::O_PATH).open(link) else {
-            return open_here(owner.tgid, &owner.pidfd, id, false).ok()?.map(|file| file.size);
+            let file = open_here(owner.tgid, &owner.pidfd, id, false).ok()??;
+            // What is no regular file has no size: `/dev/zero`.
+            return (file.kind != FileKind::Unpinnable).then_some(file.size);
         };
         let stat = sys::stat(&seen).ok()?;
         (stat.mode & libc::S_IFMT == libc::S_IFREG && stat.inode == id.inode).then_some(stat.size)
