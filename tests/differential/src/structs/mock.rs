@@ -15,40 +15,42 @@ use super::{DMABUF_GET, Field, Opened, Request, TEST, row};
 
 const MIN: u32 = 68;
 
+/// IOMMU_TEST_CMD: the weight, the sub-operation, and the fields behind it.
+macro_rules! test_cmd {
+    ($weight:expr, $op:expr, $($field:expr),+ $(,)?) => {
+        row(TEST, MIN, $weight, &[Size, Word(&[$op]), $($field),+])
+    };
+}
+
 const PASID: Field = Word(&[1, 1, 2, 7, 1024, 1024, 0, (1 << 20) - 1, 1 << 20]);
+const ACCESS: Field = Descriptor(Opened::Access);
 const ITEM: Field = Word(&[0, 0, 1, 1, 2, 3]);
 const LINE: Field = Word(&[0, 1, 3, 4]);
 
 /// Devices come, move, and get reserved IOVAs.
 pub(super) const DEVICES: &[Request] = &[
-    row(TEST, MIN, 6, &[Size, Word(&[2]), Id(TABLES), NONE, Out, Out, Out, Zeros(11)]).effect(Attaches),
-    row(TEST, MIN, 4, &[Size, Word(&[12]), Id(TABLES), NONE, Out, Out, Out, Word(&[0, 1, 4, 4, 5, 2]), Zeros(10)])
-        .effect(Attaches),
-    row(TEST, MIN, 7, &[Size, Word(&[10]), Id(&[Mock]), NONE, Id(TABLES), Zeros(13)]).effect(Moves),
-    row(TEST, MIN, 1, &[Size, Word(&[1]), Id(&[Ioas]), NONE, Iova, Length, Zeros(10)]),
+    test_cmd!(6, 2, Id(TABLES), NONE, Out, Out, Out, Zeros(11)).effect(Attaches),
+    test_cmd!(4, 12, Id(TABLES), NONE, Out, Out, Out, Word(&[0, 1, 4, 4, 5, 2]), Zeros(10)).effect(Attaches),
+    test_cmd!(7, 10, Id(&[Mock]), NONE, Id(TABLES), Zeros(13)).effect(Moves),
+    test_cmd!(1, 1, Id(&[Ioas]), NONE, Iova, Length, Zeros(10)),
 ];
 
 /// What a test may look at and change behind the scenes.
 pub(super) const LOOKS: &[Request] = &[
-    row(TEST, MIN, 6, &[Size, Word(&[3]), Id(PAGING), NONE, Iova, Length, User, Zeros(8)]),
-    row(TEST, MIN, 4, &[Size, Word(&[4]), NONE, NONE, Length, User, Word(&[0, 0, 1, 1, 2, 3]), Zeros(9)]),
-    row(TEST, MIN, 1, &[Size, Word(&[9]), NONE, NONE, Word(&[65536, 4096, 12, 11, 0]), Zeros(13)]),
-    row(
-        TEST,
-        MIN,
+    test_cmd!(6, 3, Id(PAGING), NONE, Iova, Length, User, Zeros(8)),
+    test_cmd!(4, 4, NONE, NONE, Length, User, Word(&[0, 0, 1, 1, 2, 3]), Zeros(9)),
+    test_cmd!(1, 9, NONE, NONE, Word(&[65536, 4096, 12, 11, 0]), Zeros(13)),
+    test_cmd!(
         3,
-        &[
-            Size,
-            Word(&[13]),
-            Id(PAGING),
-            NONE,
-            Zeros(2),
-            Iova,
-            Length,
-            Long(&[0x800, 0x1000, 0x1000, 0x2000, 0]),
-            Bits,
-            Zeros(4),
-        ],
+        13,
+        Id(PAGING),
+        NONE,
+        Zeros(2),
+        Iova,
+        Length,
+        Long(&[0x800, 0x1000, 0x1000, 0x2000, 0]),
+        Bits,
+        Zeros(4)
     ),
     row(iommufd(0x8b), 16, 4, &[Size, Word(&[0, 1, 1, 1]), Id(PAGING), NONE]),
     row(
@@ -83,98 +85,36 @@ pub(super) const LOOKS: &[Request] = &[
 
 /// Software users of an address space.
 pub(super) const ACCESSES: &[Request] = &[
-    row(TEST, MIN, 5, &[Size, Word(&[5]), Id(&[Ioas]), NONE, Out, Word(&[0, 1, 1, 1, 2]), Zeros(12)])
-        .effect(Opens(Access, Opened::Access)),
-    row(TEST, MIN, 6, &[Size, Word(&[6]), Descriptor(Opened::Access), NONE, ITEM, Zeros(13)]),
-    row(
-        TEST,
-        MIN,
-        12,
-        &[
-            Size,
-            Word(&[7]),
-            Descriptor(Opened::Access),
-            NONE,
-            Word(&[0, 1, 1, 2]),
-            Out,
-            Iova,
-            Length,
-            Long(&[0]),
-            Zeros(6),
-        ],
-    ),
-    row(
-        TEST,
-        MIN,
+    test_cmd!(5, 5, Id(&[Ioas]), NONE, Out, Word(&[0, 1, 1, 1, 2]), Zeros(12)).effect(Opens(Access, Opened::Access)),
+    test_cmd!(6, 6, ACCESS, NONE, ITEM, Zeros(13)),
+    test_cmd!(12, 7, ACCESS, NONE, Word(&[0, 1, 1, 2]), Out, Iova, Length, Long(&[0]), Zeros(6)),
+    test_cmd!(6, 7, ACCESS, NONE, Word(&[0, 1]), Out, Iova, Length, User, Zeros(6)),
+    test_cmd!(
         6,
-        &[Size, Word(&[7]), Descriptor(Opened::Access), NONE, Word(&[0, 1]), Out, Iova, Length, User, Zeros(6)],
+        7,
+        ACCESS,
+        NONE,
+        Word(&[0x1_0000, 0x1_0001]),
+        Out,
+        Long(&[0, 1, 2, 3, 0x1000_0000_0000]),
+        Long(&[1, 0x800, 0x1000, 0x2000]),
+        Long(&[0]),
+        Zeros(6)
     ),
-    row(
-        TEST,
-        MIN,
-        6,
-        &[
-            Size,
-            Word(&[7]),
-            Descriptor(Opened::Access),
-            NONE,
-            Word(&[0x1_0000, 0x1_0001]),
-            Out,
-            Long(&[0, 1, 2, 3, 0x1000_0000_0000]),
-            Long(&[1, 0x800, 0x1000, 0x2000]),
-            Long(&[0]),
-            Zeros(6),
-        ],
-    ),
-    row(
-        TEST,
-        MIN,
-        8,
-        &[
-            Size,
-            Word(&[8]),
-            Descriptor(Opened::Access),
-            NONE,
-            Iova,
-            Long(&[1, 8, 16, 100, 128]),
-            Room,
-            Word(&[0, 4, 2]),
-            Zeros(7),
-        ],
-    ),
-    row(
-        TEST,
-        MIN,
-        8,
-        &[
-            Size,
-            Word(&[8]),
-            Descriptor(Opened::Access),
-            NONE,
-            Iova,
-            Long(&[1, 8, 16, 100, 128, 4096]),
-            Bits,
-            Word(&[1, 5]),
-            Zeros(7),
-        ],
-    ),
-    row(
-        TEST,
-        MIN,
+    test_cmd!(8, 8, ACCESS, NONE, Iova, Long(&[1, 8, 16, 100, 128]), Room, Word(&[0, 4, 2]), Zeros(7)),
+    test_cmd!(8, 8, ACCESS, NONE, Iova, Long(&[1, 8, 16, 100, 128, 4096]), Bits, Word(&[1, 5]), Zeros(7)),
+    test_cmd!(
         4,
-        &[
-            Size,
-            Word(&[8]),
-            Descriptor(Opened::Access),
-            NONE,
-            Long(&[0, 1, 2, 3, 0x1000_0000_0000]),
-            Long(&[1, 8, 16, 128]),
-            Room,
-            Word(&[0x1_0000, 0x1_0004]),
-            Zeros(7),
-        ],
+        8,
+        ACCESS,
+        NONE,
+        Long(&[0, 1, 2, 3, 0x1000_0000_0000]),
+        Long(&[1, 8, 16, 128]),
+        Room,
+        Word(&[0x1_0000, 0x1_0004]),
+        Zeros(7)
     ),
-    row(TEST, MIN, 4, &[Size, Word(&[11]), Descriptor(Opened::Access), NONE, Id(&[Ioas]), Zeros(13)]),
+    test_cmd!(4, 11, ACCESS, NONE, Id(&[Ioas]), Zeros(13)),
 ];
 
 /// O_CLOEXEC, or nothing.
@@ -182,22 +122,17 @@ const OPEN_FLAGS: Field = Word(&[0, 0x8_0000]);
 
 /// Memory that is mapped by its descriptor and can be taken away.
 pub(super) const BUFFERS: &[Request] = &[
-    row(
-        TEST,
-        MIN,
+    test_cmd!(
         2,
-        &[
-            Size,
-            Word(&[DMABUF_GET]),
-            NONE,
-            NONE,
-            Word(&[0x1000, 0x4000, 0x4000, 1, 0x20_0000, 0, 0x20_0001]),
-            OPEN_FLAGS,
-            Zeros(12),
-        ],
+        DMABUF_GET,
+        NONE,
+        NONE,
+        Word(&[0x1000, 0x4000, 0x4000, 1, 0x20_0000, 0, 0x20_0001]),
+        OPEN_FLAGS,
+        Zeros(12)
     )
     .effect(Gives(Opened::Buffer)),
-    row(TEST, MIN, 4, &[Size, Word(&[23]), NONE, NONE, Descriptor(Opened::Buffer), Word(&[0, 1, 1, 2]), Zeros(12)]),
+    test_cmd!(4, 23, NONE, NONE, Descriptor(Opened::Buffer), Word(&[0, 1, 1, 2]), Zeros(12)),
     row(
         arg::IOMMU_IOAS_MAP_FILE,
         40,
@@ -313,36 +248,31 @@ pub(super) const NESTING: &[Request] = &[
         &[Size, NONE, Id(&[Viommu]), Word(&[0xdead_beef]), Word(&[0, 0, 1, 2]), Out, Iova, Long(&[1, 1, 1, 0])],
     )
     .effect(Makes(HwQueue)),
-    row(TEST, MIN, 3, &[Size, Word(&[14]), Id(&[Nested]), NONE, LINE, Word(&[0xbad_beef, 7, 0]), Zeros(12)]),
-    row(
-        TEST,
-        MIN,
+    test_cmd!(3, 14, Id(&[Nested]), NONE, LINE, Word(&[0xbad_beef, 7, 0]), Zeros(12)),
+    test_cmd!(
         8,
-        &[
-            Size,
-            Word(&[15]),
-            NONE,
-            NONE,
-            Id(&[Device]),
-            Word(&[0, 0, 0, 1, 7, 1024]),
-            Word(&[0, 1, 2]),
-            Word(&[0, 1, 2, 3]),
-            Long(&[0, 0x100_0000, 0xdead_b000]),
-            Zeros(8),
-        ],
+        15,
+        NONE,
+        NONE,
+        Id(&[Device]),
+        Word(&[0, 0, 0, 1, 7, 1024]),
+        Word(&[0, 1, 2]),
+        Word(&[0, 1, 2, 3]),
+        Long(&[0, 0x100_0000, 0xdead_b000]),
+        Zeros(8)
     ),
-    row(TEST, MIN, 3, &[Size, Word(&[16]), Id(&[Device]), NONE, LINE, Word(&[0xba_ddad, 0xba_ddad, 0]), Zeros(12)]),
-    row(TEST, MIN, 6, &[Size, Word(&[17]), NONE, NONE, Id(&[Device]), Zeros(13)]),
-    row(TEST, MIN, 5, &[Size, Word(&[10]), Id(&[Mock]), NONE, Id(&[Nested, Parent]), Zeros(13)]).effect(Moves),
+    test_cmd!(3, 16, Id(&[Device]), NONE, LINE, Word(&[0xba_ddad, 0xba_ddad, 0]), Zeros(12)),
+    test_cmd!(6, 17, NONE, NONE, Id(&[Device]), Zeros(13)),
+    test_cmd!(5, 10, Id(&[Mock]), NONE, Id(&[Nested, Parent]), Zeros(13)).effect(Moves),
 ];
 
 /// PASIDs of a device.
 pub(super) const PASIDS: &[Request] = &[
     row(arg::IOMMU_HWPT_ALLOC, 24, 3, &[Size, Word(&[8, 8, 9, 10]), Id(&[Device]), Id(&[Ioas]), Out, Zeros(7)])
         .effect(Makes(Parent)),
-    row(TEST, MIN, 2, &[Size, Word(&[12]), Id(TABLES), NONE, Out, Out, Out, Word(&[4]), Zeros(10)]).effect(Attaches),
-    row(TEST, MIN, 6, &[Size, Word(&[18]), Id(&[Mock]), NONE, PASID, Id(TABLES), Zeros(12)]),
-    row(TEST, MIN, 5, &[Size, Word(&[19]), Id(&[Mock]), NONE, PASID, Id(TABLES), Zeros(12)]),
-    row(TEST, MIN, 3, &[Size, Word(&[20]), Id(&[Mock]), NONE, PASID, Zeros(13)]),
-    row(TEST, MIN, 4, &[Size, Word(&[21]), Id(&[Mock]), NONE, PASID, Id(TABLES), Zeros(12)]),
+    test_cmd!(2, 12, Id(TABLES), NONE, Out, Out, Out, Word(&[4]), Zeros(10)).effect(Attaches),
+    test_cmd!(6, 18, Id(&[Mock]), NONE, PASID, Id(TABLES), Zeros(12)),
+    test_cmd!(5, 19, Id(&[Mock]), NONE, PASID, Id(TABLES), Zeros(12)),
+    test_cmd!(3, 20, Id(&[Mock]), NONE, PASID, Zeros(13)),
+    test_cmd!(4, 21, Id(&[Mock]), NONE, PASID, Id(TABLES), Zeros(12)),
 ];
