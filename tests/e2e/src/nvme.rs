@@ -15,6 +15,8 @@ use crate::sys::Memory;
 pub const PAGE: u64 = 4096;
 /// The block size that the tests' images are read with.
 pub const BLOCK: u64 = 512;
+/// Blocks of a page.
+pub const PAGE_BLOCKS: u16 = (PAGE / BLOCK) as u16;
 
 /// Entries of each queue: they fit a page each.
 const ENTRIES: u16 = 32;

@@ -7,6 +7,7 @@ use std::io::Result;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
+use anyhow::Context;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vfio_bindings::bindings::vfio::{
     VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_IRQ_SET_ACTION_TRIGGER,
@@ -315,6 +316,27 @@ impl Registers for Bar0 {
     fn write(&self, register: u64, value: u32) -> Result<()> {
         self.device.write(self.start + register, &value.to_le_bytes())
     }
+}
+
+/// The group and the address of the device that the next two `arguments` of a program name: `GROUP BDF`.
+///
+/// # Errors
+/// Which of them is missing, or that GROUP is no number.
+pub fn named_device(arguments: &mut impl Iterator<Item = String>) -> anyhow::Result<(u32, String)> {
+    let group = arguments.next().context("GROUP")?.parse()?;
+    Ok((group, arguments.next().context("BDF")?))
+}
+
+/// The NVMe controller that the arguments of this program, `GROUP BDF`, name: started in a container of its own.
+///
+/// # Errors
+/// As [`named_device`] and [`start_nvme`].
+pub fn nvme_of_arguments() -> anyhow::Result<(Container, Group, Nvme)> {
+    let (group, bdf) = named_device(&mut std::env::args().skip(1))?;
+    let container = Container::open()?;
+    let group = container.add_group(group)?;
+    let nvme = start_nvme(&container, group.device(&bdf)?)?;
+    Ok((container, group, nvme))
 }
 
 /// Starts the NVMe controller `device`, with its queues mapped into `container` from 0x100000 on.

@@ -6,10 +6,10 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 
-use anyhow::{Context, Result, ensure};
-use e2e::nvme::{BLOCK, Opcode, PAGE, Status};
+use anyhow::{Result, ensure};
+use e2e::nvme::{Opcode, PAGE_BLOCKS, Status};
 use e2e::sys::Memory;
-use e2e::vfio::{Allowed, Container, start_nvme};
+use e2e::vfio::{Allowed, nvme_of_arguments};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Where what is mapped, and how much.
@@ -19,16 +19,9 @@ const FLEETING: u64 = 0x40_0000;
 const FILE: u64 = 0x50_0000;
 const NOWHERE: u64 = 0x7000_0000;
 const LENGTH: usize = 4 * 4096;
-/// Blocks of a page.
-const BLOCKS: u16 = (PAGE / BLOCK) as u16;
 
 fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let group = arguments.next().context("GROUP")?.parse()?;
-    let bdf = arguments.next().context("BDF")?;
-    let container = Container::open()?;
-    let group = container.add_group(group)?;
-    let mut nvme = start_nvme(&container, group.device(&bdf)?)?;
+    let (container, _group, mut nvme) = nvme_of_arguments()?;
 
     let good = Memory::private(LENGTH)?;
     container.map(GOOD, &good, Allowed::ReadWrite)?;
@@ -42,7 +35,7 @@ fn main() -> Result<()> {
     container.map(FILE, &shared, Allowed::ReadWrite)?;
 
     let mut case = |name: &str, opcode, prp1, prp2| -> Result<()> {
-        let blocks = if prp2 == 0 { BLOCKS } else { 2 * BLOCKS };
+        let blocks = if prp2 == 0 { PAGE_BLOCKS } else { 2 * PAGE_BLOCKS };
         let status: Status = nvme.transfer(opcode, blocks, prp1, prp2)?;
         println!("client: {name} {status}");
         Ok(())

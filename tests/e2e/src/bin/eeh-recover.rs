@@ -8,11 +8,11 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 
-use anyhow::{Context, Result, ensure};
-use e2e::nvme::{BLOCK, Nvme, Opcode, PAGE, QUEUE_PAGES, Status};
+use anyhow::{Result, ensure};
+use e2e::nvme::{Nvme, Opcode, PAGE, PAGE_BLOCKS, QUEUE_PAGES, Status};
 use e2e::spapr::Spapr;
 use e2e::sys::Memory;
-use e2e::vfio::{Container, Group, start_nvme_in};
+use e2e::vfio::{Container, Group, named_device, start_nvme_in};
 use e2e::{PATIENCE, wait_until};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vfio_bindings::bindings::vfio::{
@@ -25,7 +25,6 @@ const MEMORY: u64 = 16 << 12;
 /// Where the data is, behind the queues.
 const WRITTEN: u64 = QUEUE_PAGES as u64 * PAGE;
 const READ: u64 = WRITTEN + PAGE;
-const BLOCKS: u16 = (PAGE / BLOCK) as u16;
 /// EEH_ERR_FUNC_DMA_RD_ADDR.
 const DMA_READ: u32 = 12;
 /// Controller Status, and its bit for a fatal error.
@@ -33,9 +32,7 @@ const CSTS: u64 = 0x1c;
 const FATAL: u32 = 2;
 
 fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let group = arguments.next().context("GROUP")?.parse()?;
-    let bdf = arguments.next().context("BDF")?;
+    let (group, bdf) = named_device(&mut std::env::args().skip(1))?;
     let container = Container::open()?;
     ensure!(container.has(VFIO_EEH)?, "no EEH");
     let group = container.join(group)?;
@@ -63,10 +60,10 @@ fn main() -> Result<()> {
     step("enabled")?;
     let mut nvme = start()?;
     memory.write(usize::try_from(WRITTEN)?, &[0x96; 4096]);
-    ensure!(nvme.transfer(Opcode::Write, BLOCKS, WRITTEN, 0)? == Status(0));
+    ensure!(nvme.transfer(Opcode::Write, PAGE_BLOCKS, WRITTEN, 0)? == Status(0));
 
     spapr.inject(DMA_READ, WRITTEN, !(PAGE - 1))?;
-    nvme.submit(Opcode::Write, BLOCKS, WRITTEN, 0)?;
+    nvme.submit(Opcode::Write, PAGE_BLOCKS, WRITTEN, 0)?;
     wait_until("the PE to freeze", PATIENCE, || Ok((state()? == VFIO_EEH_PE_STATE_STOPPED).then_some(())))?;
     step("frozen")?;
     ensure!(csts()? == u32::MAX, "a register of a frozen PE is read");
@@ -84,7 +81,7 @@ fn main() -> Result<()> {
 
     drop(nvme);
     let mut nvme = start()?;
-    ensure!(nvme.transfer(Opcode::Read, BLOCKS, READ, 0)? == Status(0));
+    ensure!(nvme.transfer(Opcode::Read, PAGE_BLOCKS, READ, 0)? == Status(0));
     let mut got = [0; 4096];
     memory.read(usize::try_from(READ)?, &mut got);
     ensure!(got == [0x96; 4096], "the bytes differ");

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use e2e::PATIENCE;
 use e2e::ioat::{self, Copy, Ioat, Outcome, Reach};
-use e2e::nvme::{BLOCK, Nvme, Opcode, PAGE, QUEUE_PAGES, Status};
+use e2e::nvme::{Nvme, Opcode, PAGE, PAGE_BLOCKS, QUEUE_PAGES, Status};
 use e2e::sys::Memory;
 use e2e::vfio::{Allowed, start_nvme_in};
 use e2e::ways::{Place, Space, Way};
@@ -26,8 +26,6 @@ const CHAINS: u64 = 0x20_0000;
 const PRIVATE: u64 = 0x40_0000;
 const SHARED: u64 = 0x80_0000;
 const LENGTH: usize = 4 * 4096;
-/// Blocks of a page.
-const BLOCKS: u16 = (PAGE / BLOCK) as u16;
 /// CHANERR after a copy to where nothing is mapped.
 const WRITE_DATA: u32 = 0x200;
 
@@ -65,7 +63,7 @@ impl Machine {
 
     /// One block command, whose completion interrupts.
     fn transfer(&mut self, opcode: Opcode, page: u64, iova: u64) -> Result<()> {
-        let status = self.nvme.transfer_at(opcode, page * u64::from(BLOCKS), BLOCKS, iova, 0)?;
+        let status = self.nvme.transfer_at(opcode, page * u64::from(PAGE_BLOCKS), PAGE_BLOCKS, iova, 0)?;
         ensure!(status == Status(0), "NVMe status {status}");
         wait(&self.nvme_interrupt).context("the controller's interrupt")
     }
@@ -94,7 +92,7 @@ impl Machine {
         // What is unmapped can be reached by neither.
         ensure!(self.space.unmap(SHARED, LENGTH as u64)? == LENGTH as u64, "the unmap fell short");
         ensure!(self.copy(&copies)? == Outcome::Halted(WRITE_DATA), "the engine reached what is unmapped");
-        let status = self.nvme.transfer_at(Opcode::Read, 0, BLOCKS, SHARED, 0)?;
+        let status = self.nvme.transfer_at(Opcode::Read, 0, PAGE_BLOCKS, SHARED, 0)?;
         ensure!(status != Status(0), "the controller reached what is unmapped");
         self.space.map(SHARED, &self.shared, Allowed::ReadWrite)?;
         ensure!(self.copy(&copies)? == Outcome::Done, "the engine did not recover");

@@ -7,10 +7,10 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 
-use anyhow::{Context, Result};
-use e2e::nvme::{BLOCK, Nvme, Opcode, PAGE};
+use anyhow::Result;
+use e2e::nvme::{Nvme, Opcode, PAGE, PAGE_BLOCKS};
 use e2e::sys::Memory;
-use e2e::vfio::{Allowed, Container, start_nvme};
+use e2e::vfio::{Allowed, nvme_of_arguments};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Where the pattern is, and where the first and the second memfd.
@@ -18,21 +18,14 @@ const PATTERN: u64 = 0x20_0000;
 const OPEN: u64 = 0x30_0000;
 const CLOSED: u64 = 0x40_0000;
 const LENGTH: usize = 4 * 4096;
-/// Blocks of a page.
-const BLOCKS: u16 = (PAGE / BLOCK) as u16;
 
 fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let group = arguments.next().context("GROUP")?.parse()?;
-    let bdf = arguments.next().context("BDF")?;
-    let container = Container::open()?;
-    let group = container.add_group(group)?;
-    let mut nvme = start_nvme(&container, group.device(&bdf)?)?;
+    let (container, _group, mut nvme) = nvme_of_arguments()?;
 
     let pattern = Memory::private(LENGTH)?;
     pattern.write(0, &[0xa5; PAGE as usize]);
     container.map(PATTERN, &pattern, Allowed::ReadWrite)?;
-    println!("client: written {}", nvme.transfer(Opcode::Write, BLOCKS, PATTERN, 0)?);
+    println!("client: written {}", nvme.transfer(Opcode::Write, PAGE_BLOCKS, PATTERN, 0)?);
     for (name, iova) in [("open", OPEN), ("closed", CLOSED)] {
         let file = File::from(memfd_create("shared", MFdFlags::MFD_CLOEXEC)?);
         file.set_len(LENGTH as u64)?;
@@ -50,7 +43,7 @@ fn main() -> Result<()> {
 /// Reads the pattern from the disk to `iova`, and looks whether it is in `other`.
 fn transfer(nvme: &mut Nvme, name: &str, iova: u64, other: &Memory) -> Result<()> {
     other.write(0, &[0; PAGE as usize]);
-    let status = nvme.transfer(Opcode::Read, BLOCKS, iova, 0)?;
+    let status = nvme.transfer(Opcode::Read, PAGE_BLOCKS, iova, 0)?;
     let mut got = [0; PAGE as usize];
     other.read(0, &mut got);
     println!("client: {name} {status} {}", if got == [0xa5; PAGE as usize] { "landed" } else { "lost" });

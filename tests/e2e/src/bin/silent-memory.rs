@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use e2e::nvme::Opcode;
 use e2e::sys::Memory;
-use e2e::vfio::{Allowed, Container, start_nvme};
+use e2e::vfio::{Allowed, Container, named_device, start_nvme};
 
 /// Where the silent memory is mapped.
 const SILENT: u64 = 0x20_0000;
@@ -17,8 +17,7 @@ const SILENT: u64 = 0x20_0000;
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let what = arguments.next().context("ioctl, dma or both")?;
-    let group = arguments.next().context("GROUP")?.parse()?;
-    let bdf = arguments.next().context("BDF")?;
+    let (group, bdf) = named_device(&mut arguments)?;
 
     let silent = Memory::private(16 * 4096)?;
     let _nobody_reads = match silent.silence() {

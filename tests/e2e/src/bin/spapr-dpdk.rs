@@ -5,20 +5,17 @@
 //! a line, gives everything back but the window, and prints `client: given back`.
 
 use anyhow::{Context, Result, ensure};
-use e2e::nvme::{BLOCK, Opcode, PAGE, QUEUE_PAGES, Status};
+use e2e::nvme::{Opcode, PAGE_BLOCKS, QUEUE_PAGES, Status};
 use e2e::spapr::Spapr;
 use e2e::sys::Memory;
-use e2e::vfio::{Container, start_nvme_in};
+use e2e::vfio::{Container, named_device, start_nvme_in};
 use vfio_bindings::bindings::vfio::{VFIO_SPAPR_TCE_v2_IOMMU, VFIO_TYPE1_IOMMU};
 
 /// log2 of the bytes of DPDK's pages.
 const PAGE_SHIFT: u32 = 16;
-const BLOCKS: u16 = (PAGE / BLOCK) as u16;
 
 fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let group = arguments.next().context("GROUP")?.parse()?;
-    let bdf = arguments.next().context("BDF")?;
+    let (group, bdf) = named_device(&mut std::env::args().skip(1))?;
     let container = Container::open()?;
     let group = container.join(group)?;
     ensure!(!container.has(VFIO_TYPE1_IOMMU)? && container.has(VFIO_SPAPR_TCE_v2_IOMMU)?, "not POWER's IOMMU");
@@ -38,9 +35,9 @@ fn main() -> Result<()> {
     let (at, first) = (data.address(), queues.address());
     let mut nvme = start_nvme_in(queues, first, group.device(&bdf)?, None)?;
     data.write(0, &[0x5a; 4096]);
-    ensure!(nvme.transfer(Opcode::Write, BLOCKS, at, 0)? == Status(0));
+    ensure!(nvme.transfer(Opcode::Write, PAGE_BLOCKS, at, 0)? == Status(0));
     let back = at + (8 << PAGE_SHIFT);
-    ensure!(nvme.transfer(Opcode::Read, BLOCKS, back, 0)? == Status(0));
+    ensure!(nvme.transfer(Opcode::Read, PAGE_BLOCKS, back, 0)? == Status(0));
     let mut got = [0; 4096];
     data.read(8 << PAGE_SHIFT, &mut got);
     ensure!(got == [0x5a; 4096], "the bytes differ");
@@ -50,7 +47,7 @@ fn main() -> Result<()> {
     // The data first: what the device then does to it shows that nothing lands there any more.
     let [queues, data] = segments;
     give_back(&spapr, data)?;
-    println!("client: after unmap {}", nvme.transfer(Opcode::Read, BLOCKS, back, 0)?);
+    println!("client: after unmap {}", nvme.transfer(Opcode::Read, PAGE_BLOCKS, back, 0)?);
     give_back(&spapr, queues)?;
     println!("client: given back");
     std::io::stdin().read_line(&mut String::new())?;

@@ -10,10 +10,10 @@ use std::fs::File;
 use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, ensure};
-use e2e::nvme::{BLOCK, Nvme, Opcode, PAGE, QUEUE_PAGES, Status};
+use e2e::nvme::{Nvme, Opcode, PAGE, PAGE_BLOCKS, QUEUE_PAGES, Status};
 use e2e::spapr::Spapr;
 use e2e::sys::Memory;
-use e2e::vfio::{Container, Group, start_nvme_in};
+use e2e::vfio::{Container, Group, named_device, start_nvme_in};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vfio_bindings::bindings::vfio::{
     VFIO_SPAPR_TCE_IOMMU, VFIO_SPAPR_TCE_v2_IOMMU, VFIO_TYPE1_IOMMU, VFIO_TYPE1v2_IOMMU,
@@ -29,13 +29,11 @@ const CLEARED: u64 = 4096;
 /// The default window of a guest in bytes, and where the 64-bit one begins.
 const DEFAULT_WINDOW: u64 = 1 << 30;
 const HIGH: u64 = 1 << 59;
-const BLOCKS: u16 = (PAGE / BLOCK) as u16;
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let version = arguments.next().context("v1 or v2")?;
-    let group = arguments.next().context("GROUP")?.parse()?;
-    let bdf = arguments.next().context("BDF")?;
+    let (group, bdf) = named_device(&mut arguments)?;
     println!("client: pid {}", std::process::id());
     let container = Container::open()?;
     let probed = [VFIO_TYPE1v2_IOMMU, VFIO_TYPE1_IOMMU, VFIO_SPAPR_TCE_v2_IOMMU, VFIO_SPAPR_TCE_IOMMU];
@@ -124,8 +122,8 @@ impl Guest {
         let mut nvme = start_nvme_in(queues, bus + QUEUES, group.device(&self.bdf)?, None)?;
         let at = bus + DATA;
         self.ram.write(DATA as usize, &[0xc3; 4096]);
-        ensure!(nvme.transfer(Opcode::Write, BLOCKS, at, 0)? == Status(0));
-        ensure!(nvme.transfer(Opcode::Read, BLOCKS, at + PAGE, 0)? == Status(0));
+        ensure!(nvme.transfer(Opcode::Write, PAGE_BLOCKS, at, 0)? == Status(0));
+        ensure!(nvme.transfer(Opcode::Read, PAGE_BLOCKS, at + PAGE, 0)? == Status(0));
         let mut got = [0; 4096];
         self.ram.read((DATA + PAGE) as usize, &mut got);
         ensure!(got == [0xc3; 4096], "the bytes differ");

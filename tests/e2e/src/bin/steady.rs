@@ -3,21 +3,16 @@
 //!
 //! Usage: `steady GROUP BDF`.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use e2e::nvme::{Opcode, Status};
 use e2e::sys::Memory;
-use e2e::vfio::{Allowed, Container, start_nvme};
+use e2e::vfio::{Allowed, nvme_of_arguments};
 
 /// Where it maps.
 const IOVA: u64 = 0x20_0000;
 
 fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let group = arguments.next().context("GROUP")?.parse()?;
-    let bdf = arguments.next().context("BDF")?;
-    let container = Container::open()?;
-    let group = container.add_group(group)?;
-    let mut nvme = start_nvme(&container, group.device(&bdf)?)?;
+    let (container, _group, mut nvme) = nvme_of_arguments()?;
     let memory = Memory::private(4 * 4096)?;
     println!("client: ready");
     for (number, line) in std::io::stdin().lines().enumerate() {
