@@ -4,47 +4,36 @@
 //! kinds alternate, so whatever else the machine does meets both. Beside the bound it prints what a call that does
 //! nothing costs in a tight loop, with work of the client's own between calls, and while both CPUs are busy.
 
+#[path = "support/launcher.rs"]
+mod launcher;
+#[path = "support/machine.rs"]
+mod machine;
+#[path = "support/nodes.rs"]
+mod nodes;
 #[path = "sys/ioctl.rs"]
 mod sys;
 
-use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cuse_frontend::launch::{self, Exit, LaunchOptions};
-use cuse_frontend::{DeviceSpec, Server, ServerOptions};
+use cuse_frontend::uapi::command;
+use cuse_frontend::uapi::vfio::nr;
+use cuse_frontend::{Server, ServerOptions};
 use device_shim::probe::Probe;
 use hwpt::{DeviceProperties, Format};
+use machine::machine;
+use nodes::NOTHING;
 
-const GROUP: u32 = 17;
-const GET_API_VERSION: u32 = 0x3b64;
-const SET_IOMMU: u32 = 0x3b66;
-const GROUP_SET_CONTAINER: u32 = 0x3b68;
-const MAP_DMA: u32 = 0x3b71;
-const UNMAP_DMA: u32 = 0x3b72;
 const TYPE1V2: u64 = 3;
 const PAGE: u64 = 4096;
-/// The first word of the process that measures.
-const CLIENT: &str = "client";
 
 fn server() -> Result<Arc<Server>, String> {
-    let server = Server::new(ServerOptions::default());
-    let properties = DeviceProperties {
-        unit: "bench".into(),
-        format: Format::x86(48).map_err(|error| error.to_string())?,
-        reserved: Vec::new(),
-        coherent: true,
-        dirty_tracking: false,
-        windows: None,
-    };
+    let properties = DeviceProperties::new("bench", Format::x86(48).map_err(|error| error.to_string())?);
     let model = Probe::new().map_err(|error| error.to_string())?;
-    let bdf = "0000:c1:00.0".parse().map_err(|error| format!("{error}"))?;
-    let spec = DeviceSpec { bdf, group: GROUP, noiommu: false, properties, model };
-    server.add_device(spec).map_err(|error| error.to_string())?;
-    Ok(server)
+    machine(ServerOptions::default(), &properties, [model as _])
 }
 
 /// An ioctl, and how long it took in nanoseconds.
@@ -63,11 +52,10 @@ fn percentile(times: &mut [f64], part: f64) -> f64 {
 
 /// A client with a container that has an IOMMU.
 fn container() -> (File, File) {
-    let open = |path: &str| OpenOptions::new().read(true).write(true).open(path).expect("a node");
-    let (container, group) = (open("/dev/vfio/vfio"), open(&format!("/dev/vfio/{GROUP}")));
+    let (container, group) = (launcher::open("/dev/vfio/vfio"), launcher::open("/dev/vfio/0"));
     let fd = container.as_raw_fd();
-    timed(&group, GROUP_SET_CONTAINER, (&raw const fd) as u64);
-    timed(&container, SET_IOMMU, TYPE1V2);
+    timed(&group, command(nr::GROUP_SET_CONTAINER), (&raw const fd) as u64);
+    timed(&container, command(nr::SET_IOMMU), TYPE1V2);
     (container, group)
 }
 
@@ -80,10 +68,10 @@ fn map_beside_nothing(container: &File) -> (f64, f64) {
     // argsz and flags; IOVA, size. The size is written back.
     let (mut maps, mut nothings) = (Vec::new(), Vec::new());
     for _ in 0..4000 {
-        nothings.push(timed(container, GET_API_VERSION, 0));
-        maps.push(timed(container, MAP_DMA, map.as_ptr() as u64));
+        nothings.push(timed(container, NOTHING, 0));
+        maps.push(timed(container, command(nr::IOMMU_MAP_DMA), map.as_ptr() as u64));
         let mut unmap = [24_u64, 0x10_0000, PAGE];
-        timed(container, UNMAP_DMA, unmap.as_mut_ptr() as u64);
+        timed(container, command(nr::IOMMU_UNMAP_DMA), unmap.as_mut_ptr() as u64);
     }
     (percentile(&mut maps, 0.5), percentile(&mut nothings, 0.5))
 }
@@ -96,7 +84,7 @@ fn nothing_every(container: &File, between: Duration, calls: usize) -> Vec<f64> 
         while start.elapsed() < between {
             std::hint::spin_loop();
         }
-        times.push(timed(container, GET_API_VERSION, 0));
+        times.push(timed(container, NOTHING, 0));
     }
     times
 }
@@ -122,7 +110,7 @@ fn nothing_under_load(container: &File) -> Vec<f64> {
     times
 }
 
-fn client() -> ExitCode {
+fn client() {
     let (container, _group) = container();
     let (map, nothing) = map_beside_nothing(&container);
     bounds::at_most_ratio("MAP_DMA over FUSE, beside a no-op", map, nothing, 1.5);
@@ -133,23 +121,8 @@ fn client() -> ExitCode {
     show("tight loop", nothing_every(&container, Duration::ZERO, 20_000));
     show("300 us of own work between", nothing_every(&container, Duration::from_micros(300), 3000));
     show("all CPUs busy", nothing_under_load(&container));
-    ExitCode::SUCCESS
 }
 
 fn main() -> ExitCode {
-    let program = std::env::current_exe().expect("this program");
-    if std::env::args().nth(1).as_deref() == Some(CLIENT) {
-        return client();
-    }
-    match launch::run(&[program.into_os_string(), OsString::from(CLIENT)], LaunchOptions::default(), server) {
-        Ok(Exit::Status(0)) => ExitCode::SUCCESS,
-        Ok(other) => {
-            eprintln!("the client ended with {other:?}");
-            ExitCode::FAILURE
-        }
-        Err(error) => {
-            println!("Skipped(fuse: {error})");
-            ExitCode::SUCCESS
-        }
-    }
+    nodes::measure("fuse", server, client)
 }

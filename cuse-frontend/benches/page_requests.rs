@@ -10,6 +10,8 @@
 mod adopt;
 #[path = "sys/ioctl.rs"]
 mod ioctl;
+#[path = "support/launcher.rs"]
+mod launcher;
 #[path = "support/machine.rs"]
 mod machine;
 #[path = "support/nodes.rs"]
@@ -106,7 +108,7 @@ fn call<T: IntoBytes>(file: &File, number: u8, cmd: &mut T) {
 
 impl Client {
     fn new() -> Self {
-        let (iommufd, device) = (nodes::open("/dev/iommu"), nodes::open("/dev/vfio/devices/vfio0"));
+        let (iommufd, device) = (launcher::open("/dev/iommu"), launcher::open("/dev/vfio/devices/vfio0"));
         let mut bind = BindIommufd { argsz: 24, iommufd: iommufd.as_raw_fd(), ..BindIommufd::default() };
         call(&device, vfio::DEVICE_BIND_IOMMUFD, &mut bind);
         let mut ioas = IoasAlloc { size: 12, ..IoasAlloc::default() };

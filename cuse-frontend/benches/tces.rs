@@ -7,6 +7,8 @@ mod container;
 #[path = "sys/ioctl.rs"]
 #[allow(unsafe_code)]
 mod ioctl;
+#[path = "support/launcher.rs"]
+mod launcher;
 #[path = "support/machine.rs"]
 mod machine;
 #[path = "support/nodes.rs"]
@@ -140,7 +142,7 @@ fn ioctl_of(file: &File, number: u8, argument: u64) {
 /// The client over FUSE: a guest clears its empty window. The calls that do nothing alternate with it in rounds, so
 /// that whatever else the machine does meets both.
 fn client() {
-    let (container, group) = (nodes::open("/dev/vfio/vfio"), nodes::open("/dev/vfio/0"));
+    let (container, group) = (launcher::open("/dev/vfio/vfio"), launcher::open("/dev/vfio/0"));
     let fd = container.as_raw_fd();
     ioctl_of(&group, nr::GROUP_SET_CONTAINER, (&raw const fd) as u64);
     ioctl_of(&container, nr::SET_IOMMU, SPAPR_TCE_V2);

@@ -7,17 +7,17 @@
 //! This program starts itself as a launcher for each way, which starts it again as the client. Each number is the middle of
 //! [`ROUNDS`] runs. On a machine that does much else the 99th percentiles tell of that first.
 
+#[path = "support/launcher.rs"]
+mod launcher;
 #[path = "sys/ioctl.rs"]
 mod sys;
 
 use std::collections::HashMap;
-use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use cuse_frontend::launch::{self, Exit, LaunchOptions};
 use cuse_frontend::uapi::{command, iommufd};
 use cuse_frontend::{Server, ServerOptions};
 
@@ -58,7 +58,7 @@ struct Call {
 impl Call {
     fn new() -> Self {
         // size, option_id (RLIMIT_MODE); op (get), object_id; val64.
-        let iommufd = OpenOptions::new().read(true).write(true).open("/dev/iommu").expect("a node");
+        let iommufd = launcher::open("/dev/iommu");
         Self { iommufd, option: [24, 1, 0] }
     }
 
@@ -160,20 +160,11 @@ fn launcher(way: &str) -> ExitCode {
         // Everything that is started from here runs where this thread does.
         assert!(ioas::thread::bind(0));
     }
-    let program = std::env::current_exe().expect("this program").into_os_string();
     let options = ServerOptions { io_uring: way == Way::Rings.word(), ..ServerOptions::default() };
-    let server = || Ok::<_, String>(Server::new(options));
-    match launch::run(&[program, OsString::from(CLIENT)], LaunchOptions::default(), server) {
-        Ok(Exit::Status(0)) => ExitCode::SUCCESS,
-        Ok(other) => {
-            eprintln!("the client ended with {other:?}");
-            ExitCode::FAILURE
-        }
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    launcher::start_again_as(CLIENT, || Ok(Server::new(options))).unwrap_or_else(|reason| {
+        eprintln!("{reason}");
+        ExitCode::FAILURE
+    })
 }
 
 /// One run: what the client has printed, by name.

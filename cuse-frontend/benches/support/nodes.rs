@@ -1,13 +1,12 @@
 //! A bench on the nodes. This program is the launcher, which runs it again as COMMAND; COMMAND is the client that measures.
 
-use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use cuse_frontend::Server;
-use cuse_frontend::launch::{self, Exit, LaunchOptions};
 use cuse_frontend::uapi::{command, vfio};
+
+use crate::launcher;
 
 /// The first word of the process that measures.
 const CLIENT: &str = "client";
@@ -27,21 +26,8 @@ pub(crate) fn measure(bench: &str, server: fn() -> Result<Arc<Server>, String>, 
         client();
         return ExitCode::SUCCESS;
     }
-    let program = std::env::current_exe().expect("this program");
-    match launch::run(&[program.into_os_string(), OsString::from(CLIENT)], LaunchOptions::default(), server) {
-        Ok(Exit::Status(0)) => ExitCode::SUCCESS,
-        Ok(other) => {
-            eprintln!("the client ended with {other:?}");
-            ExitCode::FAILURE
-        }
-        Err(error) => {
-            println!("Skipped({bench}: {error})");
-            ExitCode::SUCCESS
-        }
-    }
-}
-
-/// Opens a node, in the client.
-pub(crate) fn open(path: &str) -> File {
-    OpenOptions::new().read(true).write(true).open(path).expect("a node")
+    launcher::start_again_as(CLIENT, server).unwrap_or_else(|reason| {
+        println!("Skipped({bench}: {reason})");
+        ExitCode::SUCCESS
+    })
 }
