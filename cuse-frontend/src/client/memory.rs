@@ -168,12 +168,21 @@ impl ProcessMemory {
         file::device_region(&open_file, writable).ok().flatten()
     }
 
+    /// The file behind the mapping of the addresses from `start` to before `end`, to be looked at and not used.
+    ///
+    /// # Errors
+    /// EPERM without the privilege, ENOENT when the mapping has gone.
+    fn see_mapped(&self, start: u64, end: u64) -> io::Result<(File, sys::FileStat)> {
+        let link = format!("/proc/{}/map_files/{start:x}-{end:x}", self.owner().tgid);
+        let seen = File::options().read(true).custom_flags(libc::O_PATH).open(link)?;
+        let stat = sys::stat(&seen)?;
+        Ok((seen, stat))
+    }
+
     /// Opens the file behind a mapping that has just been looked at, with the rights that the mapping has. `None` when
     /// its pages cannot be held.
     fn open_mapped(&self, raw: &sys::ProcmapQuery) -> io::Result<Option<ClientFile>> {
-        let link = format!("/proc/{}/map_files/{:x}-{:x}", self.owner().tgid, raw.vma_start, raw.vma_end);
-        let seen = File::options().read(true).custom_flags(libc::O_PATH).open(link)?;
-        let stat = sys::stat(&seen)?;
+        let (seen, stat) = self.see_mapped(raw.vma_start, raw.vma_end)?;
         if file::kind(&seen, stat.mode)? == FileKind::Unpinnable || stat.inode != raw.inode {
             return Ok(None);
         }
@@ -302,16 +311,16 @@ impl MemoryMap for ProcessMemory {
 
     fn private_file_size(&self, vma: &Vma) -> Option<u64> {
         let (id, _) = vma.file.filter(|_| !vma.shared)?;
-        let (start, last) = (vma.range.start().0, vma.range.last().0);
-        let owner = self.owner();
-        let link = format!("/proc/{}/map_files/{start:x}-{:x}", owner.tgid, last + 1);
-        let Ok(seen) = File::options().read(true).custom_flags(libc::O_PATH).open(link) else {
-            let file = open_here(owner.tgid, &owner.pidfd, id, false).ok()??;
-            // What is no regular file has no size: `/dev/zero`.
-            return (file.kind != FileKind::Unpinnable).then_some(file.size);
-        };
-        let stat = sys::stat(&seen).ok()?;
-        (stat.mode & libc::S_IFMT == libc::S_IFREG && stat.inode == id.inode).then_some(stat.size)
+        match self.see_mapped(vma.range.start().0, vma.range.last().0 + 1) {
+            Ok((_, stat)) => (stat.mode & libc::S_IFMT == libc::S_IFREG && stat.inode == id.inode).then_some(stat.size),
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                let owner = self.owner();
+                let file = open_here(owner.tgid, &owner.pidfd, id, false).ok()??;
+                // What is no regular file has no size: `/dev/zero`.
+                (file.kind != FileKind::Unpinnable).then_some(file.size)
+            }
+            Err(_) => None,
+        }
     }
 
     fn read(&self, address: UserAddr, data: &mut [u8]) -> Result<(), MemoryError> {
