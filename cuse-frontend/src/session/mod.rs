@@ -46,7 +46,7 @@ pub(crate) const MAX_WRITE: usize = 128 << 10;
 /// Requests under way above which the clients' numbers of them are looked at.
 const CROWDED: usize = 8;
 /// How long [`Engine::catch_up`] waits at most, and between two looks.
-const CATCH_UP: Duration = Duration::from_millis(100);
+const CATCH_UP: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_micros(50);
 
 /// What a session serves.

@@ -24,7 +24,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use crate::files::NodeKind;
 
 /// How long an OPEN, or a look at the server's state, waits for releases of files that are closed.
-const PATIENCE: Duration = Duration::from_millis(100);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a handle stands for.
 pub(crate) enum Opened<F> {

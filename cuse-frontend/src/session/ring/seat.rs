@@ -19,7 +19,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex};
 
 /// How long [`Seats::catch_up`] waits at most.
-const PATIENCE: Duration = Duration::from_millis(100);
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where one thread waits. All numbers but `drawn` are changed by the thread alone.
 pub(super) struct Seat {
@@ -122,7 +122,7 @@ impl Seats {
         }
     }
 
-    /// Waits, at most 100 ms, until every request that the kernel has handed out before this call has been noted.
+    /// Waits, at most [`PATIENCE`], until every request that the kernel has handed out before this call has been noted.
     pub(super) fn catch_up(&self) {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let seats: Vec<_> = self.taken.lock().iter().filter_map(Weak::upgrade).collect();
