@@ -256,7 +256,7 @@ impl<F> Files<F> {
         }
     }
 
-    /// Waits, at most 100 ms, until files that are known to be closed and that a client opened have gone.
+    /// Waits, at most 5 s, until files that are known to be closed and that a client opened have gone.
     pub(crate) fn settle_for(&self, client: u32) {
         self.opens.wait_for_releases(Some(opens::Origin { kind: None, group: None, client }));
     }

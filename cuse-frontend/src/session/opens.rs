@@ -23,8 +23,11 @@ use parking_lot::{Condvar, Mutex, RwLock};
 
 use crate::files::NodeKind;
 
-/// How long an OPEN, or a look at the server's state, waits for releases of files that are closed.
+/// How long an OPEN waits for releases of files that are closed. Linux's close(2) returns after them, so this is to be
+/// longer than a busy machine delays one.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a look at the server's state waits for them.
+const PATIENCE_TO_LOOK: Duration = Duration::from_millis(100);
 
 /// What a handle stands for.
 pub(crate) enum Opened<F> {
@@ -164,7 +167,8 @@ impl<F> Opens<F> {
         self.released.notify_all();
     }
 
-    /// Waits a moment for the releases that `origin` must not overtake; for all of them when it is `None`.
+    /// Waits, at most [`PATIENCE`], for the releases that `origin` must not overtake. When it is `None`, for all of them, at
+    /// most [`PATIENCE_TO_LOOK`].
     pub(crate) fn wait_for_releases(&self, origin: Option<Origin>) {
         let concerns = |other: &Origin| origin.is_none_or(|origin| origin.concerns(other));
         if let Some(catch_up) = self.catch_up.get()
@@ -172,7 +176,7 @@ impl<F> Opens<F> {
         {
             catch_up();
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + if origin.is_some() { PATIENCE } else { PATIENCE_TO_LOOK };
         let mut releasing = self.releasing.lock();
         while releasing.iter().any(|(_, other)| concerns(other)) {
             if self.released.wait_until(&mut releasing, deadline).timed_out() {

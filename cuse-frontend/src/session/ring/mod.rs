@@ -146,7 +146,7 @@ impl<D: Desk> Rings<D> {
         self.works.get() == Some(&true)
     }
 
-    /// Waits, at most 100 ms, until every request that the kernel has handed out before this call has been noted.
+    /// Waits, at most 1 s, until every request that the kernel has handed out before this call has been noted.
     pub(super) fn catch_up(&self) {
         self.seats.catch_up();
     }
