@@ -27,13 +27,13 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Once, Weak};
 
 use ioas::caller::{ClientFile, FileId, FileKind, MemoryError, MemoryMap, MmId, Vma};
 use ioas::{UserAddr, UserRange};
 use parking_lot::{Mutex, RwLock};
 
-use super::{OwnFiles, file, memory_error};
+use super::{OwnFiles, Process, file, memory_error};
 use crate::sys::client as sys;
 
 /// A process that uses a memory map, and is asked about it.
@@ -54,10 +54,12 @@ impl Owner {
 pub(crate) struct ProcessMemory {
     id: MmId,
     mem: File,
-    /// Another one that lives, where the first has ended and others use the map too. A leaf.
+    /// Another one that lives, where the first has ended and others use the map too ([`Self::users`]). A leaf.
     owner: RwLock<Arc<Owner>>,
     /// Several processes have this handle, or had it.
     shared: AtomicBool,
+    /// Who has this handle: of these the next owner is taken. A leaf.
+    users: Mutex<Vec<Weak<Process>>>,
     /// Set once the kernel has said that it knows no PROCMAP_QUERY.
     parse: AtomicBool,
     /// The text of `maps` is read by one thread at a time: they share its position.
@@ -74,8 +76,17 @@ impl ProcessMemory {
         let mem = File::options().read(true).write(true).open(format!("/proc/{tgid}/mem"))?;
         let owner = RwLock::new(Arc::new(Owner::open(tgid)?));
         let id = MmId(NEXT.fetch_add(1, Ordering::Relaxed));
-        let (shared, parse, reading) = (AtomicBool::new(false), AtomicBool::new(false), Mutex::new(()));
-        Ok(Self { id, mem, owner, shared, parse, reading, own, memlock_limit: None })
+        Ok(Self {
+            id,
+            mem,
+            owner,
+            shared: AtomicBool::new(false),
+            users: Mutex::default(),
+            parse: AtomicBool::new(false),
+            reading: Mutex::new(()),
+            own,
+            memlock_limit: None,
+        })
     }
 
     /// This limit counts, in bytes, where one is given, and not the process's.
@@ -94,9 +105,16 @@ impl ProcessMemory {
         self.shared.load(Ordering::Acquire)
     }
 
+    /// Notes who has this handle.
+    pub(super) fn used_by(&self, process: &Arc<Process>) {
+        let mut users = self.users.lock();
+        users.retain(|user| user.strong_count() > 0);
+        users.push(Arc::downgrade(process));
+    }
+
     /// Has `tgid`, which uses the memory map, asked about it from now on, if who was asked before has ended.
     pub(super) fn be_asked_of(&self, tgid: i32) {
-        let owner = self.owner();
+        let owner = Arc::clone(&self.owner.read());
         if owner.tgid == tgid || !sys::pidfd_ended(&owner.pidfd) {
             return;
         }
@@ -105,7 +123,15 @@ impl ProcessMemory {
         }
     }
 
+    /// Who is to be asked: whoever was, or, once that has ended, another of [`Self::users`] that goes on.
     fn owner(&self) -> Arc<Owner> {
+        let owner = Arc::clone(&self.owner.read());
+        if !self.is_shared() || !sys::pidfd_ended(&owner.pidfd) {
+            return owner;
+        }
+        let users: Vec<_> = self.users.lock().iter().filter_map(Weak::upgrade).collect();
+        // One that does is asked from now on.
+        let _ = users.iter().any(|user| user.tgid != owner.tgid && user.still_shares(user.tgid));
         Arc::clone(&self.owner.read())
     }
 

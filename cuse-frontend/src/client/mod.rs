@@ -14,7 +14,7 @@
 //! its first call is looked at as well, for it is the parent that usually goes on. With a shared handle the map being in
 //! use says nothing about one process, which may have exec'ed while the other goes on; so what lies in the caller's
 //! memory is compared with what lies behind the handle, at a place where each exec puts random bytes. When the process
-//! that opened a handle ends, the next caller takes it over: the layout and the files are asked of a process that lives.
+//! that opened a handle ends, another that has it takes it over: the layout and the files are asked of a process that lives.
 //!
 //! **Our own files.** A descriptor or a mapping of a client may be one of our own nodes. They are recognised by the
 //! mount's device number and told apart by inode number ([`OwnFiles`]); the transport gives every open file an inode
@@ -133,6 +133,7 @@ impl Clients {
             Some(process) => Arc::clone(process),
             None => {
                 let process = Arc::new(self.open(tid, tgid, &others)?);
+                process.memory.used_by(&process);
                 self.keep_parent(&process);
                 process
             }
@@ -174,6 +175,7 @@ impl Clients {
             process.memory.share();
             let memory = Arc::clone(&process.memory);
             let parent = Arc::new(Process { tgid: parent, pidfd, namespace, memory, random });
+            parent.memory.used_by(&parent);
             self.processes.lock().entry(parent.tgid).or_insert(parent);
         }
     }

@@ -295,12 +295,12 @@ fn memory_map_of_a_parent_is_the_one_that_its_child_called_with_before_it_ended(
     let twin = child.twin();
     let map = call(&clients, twin.pid()).memory_map().expect("a memory map");
     twin.end();
+    let vma = map.vma(child.at("shared")).expect("mapped");
+    assert!(map.open_file(&vma).is_ok(), "the parent is asked for the file, though it has never called");
     let parent = call(&clients, child.pid());
     assert_eq!(parent.memory_map_id(), Ok(map.id()));
     let thread = child.thread();
     assert_eq!(call(&clients, thread).memory_map_id(), Ok(map.id()));
-    let vma = map.vma(child.at("shared")).expect("mapped");
-    assert!(map.open_file(&vma).is_ok(), "the parent is asked for the file");
 }
 
 #[test]
