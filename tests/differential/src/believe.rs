@@ -32,6 +32,8 @@ pub(crate) struct Context {
     objects: BTreeMap<u32, Object>,
     /// The newest last.
     pub(crate) mapped: Vec<Mapped>,
+    /// Mock devices that may have page tables attached for PASIDs, with the PASID.
+    pub(crate) pasids: BTreeSet<(u32, u32)>,
 }
 
 /// A descriptor that an ioctl made.
