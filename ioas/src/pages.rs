@@ -25,6 +25,9 @@ use crate::request::{AreaMemory, PayerMode};
 use crate::resolve::{self, Found, Rights};
 use crate::store::{Bill, Held, HeldRuns, PageStore};
 
+/// Pages whose pinning one call of Linux does: as many addresses of pages as fit 64 KiB (`TEMP_MEMORY_LIMIT`).
+const PINNED_AT_ONCE: u64 = 8192;
+
 /// Whether held pages are charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ChargeRule {
@@ -351,9 +354,23 @@ impl Pages {
                 store.hold(iter::once(wanted), bill(), held)
             }
             None => {
-                let found = resolve::user_memory(store, &client.memory, UserAddr(start), slice.pages, rights)?;
+                let found = resolve::user_memory(store, &client.memory, UserAddr(start), slice.pages, rights)
+                    .map_err(|error| self.found_first(error, start, slice.pages))?;
                 store.hold(found.iter().map(Found::wanted), bill(), held)
             }
+        }
+    }
+
+    /// What Linux finds before a fault. An iommufd pins its caller's own memory by pin_user_pages_fast, [`PINNED_AT_ONCE`]
+    /// pages in a call, which first computes where they end; type1 pins by pin_user_pages_remote, which does not.
+    fn found_first(&self, error: IoasError, start: u64, pages: u64) -> IoasError {
+        let length = pages << PAGE_SHIFT;
+        let past_the_end = pages <= PINNED_AT_ONCE && start.checked_add(length).is_none();
+        match error {
+            IoasError::Fault { .. } if past_the_end && !self.terms.rights.device_regions => {
+                IoasError::Overflow { start, length }
+            }
+            error => error,
         }
     }
 
