@@ -17,13 +17,13 @@ use std::sync::Arc;
 
 use hwpt::HwptList;
 use ioas::caller::{Caller, Capability};
-use ioas::{Interrupt, Ioas, Iova, IovaRange};
+use ioas::{Interrupt, Ioas, IovaRange};
 use parking_lot::{Mutex, RwLock};
 
 use crate::error::VfioError;
 use crate::group::Group;
 use crate::pe::PeOp;
-use crate::spapr::{CreateWindow, Spapr, SpaprInfo, SpaprOp, SpaprSnapshot, SpaprVersion, TceAnswer};
+use crate::spapr::{Spapr, SpaprSnapshot, SpaprVersion};
 use crate::type1::{Type1, Version};
 use crate::vfio::{Personality, Vfio};
 
@@ -391,117 +391,10 @@ impl Container {
         groups.iter().map(|group| group.eeh(interrupt, op)).find(|answer| !matches!(answer, Ok(0))).unwrap_or(Ok(0))
     }
 
-    /// The checks of an ioctl of a SPAPR container that come before any argument is read.
-    ///
-    /// # Errors
-    /// [`VfioError::NoIommu`], [`VfioError::OtherMemoryMap`], [`VfioError::NotEnabled`],
-    /// [`VfioError::NothingRegistered`], [`VfioError::NotSupported`].
-    pub fn ready_spapr(&self, caller: &dyn Caller, op: SpaprOp) -> Result<(), VfioError> {
-        self.with_spapr(|spapr| spapr.ready(caller, op))?
-    }
-
-    /// VFIO_IOMMU_SPAPR_TCE_GET_INFO.
-    ///
-    /// # Errors
-    /// As [`Self::ready_spapr`].
-    pub fn spapr_info(&self) -> Result<SpaprInfo, VfioError> {
-        self.spapr()?.info()
-    }
-
-    /// VFIO_IOMMU_MAP_DMA of a SPAPR container: fills TCEs. Linux `tce_iommu_build`, `tce_iommu_build_v2`.
-    ///
-    /// # Errors
-    /// In this order: flags, the default window's, outside the windows, alignment, direction, past the window's end:
-    /// nothing has changed. For a TCE not registered, EFAULT, ENOMEM: the TCEs before it are empty.
-    pub fn map_tces(
-        &self,
-        caller: &dyn Caller,
-        interrupt: &dyn Interrupt,
-        request: &MapDma,
-    ) -> Result<TceAnswer, VfioError> {
-        self.spapr()?.map(caller, interrupt, request)
-    }
-
-    /// VFIO_IOMMU_UNMAP_DMA of a SPAPR container: clears TCEs, and waits until no DMA by them lands any more, unless
-    /// `interrupt` ends the wait. Linux `tce_iommu_clear`.
-    ///
-    /// # Errors
-    /// In this order: flags, the default window's, outside the windows, alignment: nothing has changed.
-    pub fn unmap_tces(
-        &self,
-        caller: &dyn Caller,
-        interrupt: &dyn Interrupt,
-        request: &UnmapDma,
-    ) -> Result<TceAnswer, VfioError> {
-        self.spapr()?.unmap(caller, interrupt, request)
-    }
-
-    /// VFIO_IOMMU_ENABLE.
-    ///
-    /// # Errors
-    /// [`VfioError::AlreadyEnabled`], [`VfioError::NoDefaultWindow`], ENOMEM. Nothing has changed.
-    pub fn enable(&self, caller: &dyn Caller, interrupt: &dyn Interrupt) -> Result<(), VfioError> {
-        self.spapr()?.enable(caller, interrupt)
-    }
-
-    /// VFIO_IOMMU_DISABLE.
-    ///
-    /// # Errors
-    /// As [`Self::ready_spapr`], [`VfioError::Interrupted`].
-    pub fn disable(&self, interrupt: &dyn Interrupt) -> Result<(), VfioError> {
-        self.spapr()?.disable(interrupt)
-    }
-
-    /// VFIO_IOMMU_SPAPR_REGISTER_MEMORY: `size` bytes at user address `vaddr`. Linux `tce_iommu_register_pages`.
-    ///
-    /// # Errors
-    /// [`VfioError::BadUserRange`], [`VfioError::EmptyRegion`], [`VfioError::AlreadyRegistered`], EFAULT, ENOMEM,
-    /// EINVAL of a region that it overlaps. Nothing has changed.
-    pub fn register_memory(
-        &self,
-        caller: &dyn Caller,
-        interrupt: &dyn Interrupt,
-        vaddr: u64,
-        size: u64,
-    ) -> Result<(), VfioError> {
-        self.spapr()?.register(caller, interrupt, vaddr, size)
-    }
-
-    /// VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY of exactly what this container has registered. Linux
-    /// `tce_iommu_unregister_pages`.
-    ///
-    /// # Errors
-    /// [`VfioError::BadUserRange`], [`VfioError::NotRegisteredHere`], EBUSY for the last holder while a TCE points into
-    /// it. Nothing has changed.
-    pub fn unregister_memory(&self, interrupt: &dyn Interrupt, vaddr: u64, size: u64) -> Result<(), VfioError> {
-        self.spapr()?.unregister(interrupt, vaddr, size)
-    }
-
-    /// VFIO_IOMMU_SPAPR_TCE_CREATE: returns where the window begins. Linux `tce_iommu_create_window`.
-    ///
-    /// # Errors
-    /// The default window's, ENOSPC, EINVAL, ENOMEM. Nothing has changed but that the default window may be there.
-    pub fn create_window(
-        &self,
-        caller: &dyn Caller,
-        interrupt: &dyn Interrupt,
-        request: CreateWindow,
-    ) -> Result<Iova, VfioError> {
-        self.spapr()?.create_window(caller, interrupt, request)
-    }
-
-    /// VFIO_IOMMU_SPAPR_TCE_REMOVE of the window that `iova` lies in. Linux `tce_iommu_remove_window`.
-    ///
-    /// # Errors
-    /// [`VfioError::NoWindowToRemove`]. Nothing has changed.
-    pub fn remove_window(&self, interrupt: &dyn Interrupt, iova: Iova) -> Result<(), VfioError> {
-        self.spapr()?.remove_window(interrupt, iova)
-    }
-
     /// Its windows and what is registered, for the status; `None` unless it is a SPAPR container.
     #[must_use]
     pub fn spapr_snapshot(&self) -> Option<SpaprSnapshot> {
-        self.spapr().ok().map(|spapr| spapr.snapshot())
+        Some(self.spapr().ok()?.snapshot())
     }
 
     /// The address space, once there is one.
@@ -533,15 +426,15 @@ impl Container {
         }
     }
 
-    fn spapr(&self) -> Result<Arc<Spapr>, VfioError> {
-        self.with_spapr(Arc::clone)
-    }
-
-    /// What `look` finds, which is held up by nobody.
+    /// The driver of a SPAPR container, which does the ioctls that are not the container's own. An op that has begun ends on
+    /// it, whatever becomes of the container.
+    ///
+    /// # Errors
+    /// [`VfioError::NoIommu`] before VFIO_SET_IOMMU; [`VfioError::NotSupported`] where the driver is another.
     #[inline]
-    fn with_spapr<T>(&self, look: impl FnOnce(&Arc<Spapr>) -> T) -> Result<T, VfioError> {
+    pub fn spapr(&self) -> Result<Arc<Spapr>, VfioError> {
         match &*self.iommu.read() {
-            Driver::Spapr(spapr) => Ok(look(spapr)),
+            Driver::Spapr(spapr) => Ok(Arc::clone(spapr)),
             Driver::Type1(_) => Err(VfioError::NotSupported("this ioctl of a type1 container")),
             Driver::NoIommu => Err(VfioError::NotSupported("this ioctl of a noiommu container")),
             Driver::Unset => Err(VfioError::NoIommu),

@@ -50,7 +50,8 @@ pub use group::{Group, GroupFile, GroupStatus};
 pub use iommufd::{Binding, Iommufd};
 pub use pe::{PeError, PeOp, PeState};
 pub use spapr::{
-    CreateWindow, DynamicWindows, SpaprInfo, SpaprOp, SpaprSnapshot, SpaprVersion, TceAnswer, TceRange, WindowSnapshot,
+    CreateWindow, DynamicWindows, RegisterAnswer, Spapr, SpaprInfo, SpaprOp, SpaprSnapshot, SpaprVersion, TceAnswer,
+    TceRange, WindowSnapshot,
 };
 pub use vfio::{DMA_ENTRY_LIMIT, DeviceSpec, DirtyMode, Personality, Removal, Vfio, VfioOptions};
 pub use vfio_device::{DeviceSnapshot, VfioDevice};

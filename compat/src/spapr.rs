@@ -30,8 +30,8 @@ use hwpt::spapr::{TceTable, WindowRules, Windows};
 use hwpt::{Hwpt, HwptList};
 use ioas::caller::{Caller, MemoryMap, MmId};
 use ioas::{
-    Charge, Interrupt, Ioas, Iova, IovaRange, PAGE_SIZE, RegisteredMemory, Registration, Registrations, UserAddr,
-    UserRange,
+    Charge, Interrupt, Ioas, IoasError, Iova, IovaRange, PAGE_SHIFT, PAGE_SIZE, RegisteredMemory, Registration,
+    Registrations, UserAddr, UserRange,
 };
 use parking_lot::{Mutex, MutexGuard};
 
@@ -52,6 +52,9 @@ pub(crate) use tces::Filling;
 
 /// How often a call that waits for the lock asks whether its caller was killed.
 const POLL: Duration = Duration::from_millis(100);
+
+/// Pages that Linux pins into one list: as many pointers as fit the largest block of pages, 16 MiB (`mm_iommu_do_alloc`).
+const PINNED_AT_ONCE: u64 = (16 << 20) / 8;
 
 /// Which of VFIO's two interfaces to TCEs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,6 +135,21 @@ pub enum TceAnswer {
     Refused(TceRange),
 }
 
+/// What became of a REGISTER that did not fail.
+#[derive(Debug)]
+pub enum RegisterAnswer {
+    /// It was done: the ioctl returns 0.
+    Done,
+    /// Memory that is not all there: nothing was done, and the ioctl returns how many pages Linux had pinned in the list at
+    /// hand ([`PINNED_AT_ONCE`]), because it takes only 0 for a failure.
+    Part {
+        /// The pages, not 0.
+        pages: u64,
+        /// What is wrong with the page behind them.
+        reason: VfioError,
+    },
+}
+
 /// IOVAs that are not whole TCEs of one window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{size:#x} bytes at IOVA {iova} are not whole pages of {page_size:#x} bytes in the window {window}")]
@@ -154,8 +172,8 @@ struct Owner {
     registered: Arc<RegisteredMemory>,
 }
 
-/// The IOMMU of a container.
-pub(crate) struct Spapr {
+/// The IOMMU of a container: its driver, which does the ioctls.
+pub struct Spapr {
     /// Immutable, as the next four.
     version: SpaprVersion,
     /// Tables of windows are charged.
@@ -234,7 +252,7 @@ impl Spapr {
 
     /// The checks of an ioctl that come before any argument is read, and what they change: the container belongs to
     /// the caller after a call that needs an owner, whatever becomes of it (`tce_iommu_mm_set`).
-    pub(crate) fn ready(&self, caller: &dyn Caller, op: SpaprOp) -> Result<(), VfioError> {
+    pub fn ready(&self, caller: &dyn Caller, op: SpaprOp) -> Result<(), VfioError> {
         if let Some(owner) = self.owner.get() {
             check_owner(owner, caller)?;
         }
@@ -268,7 +286,7 @@ impl Spapr {
     }
 
     /// VFIO_IOMMU_SPAPR_TCE_GET_INFO.
-    pub(crate) fn info(&self) -> Result<SpaprInfo, VfioError> {
+    pub fn info(&self) -> Result<SpaprInfo, VfioError> {
         let rules = self.rules.get().ok_or(VfioError::NoGroup)?;
         let word = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
         let dynamic = (rules.dynamic && self.version == SpaprVersion::V2).then(|| DynamicWindows {
@@ -284,7 +302,7 @@ impl Spapr {
     ///
     /// # Errors
     /// EBUSY, EPERM, ENOMEM. But for the owner, nothing has changed.
-    pub(crate) fn enable(&self, caller: &dyn Caller, interrupt: &dyn Interrupt) -> Result<(), VfioError> {
+    pub fn enable(&self, caller: &dyn Caller, interrupt: &dyn Interrupt) -> Result<(), VfioError> {
         let mut state = self.lock(interrupt)?;
         if self.enabled.load(Ordering::Acquire) {
             return Err(VfioError::AlreadyEnabled);
@@ -300,7 +318,7 @@ impl Spapr {
     }
 
     /// VFIO_IOMMU_DISABLE: refunds the window. Its TCEs stay (`tce_iommu_disable`).
-    pub(crate) fn disable(&self, interrupt: &dyn Interrupt) -> Result<(), VfioError> {
+    pub fn disable(&self, interrupt: &dyn Interrupt) -> Result<(), VfioError> {
         let mut state = self.lock(interrupt)?;
         self.enabled.store(false, Ordering::Release);
         state.window_charge = None;
@@ -310,15 +328,15 @@ impl Spapr {
     /// VFIO_IOMMU_SPAPR_REGISTER_MEMORY (`tce_iommu_register_pages`).
     ///
     /// # Errors
-    /// EINVAL, EBUSY when this container has registered exactly this; EFAULT, ENOMEM; EINVAL when it overlaps another
+    /// EINVAL, EBUSY when this container has registered exactly this; ENOMEM, EFAULT; EINVAL when it overlaps another
     /// region. Nothing has changed.
-    pub(crate) fn register(
+    pub fn register(
         &self,
         caller: &dyn Caller,
         interrupt: &dyn Interrupt,
         vaddr: u64,
         size: u64,
-    ) -> Result<(), VfioError> {
+    ) -> Result<RegisterAnswer, VfioError> {
         let mut state = self.lock(interrupt)?;
         check_user_pages(vaddr, size)?;
         if vaddr.checked_add(size).is_none() {
@@ -329,10 +347,17 @@ impl Spapr {
         if state.registered.iter().any(|(present, _)| *present == range) {
             return Err(VfioError::AlreadyRegistered(range));
         }
-        let registration = self.own(caller)?.registered.register(caller, range)?;
+        let registration = match self.own(caller)?.registered.register(caller, range) {
+            Err(IoasError::Fault { address, reason }) => {
+                let pages = ((address.0 - vaddr) >> PAGE_SHIFT) % PINNED_AT_ONCE;
+                let reason = VfioError::from(IoasError::Fault { address, reason });
+                return if pages == 0 { Err(reason) } else { Ok(RegisterAnswer::Part { pages, reason }) };
+            }
+            answer => answer?,
+        };
         state.registered.push((range, registration));
         self.enabled.store(true, Ordering::Release);
-        Ok(())
+        Ok(RegisterAnswer::Done)
     }
 
     /// VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY (`tce_iommu_unregister_pages`).
@@ -340,7 +365,7 @@ impl Spapr {
     /// # Errors
     /// EINVAL; ENOENT unless this container has registered exactly this; EBUSY for the last holder while a TCE points
     /// into it. Nothing has changed.
-    pub(crate) fn unregister(&self, interrupt: &dyn Interrupt, vaddr: u64, size: u64) -> Result<(), VfioError> {
+    pub fn unregister(&self, interrupt: &dyn Interrupt, vaddr: u64, size: u64) -> Result<(), VfioError> {
         let mut state = self.lock(interrupt)?;
         check_user_pages(vaddr, size)?;
         let not_registered = VfioError::NotRegisteredHere { vaddr, size };

@@ -26,7 +26,7 @@ use serde::Serialize;
 
 use crate::addr::{Frame, FrameRun, PAGE_SHIFT, UserAddr, UserRange};
 use crate::caller::{Caller, MemoryMap, MmId};
-use crate::charge;
+use crate::charge::{self, Charge};
 use crate::error::IoasError;
 use crate::payer::PayerName;
 use crate::registry::Registry;
@@ -122,7 +122,7 @@ impl RegisteredMemory {
 
     /// Holds `range`, whole pages of the caller, for writing, and charges the memory map for it; or counts one more
     /// holder of the region that is exactly this range. With CAP_IPC_LOCK it is charged without limit. In Linux's order:
-    /// EFAULT and ENOMEM, then EINVAL when it overlaps another region.
+    /// ENOMEM of the limit, EFAULT, then EINVAL when it overlaps another region.
     ///
     /// # Errors
     /// [`IoasError`]; nothing has changed.
@@ -157,7 +157,13 @@ impl RegisteredMemory {
         let first = range.start().0 >> PAGE_SHIFT;
         let pages = (range.last().0 >> PAGE_SHIFT) - first + 1;
         let payer = PayerName::MemoryMap(self.memory.id());
-        let found = resolve::user_memory(&self.store, &self.memory, range.start(), pages, rights)?;
+        let found = match resolve::user_memory(&self.store, &self.memory, range.start(), pages, rights) {
+            Ok(found) => found,
+            // Linux charges the whole region before it looks at it.
+            Err(fault) => {
+                return Err(Charge::new(&self.store, caller, &self.memory, pages << PAGE_SHIFT).err().unwrap_or(fault));
+            }
+        };
         let held = charge::counting_ipc_lock(caller, |enforced| {
             let bill = Bill { payer, limit: client.seen_limit(), enforced };
             let mut held = HeldRuns::new();

@@ -56,7 +56,7 @@ impl Spapr {
     /// In this order: flags; the default window's own; ENXIO outside the windows; EINVAL alignment, no direction; a
     /// range past its window's end; then for each TCE EINVAL, EFAULT, ENOMEM. After those of a TCE, those before it are
     /// empty; after the others nothing has changed but that the default window may be there.
-    pub(crate) fn map(
+    pub fn map(
         &self,
         caller: &dyn Caller,
         interrupt: &dyn Interrupt,
@@ -111,7 +111,7 @@ impl Spapr {
     /// # Errors
     /// In this order: flags; the default window's own; ENXIO outside the windows; EINVAL size. Nothing has changed but
     /// that the default window may be there. After [`VfioError::Interrupted`] the work is finished behind the caller.
-    pub(crate) fn unmap(
+    pub fn unmap(
         &self,
         caller: &dyn Caller,
         interrupt: &dyn Interrupt,

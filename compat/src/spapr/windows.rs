@@ -114,7 +114,7 @@ impl Spapr {
     /// # Errors
     /// Those of the default window, which is created before it; ENOSPC; EINVAL; ENOMEM. Nothing has changed but that
     /// the default window may be there.
-    pub(crate) fn create_window(
+    pub fn create_window(
         &self,
         caller: &dyn Caller,
         interrupt: &dyn Interrupt,
@@ -155,7 +155,7 @@ impl Spapr {
     ///
     /// # Errors
     /// EINVAL when it lies in none, and what moving a group meets. Nothing has changed.
-    pub(crate) fn remove_window(&self, interrupt: &dyn Interrupt, iova: Iova) -> Result<(), VfioError> {
+    pub fn remove_window(&self, interrupt: &dyn Interrupt, iova: Iova) -> Result<(), VfioError> {
         let mut state = self.lock(interrupt)?;
         if state.default_pending && iova.0 == 0 {
             state.default_pending = false;

@@ -131,6 +131,12 @@ impl<F: ?Sized, const SLOTS: usize> Table<F, SLOTS> {
         }
     }
 
+    /// Whether it has a row for an ioctl command.
+    #[inline]
+    pub(crate) fn has(&self, cmd: u32) -> bool {
+        self.find(cmd).is_some()
+    }
+
     /// The name of the op, for the log.
     pub(crate) fn name(&self, cmd: u32) -> &'static str {
         self.find(cmd).map_or(UNKNOWN, |op| op.name)
