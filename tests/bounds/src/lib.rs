@@ -1,7 +1,7 @@
 //! What the benches share: medians, an allocator that counts, mappings, and the line that `tools/bench` collects.
 //!
 //! A bench is a program (`harness = false`) that measures ours and the peer in the same run and prints, for each bound
-//! that it is about, one line by [`at_most_ratio`], [`at_least_ratio`] or [`at_most`]. `tools/bench` runs the programs
+//! that it is about, one line by [`at_most_ratio`], [`at_least_ratio`], [`at_most`] or one that says what is counted. `tools/bench` runs the programs
 //! and shows these lines as one table: `name  ours  peer  ratio  bound  ok|over`. Fields are separated by tabs.
 //!
 //! Times are in nanoseconds per operation, as `f64`: a quotient of a span of time and a count.
@@ -83,6 +83,11 @@ pub fn at_most(name: &str, ours: f64, peer: Option<f64>, bound: f64) {
 /// Ours must be at most `bound` bytes.
 pub fn at_most_bytes(name: &str, ours: f64, bound: f64) {
     line(name, &format!("{ours:.1} B"), "-", f64::NAN, &format!("<= {bound:.0} B"), ours <= bound);
+}
+
+/// There must be at most `bound` a second.
+pub fn at_most_per_second(name: &str, ours: f64, bound: f64) {
+    line(name, &format!("{ours:.1} /s"), "-", f64::NAN, &format!("<= {bound:.0} /s"), ours <= bound);
 }
 
 fn line(name: &str, ours: &str, peer: &str, ratio: f64, bound: &str, ok: bool) {

@@ -26,6 +26,7 @@ pub mod spapr;
 pub mod sys;
 pub mod vfio;
 pub mod vm;
+pub mod wakeups;
 pub mod ways;
 
 use std::io::Write;
