@@ -120,6 +120,18 @@ guest_image() {
   printf '%s\n%s\n' "$(find "$guest_directory/root/boot" -name 'vmlinu[xz]-*' | head -1)" "$initramfs"
 }
 
+# unpacked_guest DIRECTORY: the same kernel and initramfs as files 'kernel' and 'initramfs' there, without their
+# compression. An emulator inside an emulated machine takes minutes to undo it.
+unpacked_guest() {
+  local kernel initramfs offset
+  { read -r kernel && read -r initramfs; } < <(guest_image)
+  offset=$(LC_ALL=C grep -aobP '\xfd7zXZ\x00' "$kernel" | head -1 | cut -d: -f1)
+  # Behind the archive are other parts of the file, which xz complains about.
+  tail -c "+$((offset + 1))" "$kernel" | xz -dc 2>/dev/null >"$1/kernel" || true
+  [[ $(head -c 4 "$1/kernel") == $'\177ELF' ]] || die "$kernel is not packed by xz"
+  zcat "$initramfs" >"$1/initramfs"
+}
+
 # pack_initramfs OUTPUT
 pack_initramfs() {
   local root driver modules module from=$guest_directory/root

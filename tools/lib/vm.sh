@@ -64,7 +64,9 @@ keep_what_is_needed() {
 pack_vm() {
   local root
   root=$(mktemp -d "$cache/initramfs.XXXXXX")
-  mkdir -p "$root"/{bin,dev,proc,sys,tmp,run,etc,home/user,vm}
+  # As Debian's: bin is a link there, which nothing else can be in its place.
+  mkdir -p "$root"/{usr/bin,dev,proc,sys,tmp,run,etc,home/user,vm}
+  ln -s usr/bin "$root/bin"
   cp "$vm_directory/busybox" "$root/bin/"
   cp -r "$vm_directory/modules" "$root/"
   cp "$repo/tools/guest/vm-init" "$root/init"
