@@ -23,7 +23,7 @@ const ENTRIES: u32 = 16;
 const CONFIG: u64 = 7 << 40;
 /// What [`Nvme::store_unseen`] stores; no other access uses it.
 pub const MARK: u8 = 0xd7;
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where things lie in the driver's memory, in pages.
 const BUFFER: u64 = 4;
