@@ -364,7 +364,22 @@ impl BoundDevice {
     /// # Errors
     /// The errno.
     pub fn open(iommufd: &Iommufd, node: u32) -> Result<Self> {
-        let file = open(&format!("/dev/vfio/devices/vfio{node}"))?;
+        Self::bind(iommufd, open(&format!("/dev/vfio/devices/vfio{node}"))?)
+    }
+
+    /// The same by that node of the device that has its registers: by CUSE there are two, and the other is for control only.
+    ///
+    /// # Errors
+    /// The errno.
+    pub fn open_with_regions(iommufd: &Iommufd, node: u32) -> Result<Self> {
+        match open(&format!("/dev/uiommufd/devices/vfio{node}")) {
+            Ok(file) => Self::bind(iommufd, file),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Self::open(iommufd, node),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn bind(iommufd: &Iommufd, file: File) -> Result<Self> {
         let argsz = size::<vfio_device_bind_iommufd>();
         let mut bind = vfio_device_bind_iommufd { argsz, iommufd: iommufd.0.as_raw_fd(), ..Default::default() };
         sys::ioctl_struct(file.as_fd(), offset::BIND_IOMMUFD, &mut bind)?;

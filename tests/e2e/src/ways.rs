@@ -91,7 +91,7 @@ impl Space {
         let iommufd = Iommufd::open()?;
         let ioas = iommufd.alloc_ioas()?;
         let attached = |place: &Place| {
-            let bound = BoundDevice::open(&iommufd, place.node)?;
+            let bound = BoundDevice::open_with_regions(&iommufd, place.node)?;
             bound.attach(ioas)?;
             Ok(bound.device)
         };

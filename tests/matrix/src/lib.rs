@@ -5,10 +5,13 @@
 //! boot serves many tests. The rows of the conformance suite come from their one source; here they are only asked
 //! elsewhere.
 //!
+//! Linux's own selftest of iommufd is asked there too; what it prints is read by [`tap`].
+//!
 //! What this crate refuses to know: what the right answer to a row is, and how a VM is made.
 
 #![deny(unsafe_code)]
 
 pub mod machine;
+pub mod tap;
 
 pub use machine::{Machine, Part, Server};

@@ -50,7 +50,7 @@ struct Bench {
 impl Bench {
     fn new() -> Result<Self> {
         let iommufd = Iommufd::open()?;
-        let (ioas, bound) = (iommufd.alloc_ioas()?, BoundDevice::open(&iommufd, 0)?);
+        let (ioas, bound) = (iommufd.alloc_ioas()?, BoundDevice::open_with_regions(&iommufd, 0)?);
         let (chains, source) = (Arc::new(Memory::private(ioat::MEMORY)?), Memory::private(4 * PAGE as usize)?);
         let pattern: Vec<u8> = (0..4 * PAGE).map(|byte| (byte % 251) as u8).collect();
         source.write(0, &pattern);

@@ -1,5 +1,5 @@
 //! The matrix itself: on each kernel, over each front end, the conformance rows, and user-space drivers whose devices do real
-//! DMA. As root and as an ordinary user; by 64-bit and 32-bit programs.
+//! DMA. As root and as an ordinary user; by 64-bit and 32-bit programs. On one kernel the iommufd selftest of Linux besides.
 //!
 //! Not the usual test harness: many tests share a boot. It prints as one, a line per row and way. An argument picks rows and
 //! tests by a part of their names: `cargo test -p matrix --test matrix -- drivers/`; and `--machine=NAME` machines by a
@@ -7,6 +7,7 @@
 
 mod conformance;
 mod drivers;
+mod selftest;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ struct Front {
 
 const FRONTS: &[Front] = &[
     Front { name: "fuse", options: &[], machine: &[], root: true },
+    Front { name: "cuse", options: &["--cuse"], machine: &[], root: true },
     Front { name: "fuse, no root", options: &[], machine: &["--user"], root: false },
 ];
 
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
             let chosen = std::env::args().find_map(|word| Some(word.strip_prefix("--machine=")?.to_owned()));
             if chosen.is_none_or(|part| way.contains(&part)) {
                 one_boot(&mut tally, kernel, front, &way);
+                selftest::run(&mut tally, kernel, front, &way);
             }
         }
     }
