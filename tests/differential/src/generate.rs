@@ -11,7 +11,9 @@ use conformance::arg;
 use crate::believe::{Belief, Mapped, Named};
 use crate::play::{ARGUMENT, BESIDE, DATA, HOLE, MEMFD, NULL_FILE, READ_ONLY, USER};
 use crate::random::Random;
-use crate::structs::{DMABUF_GET, Effect, Family, Field, Kind, Opened, Request, TEST, descriptor_at, test_operation};
+use crate::structs::{
+    DMABUF_GET, Effect, Family, Field, Kind, NATIVE, Opened, Request, TEST, descriptor_at, test_operation,
+};
 use crate::text::{Action, File, Ioctl, PLACES, Step, Who, Words};
 
 const PAGE: u64 = 0x1000;
@@ -19,6 +21,9 @@ const PAGE: u64 = 0x1000;
 /// The sequence of a seed: `length` steps that ask what the family has.
 #[must_use]
 pub fn sequence(family: &Family, seed: u64, length: usize) -> Vec<Step> {
+    if family.is_native() {
+        return crate::native::sequence(seed, length, family.name == NATIVE.name);
+    }
     let mut generator = Generator { random: Random::new(seed), belief: Belief::default(), beside: None };
     (0..length).map(|_| generator.step(family)).collect()
 }

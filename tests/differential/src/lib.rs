@@ -16,6 +16,8 @@
 
 mod believe;
 pub mod generate;
+pub mod machine;
+mod native;
 pub mod peer;
 pub mod play;
 pub mod random;

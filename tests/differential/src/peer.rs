@@ -30,10 +30,10 @@ pub enum Peer {
     Ours {
         /// The `uiommufd` program.
         uiommufd: PathBuf,
-        /// Whether it runs with `--selftest`.
-        mock: bool,
+        /// What `run` is told.
+        options: Vec<String>,
     },
-    /// The real kernel: the `reference-vm` program.
+    /// The real kernel: the `reference-vm` program, or one that is called as that is.
     Linux(PathBuf),
 }
 
@@ -68,13 +68,9 @@ impl Peer {
 
     fn run(&self, client: &Path, words: &[String], files: Option<&Path>) -> Result<String> {
         let mut command = match self {
-            Self::Ours { uiommufd, mock } => {
+            Self::Ours { uiommufd, options } => {
                 let mut command = Command::new(uiommufd);
-                command.args(["run", "--accounting", "linux", "--dirty", "linux"]);
-                if *mock {
-                    command.arg("--selftest");
-                }
-                command.arg("--").arg(client).arg("wait");
+                command.arg("run").args(options).arg("--").arg(client).arg("wait");
                 command
             }
             Self::Linux(vm) => {

@@ -6,12 +6,13 @@
 //! it is not root. Only one step is under way at any time, whoever does it: the main thread waits for the thread, the
 //! child or the twin. The two ioctls of a step that has two start together and have places of their own in the pages.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, RawFd};
 use std::sync::Barrier;
 
+use conformance::place::Place;
 use conformance::way::{Node, Syscalls, Way};
 use conformance::{Mapping, Memory, in_child};
 use nix::errno::Errno;
@@ -24,7 +25,7 @@ use nix::sys::socket::{
 
 use crate::structs::{DMABUF_GET, descriptor_at, mapped_file, test_operation};
 use crate::sys;
-use crate::text::{Action, File, Ioctl, Step, Who, Words};
+use crate::text::{Action, File, Ioctl, Step, Vfio, Who, Words};
 
 /// The descriptor number of a memfd of 256 KiB.
 pub const MEMFD: RawFd = 200;
@@ -83,6 +84,8 @@ struct Player {
     window: RefCell<Option<Memory>>,
     /// Descriptors of objects: a queue or an access.
     objects: RefCell<BTreeSet<RawFd>>,
+    /// The sequence is about VFIO's own nodes.
+    vfio: Cell<bool>,
 }
 
 impl Player {
@@ -107,6 +110,7 @@ impl Player {
             _user: [private, anonymous(USER + 0x10_0000, 0x1_0000, libc::MAP_PRIVATE, libc::PROT_READ)?, shared_file],
             window: RefCell::default(),
             objects: RefCell::default(),
+            vfio: Cell::default(),
         };
         sys::move_to(memfd.into_raw_fd(), MEMFD)?;
         let null = std::fs::File::open("/dev/null").map_err(|_| Errno::last())?;
@@ -124,14 +128,24 @@ impl Player {
 
     fn step(&self, step: &Step) -> String {
         match &step.action {
-            Action::Open(file) => answer(open(*file)),
+            Action::Open(file) => answer(open(*file, Node::Iommufd)),
+            Action::OpenVfio(file, node) => {
+                self.vfio.set(true);
+                let opened = answer(vfio(*node).and_then(|node| open(*file, node)));
+                self.settle(*file);
+                opened
+            }
             Action::Close(file) => {
                 sys::close(file.0);
                 self.objects.borrow_mut().remove(&file.0);
-                settle(*file);
+                self.settle(*file);
                 "0".to_owned()
             }
-            Action::Send(from, to) => answer(send(from.0, to.0)),
+            Action::Send(from, to) => {
+                let sent = answer(send(from.0, to.0));
+                self.settle(*to);
+                sent
+            }
             Action::Ioctl(ioctl) if self.keeps(ioctl) => "not asked".to_owned(),
             Action::Ioctl(ioctl) => {
                 self.lay(ioctl);
@@ -197,6 +211,17 @@ impl Player {
             self.changes(&mut text, "data", data, DATA_LENGTH);
         }
         text
+    }
+
+    /// Waits until what hung on a descriptor has gone: our nodes see a close a moment later, but before the next open. A
+    /// place of an iommufd needs no wait, because nobody can ask an iommufd that is closed; of VFIO's files each holds others.
+    fn settle(&self, file: File) {
+        let node = if self.vfio.get() { Node::Container } else { Node::Iommufd };
+        if (self.vfio.get() || file.index().is_none())
+            && let Ok(other) = Syscalls.open(node)
+        {
+            sys::close(other);
+        }
     }
 
     /// Whether an ioctl would map the file of an object, or an iommufd: Linux keeps it open for as long as it is mapped,
@@ -294,19 +319,16 @@ fn fill(memory: &Memory) {
     }
 }
 
-fn open(file: File) -> Result<i32, Errno> {
-    sys::move_to(Syscalls.open(Node::Iommufd)?, file.0)?;
+fn open(file: File, node: Node) -> Result<i32, Errno> {
+    sys::move_to(Syscalls.open(node)?, file.0)?;
     Ok(0)
 }
 
-/// Waits until what hung on a descriptor has gone: our nodes see a close a moment later, but before the next open. A
-/// place needs no wait, because nobody can ask an iommufd that is closed.
-fn settle(file: File) {
-    if file.index().is_none()
-        && let Ok(other) = Syscalls.open(Node::Iommufd)
-    {
-        sys::close(other);
-    }
+/// What a node of VFIO is called on this machine.
+fn vfio(node: Vfio) -> Result<Node, Errno> {
+    let Vfio::Group(number) = node else { return Ok(Node::Container) };
+    let place = Place::find().map_err(|_| Errno::ENODEV)?;
+    place.devices.get(number).map(conformance::place::Device::group_node).ok_or(Errno::ENODEV)
 }
 
 fn ask(ioctl: &Ioctl) -> Result<i32, Errno> {

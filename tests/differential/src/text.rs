@@ -3,6 +3,8 @@
 //!
 //! ```text
 //! main open f0 = 0
+//! main open f1 container = 0
+//! main open f2 group0 = 0
 //! main ioctl f0 3b81 @1000000100 c 0 0 = 0 +8=1
 //! child ioctl f0 3b84 @1000000100 20 1 2 0 1000 10 0 0 data@1000001000 = EMSGSIZE +18=1
 //! thread ioctl f0 3b80 @0 = EFAULT
@@ -19,7 +21,8 @@
 //!
 //! WHO does it: `main`, a `thread` made for the step, a `child` forked for it, or a `twin`, which is another process
 //! with the same memory map and descriptors. A file is a descriptor: `f0` to `f3`
-//! are places of the sequence's own, `d3` is whatever an ioctl made descriptor 3. An ioctl names the file, its number
+//! are places of the sequence's own, `d3` is whatever an ioctl made descriptor 3. What is opened is `/dev/iommu`, VFIO's
+//! container, or the group of the machine's first device or second. An ioctl names the file, its number
 //! and the argument's address; then come the 32-bit words that lie there. `data@ADDRESS` begins the words of a second
 //! place, an array for example. `both` is two ioctls at the same time, by the main thread and another one.
 //!
@@ -89,11 +92,22 @@ pub struct Ioctl {
     pub data: Option<Words>,
 }
 
+/// A node of VFIO.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vfio {
+    /// `/dev/vfio/vfio`.
+    Container,
+    /// The group of the device with this number, in the order of addresses, from 0.
+    Group(usize),
+}
+
 /// What is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// Opens `/dev/iommu` as this file.
     Open(File),
+    /// Opens a node of VFIO as this file.
+    OpenVfio(File, Vfio),
     /// Closes this file.
     Close(File),
     /// Passes a file over a socket; what arrives becomes the other file.
@@ -132,6 +146,15 @@ impl fmt::Display for File {
     }
 }
 
+impl fmt::Display for Vfio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Container => f.write_str("container"),
+            Self::Group(number) => write!(f, "group{number}"),
+        }
+    }
+}
+
 impl fmt::Display for Words {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "@{:x}", self.address)?;
@@ -150,6 +173,7 @@ impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Open(file) => write!(f, "open {file}"),
+            Self::OpenVfio(file, node) => write!(f, "open {file} {node}"),
             Self::Close(file) => write!(f, "close {file}"),
             Self::Send(from, to) => write!(f, "send {from} {to}"),
             Self::Ioctl(ioctl) => write!(f, "ioctl {ioctl}"),
@@ -222,6 +246,7 @@ fn action_of(text: &str) -> Option<Action> {
     let words: Vec<&str> = rest.split_whitespace().collect();
     Some(match (verb, words.as_slice()) {
         ("open", [name]) => Action::Open(file(name)?),
+        ("open", [name, node]) => Action::OpenVfio(file(name)?, vfio(node)?),
         ("close", [name]) => Action::Close(file(name)?),
         ("send", [from, to]) => Action::Send(file(from)?, file(to)?),
         ("ioctl", words) => Action::Ioctl(ioctl(words)?),
@@ -238,6 +263,13 @@ fn action_of(text: &str) -> Option<Action> {
         ("munmap", []) => Action::Unmap,
         _ => return None,
     })
+}
+
+fn vfio(word: &str) -> Option<Vfio> {
+    match word.strip_prefix("group") {
+        Some(number) => number.parse().ok().map(Vfio::Group),
+        None => (word == "container").then_some(Vfio::Container),
+    }
 }
 
 fn ioctl(words: &[&str]) -> Option<Ioctl> {
@@ -286,6 +318,8 @@ mod tests {
     fn line_read_and_written_is_the_same() {
         for line in [
             "main open f0",
+            "main open f1 container",
+            "main open f2 group1",
             "child close f3",
             "main close d7",
             "main send f0 f2",

@@ -1,20 +1,18 @@
 //! Our nodes answer the recorded seeds as the real kernel did.
 
 use anyhow::{Result, ensure};
+use differential::machine::Machine;
 use differential::peer::split;
 use differential::recorded::{LENGTH, SEEDS, found, hashes, load};
 use differential::shrink::first_difference;
-use differential::structs::{FAMILIES, Family};
+use differential::structs::{FAMILIES, Family, NATIVE};
 use e2e::server::Run;
 
 fn ours(family: &Family, how: &str, seed: u64, count: u64) -> Result<String> {
-    let mut options = ["--accounting", "linux", "--dirty", "linux"].map(str::to_owned).to_vec();
-    if family.mock {
-        options.push("--selftest".to_owned());
-    }
+    let machine = Machine::of(family)?;
     let (seed, count, length) = (seed.to_string(), count.to_string(), LENGTH.to_string());
     let command = [env!("CARGO_BIN_EXE_differential-client"), how, family.name, &seed, &count, &length];
-    let report = Run::start(&options, &command)?.finish()?;
+    let report = Run::start(machine.options(), &command)?.finish()?;
     ensure!(report.status.success(), "{}", report.stderr);
     Ok(report.lines.join("\n"))
 }
@@ -79,6 +77,11 @@ fn sequences_of_nested_page_tables_have_the_answers_of_linux() {
 }
 
 #[test]
+fn sequences_of_vfio_itself_have_the_answers_of_linux() {
+    family_has_the_answers_of_linux("native");
+}
+
+#[test]
 fn sequences_that_were_found_to_differ_have_the_answers_of_linux() {
     if let Some(reason) = e2e::no_fuse() {
         e2e::skipped(reason);
@@ -104,7 +107,7 @@ fn sequences_that_were_found_to_differ_have_the_answers_of_linux() {
 
 #[test]
 fn recordings_hold_every_seed() {
-    for family in FAMILIES {
+    for family in FAMILIES.iter().chain([&NATIVE]) {
         let recording = load(family.name).expect("run tools/differential --record");
         assert!((1..=SEEDS).eq(recording.hashes.keys().copied()), "{}: run tools/differential --record", family.name);
     }

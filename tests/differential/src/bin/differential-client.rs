@@ -3,12 +3,14 @@
 //! `differential-client seeds FAMILY FIRST COUNT LENGTH` prints a line `SEED HASH` for each; `text` instead of `seeds`
 //! prints the text of each after a line `# SEED`. `differential-client play FILE...` plays files of steps, each after
 //! a line `# FILE`. A sequence whose process is killed gets the line `# killed`. After the word `wait` before all these
-//! the line `# played` is printed at the end, and a line of input awaited.
+//! the line `# played` is printed at the end, and a line of input awaited. After the word `bind` the machine's NVMe controllers
+//! are given to vfio-pci first.
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use conformance::place::Place;
 use differential::generate::sequence;
 use differential::peer::PLAYED;
 use differential::play::play;
@@ -28,6 +30,13 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let words = match words.split_first() {
+        Some((&"bind", rest)) => {
+            Place::bind().context("vfio-pci")?;
+            rest.to_vec()
+        }
+        _ => words,
+    };
     let Some((&"wait", words)) = words.split_first() else { return play_all(&words) };
     play_all(words)?;
     println!("{PLAYED}");

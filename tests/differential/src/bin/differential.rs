@@ -13,6 +13,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use differential::generate::sequence;
+use differential::machine::Machine;
 use differential::peer::Peer;
 use differential::recorded::{IN_FULL, LENGTH, SEEDS, hashes};
 use differential::shrink::{first_difference, shortest};
@@ -66,6 +67,8 @@ struct Comparison {
     client: PathBuf,
     ours: Peer,
     linux: Peer,
+    /// What ours is; kept for its disks.
+    _machine: Machine,
     /// Where answers of the real kernel to this client are kept.
     answers: Option<PathBuf>,
 }
@@ -79,8 +82,9 @@ impl Comparison {
     fn of(programs: [&str; 3], name: &str) -> Result<(&'static Family, Self)> {
         let family = family(name).with_context(|| format!("there is no family '{name}'"))?;
         let [client, uiommufd, vm] = programs.map(PathBuf::from);
-        let (ours, linux) = (Peer::Ours { uiommufd, mock: family.mock }, Peer::Linux(vm));
-        Ok((family, Self { client, ours, linux, answers: None }))
+        let machine = Machine::of(family)?;
+        let (ours, linux) = (Peer::Ours { uiommufd, options: machine.options().to_vec() }, Peer::Linux(vm));
+        Ok((family, Self { client, ours, linux, _machine: machine, answers: None }))
     }
 
     /// Keeps answers of the real kernel below `folder`, apart for each build of the client.

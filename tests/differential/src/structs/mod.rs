@@ -138,7 +138,7 @@ pub struct Request {
 pub struct Family {
     /// Its name on the command line and in recordings.
     pub name: &'static str,
-    /// What it asks.
+    /// What it asks; nothing for [`NATIVE`] and [`NATIVE_OLDER`].
     pub requests: &'static [&'static [Request]],
     /// Whether it needs the mock, or asks what a kernel with the mock answers otherwise.
     pub mock: bool,
@@ -186,6 +186,21 @@ pub const FAMILIES: &[Family] = &[
     Family { name: "nesting", requests: &[NESTING, DEVICES, LOOKS, PASIDS, OBJECTS], mock: true },
 ];
 
+/// VFIO's own containers, groups and devices, whose sequences are made by [`crate::native`]. The kernel that is asked needs two
+/// devices behind an IOMMU.
+pub const NATIVE: Family = Family { name: "native", requests: &[], mock: false };
+
+/// The same without what Linux 6.12 answers otherwise than 7.3.
+pub const NATIVE_OLDER: Family = Family { name: "native-older", requests: &[], mock: false };
+
+impl Family {
+    /// Whether it is about VFIO's own nodes.
+    #[must_use]
+    pub fn is_native(&self) -> bool {
+        [NATIVE.name, NATIVE_OLDER.name].contains(&self.name)
+    }
+}
+
 /// IOMMU_TEST_CMD.
 pub(crate) const TEST: u32 = iommufd::iommufd(0xa0);
 /// IOMMU_FAULT_QUEUE_ALLOC.
@@ -221,5 +236,5 @@ pub(crate) fn mapped_file(ioctl: &Ioctl) -> Option<File> {
 /// The family of a name.
 #[must_use]
 pub fn family(name: &str) -> Option<&'static Family> {
-    FAMILIES.iter().find(|family| family.name == name)
+    FAMILIES.iter().chain([&NATIVE, &NATIVE_OLDER]).find(|family| family.name == name)
 }
