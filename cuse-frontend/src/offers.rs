@@ -22,7 +22,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ioas::UserAddr;
+use ioas::{UserAddr, killpoint};
 use parking_lot::Mutex;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -133,8 +133,10 @@ impl Offers {
                 return write(client.call, arg, call.as_bytes());
             }
         };
+        killpoint::pass("offers: a new file is not on offer yet");
         match self.offer(file.serial(), client, *new) {
             Ok(Told { name, open_flags, fd_at }) => {
+                killpoint::pass("offers: a new file is on offer, and nobody knows");
                 let path = format!("{directory}/{name}\0");
                 call.flags |= CALL_OPEN;
                 (call.open_flags, call.fd_at) = (open_flags, fd_at);

@@ -2,9 +2,12 @@
 //!
 //! A test arms the calling thread with a number n, and the n-th step that this thread reaches fails. [`sweep`] runs a
 //! scenario with n = 1, 2, … until a run reaches its end with no step failed, so each failure path has run once. A
-//! thread that is not armed pays one load. Steps on other threads never fail.
+//! thread that is not armed pays one load. Steps on other threads never fail. Every fail point is a point at which a test
+//! can have the server die, too ([`crate::killpoint`]).
 
 use std::cell::Cell;
+
+use crate::killpoint;
 
 thread_local! {
     static COUNTDOWN: Cell<u64> = const { Cell::new(0) };
@@ -14,6 +17,7 @@ thread_local! {
 /// True when the step called `name` must fail now. Called by every fallible step, in all rooms.
 #[must_use]
 pub fn reached(name: &'static str) -> bool {
+    killpoint::pass(name);
     match COUNTDOWN.get() {
         0 => false,
         1 => {

@@ -27,6 +27,7 @@ use crate::client::Client;
 use crate::error::{FaultReason, IoasError};
 use crate::failpoint;
 use crate::iova_map::{Area, IovaMap, Piece, Taken, Taking};
+use crate::killpoint;
 use crate::leaving::{Leaving, Release};
 use crate::pages::{ChargeRule, Limit, Pages};
 use crate::rank::{MAP, Ranked, RankedGuard, TABLES};
@@ -309,6 +310,7 @@ impl Ioas {
     fn start_taking(&self, range: IovaRange, taking: Taking) -> Leaving {
         let tables = self.tables.lock();
         let exactly = self.map.lock().take_exactly(range);
+        killpoint::pass("ioas: areas are out of the map");
         match exactly {
             Some(area) => self.end_one(tables, range, area),
             None => self.take_any(tables, range, taking),
@@ -325,6 +327,7 @@ impl Ioas {
             return self.wait_for_readers(tables, Taken { areas, bytes, stopped: None });
         }
         drop(tables);
+        killpoint::pass("ioas: areas are out of the tables, their memory is held");
         let slice = filled.then(|| area.slice(range.start().0));
         if let Some(pages) = Pages::end(area.pages, &self.store, slice) {
             self.spare.store(Some(pages));
@@ -343,6 +346,7 @@ impl Ioas {
         let filled = !tables.list.is_empty();
         if self.readers.is_quiet() {
             drop(tables);
+            killpoint::pass("ioas: areas are out of the tables, their memory is held");
             if filled {
                 for (start, area) in taken.areas.iter() {
                     area.pages.release(&self.store, area.slice(*start));
@@ -567,6 +571,7 @@ impl Ioas {
             if area.access.is_empty() {
                 return Err(IoasError::NoDirection(area.range(start)));
             }
+            killpoint::pass("ioas: an area is put into a new table");
             Ok(table.map(area.range(start), &runs, area.page_offset(), area.access)?)
         };
         let missing = complement(&table.begin_filling());
@@ -608,6 +613,7 @@ impl Ioas {
         if let Some(at) = tables.list.iter().position(|entry| Arc::ptr_eq(&entry.table, table)) {
             let entry = tables.list.remove(at);
             entry.table.end_filling();
+            killpoint::pass("ioas: a table is emptied");
             self.unreserve(entry.outside);
             self.relax_alignment(&tables);
             if tables.list.is_empty() {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::addr::IovaRange;
 use crate::error::IoasError;
 use crate::ioas::Ioas;
+use crate::killpoint;
 use crate::pages::{Pages, Slice};
 use crate::readers::{Interrupt, Interrupted, Uninterruptible};
 
@@ -125,7 +126,9 @@ impl Rest {
     fn complete(&mut self, interrupt: &dyn Interrupt) -> Result<(), Interrupted> {
         let Some(ioas) = &self.ioas else { return Ok(()) };
         if !self.releases.is_empty() || !self.ranges.is_empty() {
+            killpoint::pass("ioas: readers are waited for");
             ioas.readers().wait_unless(interrupt)?;
+            killpoint::pass("ioas: no reader is left, memory is held");
             self.releases.drain(..).for_each(|release| release.pages.release(ioas.store(), release.slice));
             ioas.left(&self.ranges);
         }

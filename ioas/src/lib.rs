@@ -18,6 +18,7 @@ mod failures;
 mod frames;
 mod ioas;
 mod iova_map;
+pub mod killpoint;
 mod leaving;
 mod objects;
 mod ordered;

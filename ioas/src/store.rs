@@ -27,6 +27,7 @@ use crate::error::IoasError;
 use crate::extents::{AllEnded, Extents};
 use crate::failpoint;
 use crate::frames::{FrameSpace, PRIVATE_START};
+use crate::killpoint;
 use crate::ordered::OrderedMap;
 use crate::payer::{Account, Accounting, PayerName, PayerSnapshot};
 use crate::rank::{Ranked, STORE};
@@ -366,6 +367,7 @@ impl PageStore {
         let mut ended = AllEnded::new();
         let result = self.inner.lock().hold((self.space, self.accounting), wanted, bill, all, &mut ended);
         ended.into_each(|extent| extent.end(self.space));
+        killpoint::pass("store: memory is held and charged");
         result
     }
 
@@ -408,6 +410,7 @@ impl PageStore {
     /// Releases pages that [`Self::hold`] has given, and takes the charge back.
     #[inline(never)]
     pub(crate) fn release(&self, held: &[Held], payer: Option<PayerName>) {
+        killpoint::pass("store: memory is about to be released");
         let mut ended = AllEnded::new();
         {
             let mut inner = self.inner.lock();
@@ -424,6 +427,7 @@ impl PageStore {
     /// As [`Self::release`], of one run.
     #[inline(always)]
     pub(crate) fn release_one(&self, held: Held, payer: Option<PayerName>) {
+        killpoint::pass("store: memory is about to be released");
         let given_up = {
             let mut inner = self.inner.lock();
             match inner.extents.release_to_rest(self.space, held.run) {

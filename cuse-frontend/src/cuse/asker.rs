@@ -31,6 +31,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ioas::caller::FdError;
+use ioas::killpoint;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
@@ -133,7 +134,9 @@ impl Asker {
         let rdevs: Vec<u64> = numbers.iter().map(|number| number.rdev()).collect();
         let parts = [IoSlice::new(question.as_bytes()), IoSlice::new(rdevs.as_bytes())];
         let line = self.line.lock();
+        killpoint::pass("cuse: the asker is about to be asked");
         sendmsg::<()>(line.as_raw_fd(), &parts, &[], MsgFlags::MSG_NOSIGNAL, None)?;
+        killpoint::pass("cuse: the asker is waited for");
         let mut answer: Answer = libc::EACCES;
         let mut space = nix::cmsg_space!(RawFd);
         let mut into = [IoSliceMut::new(answer.as_mut_bytes())];
@@ -194,11 +197,14 @@ fn serve(line: OwnedFd) {
 
 /// Asks a descriptor that is one of our nodes: `None`. A copy of one that is not.
 fn look_at(question: &Question, rdevs: &[u64]) -> std::io::Result<Option<OwnedFd>> {
+    killpoint::pass_in_helper("asker: a descriptor is about to be copied");
     let copy = sys::client::copy_descriptor(question.tid, question.tgid, question.fd)?;
+    killpoint::pass_in_helper("asker: a copy is held");
     let rdev = sys::client::stat(&copy)?.character_device();
     if rdev.is_none_or(|rdev| !rdevs.contains(&rdev)) {
         return Ok(Some(copy));
     }
     sys::cuse::ask(copy.as_fd(), ASK, question.secret)?;
+    killpoint::pass_in_helper("asker: an open file has been asked");
     Ok(None)
 }

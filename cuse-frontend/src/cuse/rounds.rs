@@ -30,8 +30,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ioas::UserAddr;
 use ioas::caller::{Caller, Capability, FdError, FileBacking, MemoryError, MemoryMap, MmId, Uid};
+use ioas::{UserAddr, killpoint};
 use parking_lot::Mutex;
 
 use crate::client::ProcessCaller;
@@ -170,6 +170,7 @@ impl Rounds {
         }
         kept.push_back((key, keep));
         drop(kept);
+        killpoint::pass("cuse: an ioctl is about to be asked to come again");
         let mut write: Vec<IoctlRange> = write.iter().map(Span::wire).collect();
         // Behind what is written, so nothing comes to lie there.
         write.extend((unused > 0).then_some(IoctlRange { base: ioctl.arg, len: unused }));

@@ -13,6 +13,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use ioas::killpoint;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -71,6 +72,8 @@ impl Source for Supervisor {
 }
 
 fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
+    let _request = killpoint::on_behalf(|| describe(&notification));
+    killpoint::pass("supervisor: a call is notified");
     let call = fuse.foreign_call(notification.tid);
     let client = fuse.client(&call);
     if let Some(shift) = mmap_offset_shift(notification.arch, notification.number) {
@@ -94,6 +97,17 @@ fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
     }
 }
 
+/// A call, in a few words.
+fn describe(notification: &Notification) -> String {
+    if mmap_offset_shift(notification.arch, notification.number).is_some() {
+        "mmap".to_owned()
+    } else if is_read(notification.arch, notification.number) {
+        "read".to_owned()
+    } else {
+        format!("ioctl {:#x}", notification.args[1] as u32)
+    }
+}
+
 /// An mmap: refused where the file has rules that the kernel does not know, else it goes on.
 fn serve_mmap(listener: &OwnedFd, fuse: &Fuse, notification: Notification, client: &dyn ClientCall, shift: u32) {
     let [_, length, protection, _, fd, offset] = notification.args;
@@ -114,6 +128,7 @@ fn serve_mmap(listener: &OwnedFd, fuse: &Fuse, notification: Notification, clien
         },
         _ => Answer::GoOn,
     };
+    killpoint::pass("supervisor: a call is judged and not answered");
     if let Err(error) = respond(listener.as_fd(), notification.id, answer) {
         tracing::debug!(tid = notification.tid, %error, "the caller of a notified mmap has gone");
     }
@@ -133,6 +148,7 @@ fn serve_read(listener: &OwnedFd, notification: Notification, client: &dyn Clien
         },
         _ => Answer::GoOn,
     };
+    killpoint::pass("supervisor: a call is judged and not answered");
     if let Err(error) = respond(listener.as_fd(), notification.id, answer) {
         tracing::debug!(tid = notification.tid, %error, "the caller of a notified read has gone");
     }
@@ -153,6 +169,7 @@ fn complete(fuse: &Fuse, client: &dyn ClientCall, file: Arc<OpenFile>, (cmd, arg
         Err(errno) => Completed::Said(Answer::Error(errno.0)),
         Ok(IoctlReply::NewFile(new)) => {
             let NewFile { file, fd_flags, promise } = *new;
+            killpoint::pass("supervisor: a new file has no descriptor");
             match fuse.open_descriptor(&file, client.pid()) {
                 Ok(descriptor) => Completed::Given(descriptor, fd_flags, promise),
                 Err(error) => {
@@ -169,16 +186,23 @@ fn deliver(listener: BorrowedFd<'_>, id: u64, client: &dyn ClientCall, completed
     let answer = match completed {
         Completed::Said(answer) => answer,
         Completed::Given(descriptor, fd_flags, promise) => {
+            killpoint::pass("supervisor: a descriptor is ours");
             match install_file(listener, id, descriptor.as_fd(), fd_flags) {
-                Ok(number) => match promise.keep(client, number) {
-                    Ok(value) => Answer::Value(value.into()),
-                    Err(errno) => Answer::Error(errno.0),
-                },
+                Ok(number) => {
+                    killpoint::pass("supervisor: a descriptor is the client's, who does not know it");
+                    match promise.keep(client, number) {
+                        Ok(value) => Answer::Value(value.into()),
+                        Err(errno) => Answer::Error(errno.0),
+                    }
+                }
                 Err(Errno::ENOENT) => return Err(Errno::ENOENT),
                 // The client's table of descriptors is full: its call fails with that.
                 Err(error) => Answer::Error(error as i32),
             }
         }
     };
-    respond(listener, id, answer)
+    killpoint::pass("supervisor: a call is done and not answered");
+    let wanted = respond(listener, id, answer);
+    killpoint::pass("supervisor: a call is answered");
+    wanted
 }

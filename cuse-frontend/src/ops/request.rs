@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use ioas::UserAddr;
 use ioas::caller::MemoryError;
+use ioas::killpoint;
 
 use super::LARGEST;
 use crate::error::OpError;
@@ -82,6 +83,7 @@ impl<'a> Request<'a> {
             copy_out_of(brought, data);
             return Ok(());
         }
+        killpoint::pass("ops: client memory is about to be read");
         self.caller.read(UserAddr(address), data)
     }
 
@@ -95,7 +97,10 @@ impl<'a> Request<'a> {
             brought.iter().zip(data).for_each(|(to, from)| to.set(*from));
             return Ok(());
         }
-        self.caller.write(UserAddr(address), data)
+        killpoint::pass("ops: client memory is about to be written");
+        let written = self.caller.write(UserAddr(address), data);
+        killpoint::pass("ops: client memory is written");
+        written
     }
 
     /// iommufd's size rule: copies the struct into `buffer`, zero behind what the client has. Returns the size that the

@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use ioas::killpoint;
 use parking_lot::{Condvar, Mutex};
 
 use crate::files::Errno;
@@ -129,8 +130,11 @@ impl Reply<'_> {
 
     fn finish(&mut self, errno: i32, parts: &[&[u8]]) -> bool {
         self.done = true;
+        killpoint::pass("session: a request is done and not answered");
         self.calls.live.lock().remove(&self.call.unique);
-        self.call.answer(errno, parts)
+        let wanted = self.call.answer(errno, parts);
+        killpoint::pass("session: a request is answered");
+        wanted
     }
 }
 
@@ -264,6 +268,7 @@ impl Calls {
         if !process::kill_pending(call.tid) {
             return false;
         }
+        killpoint::pass("session: the caller of a request was killed");
         call.killed.store(true, Ordering::Release);
         tracing::debug!(tid = call.tid, unique = call.unique, "the caller has been killed: EINTR");
         call.answer(libc::EINTR, &[]);

@@ -29,6 +29,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ioas::caller::FdError;
+use ioas::killpoint;
 use parking_lot::Mutex;
 
 use self::calls::{Call, Calls, WayBack};
@@ -395,6 +396,8 @@ impl<E: Exports> Engine<E> {
         back: Arc<dyn WayBack>,
         turn: Option<Arc<Turn>>,
     ) -> Request<E::File> {
+        let _request = killpoint::on_behalf(|| wire::describe(&header, &body));
+        killpoint::pass("session: a request is read");
         let call = Call::new(&header, back, turn.is_some());
         let crowded = self.calls.begin(&call) > CROWDED;
         let handle = match header.opcode {
@@ -406,6 +409,7 @@ impl<E: Exports> Engine<E> {
             // The kernel makes this request, for the client that had the file opened.
             call.on_behalf_of(releasing.open.origin.client);
         }
+        killpoint::pass("session: a request is noted");
         Request { header, call, body, releasing, taken: Instant::now(), crowded, turn, admitted: false }
     }
 

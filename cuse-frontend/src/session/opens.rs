@@ -19,7 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, RwLock};
+use ioas::killpoint;
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 
 use crate::files::NodeKind;
 
@@ -179,6 +180,7 @@ impl<F> Opens<F> {
         let deadline = Instant::now() + if origin.is_some() { PATIENCE } else { PATIENCE_TO_LOOK };
         let mut releasing = self.releasing.lock();
         while releasing.iter().any(|(_, other)| concerns(other)) {
+            MutexGuard::unlocked(&mut releasing, || killpoint::pass("session: an OPEN waits for a close"));
             if self.released.wait_until(&mut releasing, deadline).timed_out() {
                 return;
             }

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use ioas::killpoint;
 use zerocopy::IntoBytes;
 
 use super::calls::Reply;
@@ -34,6 +35,8 @@ impl<E: Exports> Engine<E> {
     /// Does one request and answers it.
     pub(super) fn answer(&self, request: Request<E::File>) {
         let Request { header, call, body, releasing, .. } = request;
+        let _request = killpoint::on_behalf(|| wire::describe(&header, &body));
+        killpoint::pass("session: a request is begun");
         let reply = self.calls.reply(call);
         match header.opcode {
             opcode::RELEASE => {
@@ -44,6 +47,7 @@ impl<E: Exports> Engine<E> {
                     if let Some(backing) = releasing.open.backing {
                         sys::fuse::backing_close(self.channel.device(), backing);
                     }
+                    killpoint::pass("session: a file is about to be dropped");
                     self.files.opens.finish_release(releasing);
                 }
                 reply.ok(&[]);
@@ -173,6 +177,7 @@ impl<E: Exports> Engine<E> {
         match self.open_node(reply.call(), header.nodeid) {
             Err(error) => reply.error(error),
             Ok((open, flags)) => {
+                killpoint::pass("session: a file is open and has no handle");
                 let backing_id = open.backing.unwrap_or(0);
                 let handle = self.files.opens.insert(open);
                 let answer = wire::OpenOut { fh: handle, open_flags: flags.bits(), backing_id };

@@ -420,3 +420,26 @@ pub(crate) const fn dirent_size(length: usize) -> usize {
 pub(crate) fn decode<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Option<(T, &[u8])> {
     T::read_from_prefix(bytes).ok()
 }
+
+/// A request in a few words, for kill points: what it asks for, and of an ioctl its command.
+pub(crate) fn describe(header: &InHeader, body: &[u8]) -> String {
+    let name = match header.opcode {
+        opcode::LOOKUP => "LOOKUP",
+        opcode::GETATTR => "GETATTR",
+        opcode::SETATTR => "SETATTR",
+        opcode::READLINK => "READLINK",
+        opcode::OPEN => "OPEN",
+        opcode::READ => "READ",
+        opcode::WRITE => "WRITE",
+        opcode::RELEASE => "RELEASE",
+        opcode::FLUSH => "FLUSH",
+        opcode::INIT => "INIT",
+        opcode::POLL => "POLL",
+        opcode::IOCTL => match decode::<IoctlIn>(body) {
+            Some((ioctl, _)) => return format!("ioctl {:#x}", ioctl.cmd),
+            None => "ioctl",
+        },
+        other => return format!("request {other}"),
+    };
+    name.to_owned()
+}

@@ -43,6 +43,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use ioas::killpoint;
 use parking_lot::{Condvar, Mutex};
 
 pub(super) use self::entry::Turn;
@@ -221,6 +222,7 @@ impl<D: Desk> Rings<D> {
 
     /// Gives a request to a hand of its CPU, and starts one if none waits.
     fn give(self: &Arc<Self>, given: Given<D::Job>, desk: &Arc<D>) {
+        killpoint::pass("ring: a request is given to a hand");
         let cpu = usize::from(given.entry.note.cpu);
         if !self.queues[cpu].give(given) {
             return;
@@ -287,8 +289,10 @@ impl<'a, D: Desk> Hand<'a, D> {
         loop {
             let Given { entry, unique, job } = given;
             let began = Instant::now();
+            killpoint::pass("ring: a hand begins a request");
             duty::begin(unique);
             desk.work(job);
+            killpoint::pass("ring: an answer lies in its entry");
             if !duty::end() {
                 return;
             }

@@ -19,6 +19,18 @@ pub(super) enum Order {
     Kick(usize),
 }
 
+impl Order {
+    /// What the steward is about to do, as a kill point.
+    pub(super) const fn name(&self) -> &'static str {
+        match self {
+            Self::Begin => "ring: the first entries are about to be made",
+            Self::Commit(..) => "ring: the steward commits an answer",
+            Self::Replenish(_) => "ring: a queue gets more entries",
+            Self::Kick(_) => "ring: a queue is kicked",
+        }
+    }
+}
+
 /// See the top of the file.
 pub(super) struct Post {
     /// A leaf.

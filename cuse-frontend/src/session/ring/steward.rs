@@ -15,6 +15,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use ioas::killpoint;
+
 use super::entry::{self, Entry, EntryRing};
 use super::post::Order;
 use super::queue::DEPTH;
@@ -109,6 +111,7 @@ impl<D: Desk> Steward<D> {
     }
 
     fn carry_out(&mut self, order: Order) {
+        killpoint::pass(order.name());
         match order {
             Order::Begin => self.begin(),
             Order::Commit(entry, unique) => self.commit(entry, unique),
@@ -158,6 +161,7 @@ impl<D: Desk> Steward<D> {
 
     /// Submits new entries, and looks whether the kernel takes them: it says nothing when it does.
     fn submit(&mut self) -> bool {
+        killpoint::pass("ring: new entries are about to be submitted");
         let mut told = Vec::new();
         for _ in 0..ATTEMPTS {
             let submitted = self.ring.enter(0).and_then(|()| self.ring.told(&mut told));
