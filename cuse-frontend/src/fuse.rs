@@ -5,14 +5,12 @@
 //! ([`crate::launch`]) makes calls of the same files by [`Fuse::client`], and has new files opened in the same tree by
 //! [`Fuse::open_descriptor`].
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use ioas::caller::{FdError, Uid};
-use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 
@@ -22,6 +20,7 @@ use crate::facade::{Facade, View};
 use crate::files::{ClientCall, Errno, IoctlReply, NodeKind, OpenFile};
 use crate::iommufd::Mapper;
 use crate::offers::{self, Offers};
+use crate::opener::Opener;
 use crate::process;
 use crate::server::Server;
 use crate::session::{Caller, Exports, Files, Ioctl, IoctlAnswer, Place, Session, Ways};
@@ -37,6 +36,8 @@ pub(crate) struct Fuse {
     session: Session<Nodes>,
     /// A path descriptor of the mount's root, while it is mounted. A leaf.
     root: Mutex<Option<Arc<OwnedFd>>>,
+    /// Started when it is first needed.
+    opener: OnceLock<Result<Opener, String>>,
     /// The nodes beside the mount.
     cuse: Option<Cuse>,
 }
@@ -67,7 +68,7 @@ impl Fuse {
         let nodes = Arc::new(Nodes { server, clients, files: Arc::clone(&files), offers });
         let session = Session::start(device, Arc::clone(&nodes), Place::Tree(Arc::clone(&tree)), files, ways)?;
         let cuse = channels.map(|channels| Cuse::start(channels, &nodes, at)).transpose()?;
-        Ok(Arc::new(Self { nodes, tree, session, root: Mutex::default(), cuse }))
+        Ok(Arc::new(Self { nodes, tree, session, root: Mutex::default(), opener: OnceLock::new(), cuse }))
     }
 
     /// Tells how to reach the mount: by a path descriptor of its root.
@@ -139,11 +140,13 @@ impl Fuse {
         let root = self.root.lock().clone().ok_or(std::io::ErrorKind::NotConnected)?;
         let recipient = Recipient { client, opener: std::process::id(), uid: None };
         let (name, _) = self.tree.offer(Arc::clone(file), recipient)?;
-        let opened = openat(&*root, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
+        let opener = self.opener.get_or_init(|| Opener::start().map_err(|error| error.to_string()));
+        let opened = match opener {
+            Ok(opener) => opener.open(root.as_fd(), &name).map_err(std::io::Error::from),
+            Err(reason) => Err(std::io::Error::other(format!("no thread that opens files of the mount: {reason}"))),
+        };
         drop(self.tree.withdraw(&name));
-        // It works once; without this the kernel would remember it, and the node, until it is short of memory.
-        self.session.forget_name(&name);
-        Ok(opened?)
+        opened
     }
 
     /// Waits until the mount has gone and every open file of it is closed, at most `limit`. True when that is so.

@@ -17,6 +17,7 @@ mod inprocess;
 pub mod iommufd;
 pub mod launch;
 mod offers;
+mod opener;
 mod ops;
 mod process;
 mod server;

@@ -263,12 +263,17 @@ impl<F> Tree<F> {
     /// Looks a name up for process `caller()` and counts the lookup: the id and attributes.
     ///
     /// # Errors
-    /// ENOENT, ESTALE for a parent that was forgotten.
+    /// ENOENT, ESTALE for a parent that was forgotten; EACCES for a one-time name that has worked for who opens it in a
+    /// client's place: on that the kernel forgets the name, and does not remember that it is not there.
     pub(crate) fn look_up(&self, parent: u64, name: &[u8], caller: impl Fn() -> u32) -> Result<(u64, Attr), Errno> {
         let name = std::str::from_utf8(name).map_err(|_| Errno(libc::ENOENT))?;
         let offered = if parent == ROOT_ID { self.names.lock().offered.get(name).cloned() } else { None };
-        if let Some(offered) = offered.filter(|offered| offered.recipient.opener == caller() && !offered.is_taken()) {
-            return Ok(self.remember(name, Found::Offered(offered)));
+        if let Some(offered) = offered.filter(|offered| offered.recipient.opener == caller()) {
+            return match offered.is_taken() {
+                false => Ok(self.remember(name, Found::Offered(offered))),
+                true if offered.recipient.opener == offered.recipient.client => Err(Errno(libc::ENOENT)),
+                true => Err(Errno(libc::EACCES)),
+            };
         }
         let above = self.path(parent)?;
         let (path, entry) = (self.layout)().find(&above, name).ok_or(Errno(libc::ENOENT))?;

@@ -173,7 +173,10 @@ impl Drop for Asker {
 fn serve(line: OwnedFd) {
     // A terminal's signals end the server, which ends us.
     let _ = nix::unistd::setsid();
-    let Ok(line) = sys::cuse::keep_only(line) else { return };
+    let kept = sys::table::keep_only(line.as_raw_fd());
+    // Its number stands for nothing now.
+    std::mem::forget(line);
+    let Ok(line) = kept else { return };
     let mut message = vec![0; MESSAGE];
     while let Ok(length) = nix::unistd::read(&line, &mut message) {
         let Some((question, rdevs)) = Question::read_from_prefix(&message[..length]).ok().filter(|_| length > 0) else {

@@ -9,9 +9,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zerocopy::IntoBytes;
 
 use super::calls::{WayBack, slices};
-use crate::wire::{
-    NOTIFY_INVAL_ENTRY, NOTIFY_POLL, NOTIFY_RETRIEVE, NotifyInvalEntry, NotifyPoll, NotifyRetrieve, OutHeader,
-};
+use crate::wire::{NOTIFY_POLL, NOTIFY_RETRIEVE, NotifyPoll, NotifyRetrieve, OutHeader};
 
 /// A connection to the kernel.
 pub(crate) struct Channel {
@@ -78,20 +76,6 @@ impl Channel {
         let header = OutHeader { len: length as u32, error: NOTIFY_RETRIEVE, unique: 0 };
         let what = NotifyRetrieve { notify_unique: unique, nodeid: node, ..NotifyRetrieve::default() };
         nix::sys::uio::writev(&self.device, &slices(header.as_bytes(), &[what.as_bytes()])).is_ok()
-    }
-
-    /// Has the kernel forget a name in the directory `parent`; whoever has it open keeps the file. Not to be called by who
-    /// answers requests: lookups in that directory are waited for.
-    pub(crate) fn forget_name(&self, parent: u64, name: &str) {
-        let body = NotifyInvalEntry { parent, namelen: name.len() as u32, flags: 0 };
-        let parts = [body.as_bytes(), name.as_bytes(), &[0]];
-        let length = size_of::<OutHeader>() + parts.iter().map(|part| part.len()).sum::<usize>();
-        let header = OutHeader { len: length as u32, error: NOTIFY_INVAL_ENTRY, unique: 0 };
-        match nix::sys::uio::writev(&self.device, &slices(header.as_bytes(), &parts)) {
-            // ENOENT: it has forgotten the name.
-            Ok(_) | Err(Errno::ENOENT | Errno::ENODEV | Errno::ECONNABORTED) => {}
-            Err(error) => tracing::warn!(%error, "the kernel does not forget a name"),
-        }
     }
 }
 

@@ -545,12 +545,6 @@ impl<E: Exports> Session<E> {
         move || engine.rings.get().is_some_and(|rings| rings.in_use())
     }
 
-    /// Has the kernel forget a name in the root of the mount; whoever has it open keeps the file. To be called on a thread
-    /// that no request waits for.
-    pub(crate) fn forget_name(&self, name: &str) {
-        self.engine.channel.forget_name(wire::ROOT_ID, name);
-    }
-
     /// Waits until what it serves has gone and every request is finished, at most `limit`. True when that is so; then all
     /// open files have been closed.
     pub(crate) fn wait(&self, limit: Option<Duration>) -> bool {

@@ -238,8 +238,9 @@ fn name_that_worked_once_is_forgotten_with_its_last_descriptor() {
         let offered = Arc::new(ToyFile { kind, number, memory, closed });
         let (name, _) = tree.offer(offered, recipient).expect("random bytes");
         let file = mounted.open(&name);
+        let again = std::fs::metadata(mounted.root.join(&name)).err().and_then(|error| error.raw_os_error());
+        assert_eq!(again, Some(libc::EACCES), "it works once");
         assert!(tree.withdraw(&name).is_none(), "it is taken");
-        mounted.session.forget_name(&name);
         assert_eq!(ioctl(&file, DOUBLE, 21), Ok(42), "the descriptor works on");
         assert!(!mounted.root.join(&name).exists());
         assert_eq!(tree.known(), before + 1);

@@ -5,3 +5,4 @@ pub(crate) mod cuse;
 pub(crate) mod fuse;
 pub(crate) mod launch;
 pub(crate) mod ring;
+pub(crate) mod table;

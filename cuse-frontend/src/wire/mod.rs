@@ -71,8 +71,6 @@ pub(crate) const IOCTL_RETRY: u32 = 1 << 2;
 pub(crate) const POLL_SCHEDULE_NOTIFY: u32 = 1;
 /// In [`OutHeader`]'s `error` of a message that answers nothing: [`NotifyPoll`] follows.
 pub(crate) const NOTIFY_POLL: i32 = 1;
-/// The same: [`NotifyInvalEntry`] follows, and a name that ends with a zero byte.
-pub(crate) const NOTIFY_INVAL_ENTRY: i32 = 3;
 /// The same: [`NotifyRetrieve`] follows.
 pub(crate) const NOTIFY_RETRIEVE: i32 = 5;
 
@@ -336,12 +334,6 @@ wire_structs! {
     /// POLL: the kernel's poll handle, in a notification that something may have changed.
     NotifyPoll = 8 {
         kh: u64,
-    }
-    /// A name of a directory that the kernel shall forget.
-    NotifyInvalEntry = 16 {
-        parent: u64,
-        namelen: u32,
-        flags: u32,
     }
     /// The answer to POLL.
     PollOut = 8 {
