@@ -294,7 +294,7 @@ pub fn is_empty(status: &Value) -> bool {
 }
 
 /// The processes below `pid` that have not ended, parents before children.
-fn descendants(pid: u32) -> Vec<i32> {
+pub(crate) fn descendants(pid: u32) -> Vec<i32> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
     let children: Vec<u32> = lists.flat_map(|list| numbers(&list)).collect();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use e2e::guest::{BDF, kept_alive};
 use e2e::image::Image;
-use e2e::server::{Run, binary, client};
+use e2e::server::{IO_URING, OVER, Run, binary, client};
 use e2e::{no_fuse, skipped};
 
 /// A disk of this many MiB is enough here.
@@ -351,4 +351,41 @@ fn status_without_a_server_of_that_pid_says_so() -> Result<()> {
     let output = uiommufd(&["status", "--json", "--pid", "1"])?;
     ensure!(output.status.code() == Some(1) && !output.stderr.is_empty());
     Ok(())
+}
+
+/// Somebody is killed at every kill point of the server, over the front end that the environment names.
+fn killed_at_every_point(victim: &str, points: &str) -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    if !nix::unistd::geteuid().is_root() {
+        skipped("its client has memory that never comes, in the kernel's sight too, which takes root");
+        return Ok(());
+    }
+    // A program of its own: it becomes the reaper of all that it starts, which a test program must not.
+    let front = match std::env::var(OVER) {
+        Ok(over) if over == IO_URING => "fuse-uring",
+        _ => "fuse",
+    };
+    let points = match std::env::var("UIOMMUFD_KILL_SWEEP") {
+        Ok(all) if all == "all" => "all",
+        _ => points,
+    };
+    let mut sweep = Command::new(client("server-killed"));
+    let output = sweep.args([front, victim, points]).env("UIOMMUFD_PROGRAM", binary()).output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    print!("{said}");
+    Ok(())
+}
+
+#[test]
+fn server_killed_at_every_point_leaves_nothing_and_nobody_waits() -> Result<()> {
+    killed_at_every_point("server", "requests")
+}
+
+#[test]
+fn client_killed_at_every_point_of_the_server_leaves_nothing_held() -> Result<()> {
+    killed_at_every_point("client", "places")
 }
