@@ -179,8 +179,10 @@ fn name(error: &Error) -> String {
 
 /// An error is one that a dead server leaves.
 fn gone(error: &anyhow::Error) -> Result<()> {
-    // ECANCELED: over io_uring. ENOSYS: nobody completes an ioctl that returns a descriptor.
-    const GONE: [i32; 4] = [libc::ENOTCONN, libc::ECONNABORTED, libc::ECANCELED, libc::ENOSYS];
+    // ECANCELED: over io_uring. ENODEV, ENXIO: a character device that has gone. ENOSYS: nobody completes an ioctl that returns
+    // a descriptor.
+    const GONE: [i32; 6] =
+        [libc::ENOTCONN, libc::ECONNABORTED, libc::ECANCELED, libc::ENOSYS, libc::ENODEV, libc::ENXIO];
     let errno = error.chain().find_map(|cause| cause.downcast_ref::<Error>()).and_then(Error::raw_os_error);
     ensure!(errno.is_some_and(|errno| GONE.contains(&errno)), "{error:#}: {errno:?} is no error of a dead server");
     Ok(())
