@@ -4,9 +4,9 @@
 //! believed, so that most requests are about something. The first two places are for containers and the others for the
 //! groups, and any file is asked anything now and then.
 //!
-//! What is left out is what docs/divergences.md names (a new user address is one where there is memory), and what hangs on the device and not on VFIO: BAR 0, which ours has
-//! trapped, and the registers. A dirty bitmap is asked for one mapping at a time, from its beginning. And what an older kernel than
-//! 7.3 answers otherwise: extension 6, nesting of type1, which 6.12 has; and for 6.12 alone ranges that pass the last address,
+//! What is left out is what docs/divergences.md names (a new user address is one where there is memory), and what hangs on the
+//! device and not on VFIO: BAR 0, which ours has trapped, and the registers. A dirty bitmap is asked for one mapping at a time,
+//! from its beginning. And what an older kernel than 7.3 answers otherwise: extension 6, nesting of type1, which 6.12 has; and for 6.12 alone ranges that pass the last address,
 //! which are EINVAL there and EOVERFLOW in 7.3.
 
 use conformance::arg;
