@@ -12,6 +12,7 @@
 //! name, root of the mount ----------> openat(root, name)  --------> LOOKUP, OPEN: requests of our session
 //!                                     fstatat(root, name)  -------> LOOKUP, which fails
 //!        <--------------------------- the descriptor, or an errno
+//!        <--------------------------- that its own copy is closed
 //! ```
 //!
 //! The name is looked up once more, since the kernel would otherwise remember it, and the node, until it is short of memory;
@@ -38,6 +39,9 @@ use crate::sys;
 
 /// The longest name, in bytes.
 const NAME: usize = 256;
+
+/// What the opener says when it has no copy of a descriptor any more.
+const CLOSED: &[u8] = &[1];
 
 /// See the top of the file. Dropping it ends the thread.
 pub(crate) struct Opener {
@@ -75,8 +79,11 @@ impl Opener {
         let line = self.line.lock();
         send(line.as_fd(), name.as_bytes(), Some(root))?;
         let mut errno = 0_i32;
-        match receive(line.as_fd(), errno.as_mut_bytes())? {
-            (0, _) => Err(Errno::EPIPE),
+        let answer = receive(line.as_fd(), errno.as_mut_bytes())?;
+        // The opener has closed its own copy: who closes the last one that we give away has closed the file.
+        let (closed, _) = receive(line.as_fd(), &mut [0; CLOSED.len()])?;
+        match answer {
+            (length, _) if length == 0 || closed == 0 => Err(Errno::EPIPE),
             (_, Some(file)) => Ok(file),
             (_, None) => Err(Errno::from_raw(errno)),
         }
@@ -105,6 +112,10 @@ fn serve(line: &OwnedFd) {
         let errno = opened.as_ref().err().map_or(0, |error| *error as i32);
         let file = opened.as_ref().ok().map(AsFd::as_fd);
         if send(line.as_fd(), errno.as_bytes(), file).is_err() {
+            return;
+        }
+        drop(opened);
+        if send(line.as_fd(), CLOSED, None).is_err() {
             return;
         }
     }

@@ -142,11 +142,13 @@ impl Asker {
         let mut into = [IoSliceMut::new(answer.as_mut_bytes())];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let message = recvmsg::<()>(line.as_raw_fd(), &mut into, Some(&mut space), flags)?;
-        let copies = message.cmsgs()?.find_map(|control| match control {
+        let copy = message.cmsgs()?.find_map(|control| match control {
             ControlMessageOwned::ScmRights(files) => files.first().copied().map(sys::launch::adopt),
             _ => None,
         });
-        if message.bytes == 0 { Err(Errno::EPIPE) } else { Ok((answer, copies)) }
+        // A copy that the asker kept would be one that the client does not know of: its close would close nothing.
+        let closed = copy.is_none() || nix::unistd::read(&*line, &mut [0; CLOSED.len()])? > 0;
+        if message.bytes == 0 || !closed { Err(Errno::EPIPE) } else { Ok((answer, copy)) }
     }
 
     /// An open file has been asked, by process `by`. False when that was not the asker, or nothing was asked.
@@ -168,6 +170,9 @@ impl Drop for Asker {
         let _ = waitpid(self.pid, None);
     }
 }
+
+/// What the asker says when it has no copy of a descriptor any more.
+const CLOSED: &[u8] = &[1];
 
 /// The life of the asker.
 fn serve(line: OwnedFd) {
@@ -194,6 +199,12 @@ fn serve(line: OwnedFd) {
         let parts = [IoSlice::new(answer.as_bytes())];
         if sendmsg::<()>(line.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None).is_err() {
             return;
+        }
+        if let Some(copy) = copy {
+            drop(copy);
+            if nix::unistd::write(&line, CLOSED).is_err() {
+                return;
+            }
         }
     }
 }
