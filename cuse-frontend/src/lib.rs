@@ -19,6 +19,7 @@ pub mod launch;
 mod offers;
 mod opener;
 mod ops;
+mod packets;
 mod process;
 mod server;
 mod session;

@@ -21,32 +21,28 @@
 //!
 //! Lock order: `line` is held while the opener is waited for; what the session does meanwhile takes no such lock.
 
-use std::io::{Error, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::ffi::OsStr;
+use std::io::Error;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::mpsc::sync_channel;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
-};
 use nix::sys::stat::{Mode, fstatat};
 use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
+use crate::packets::Packets;
 use crate::sys;
 
 /// The longest name, in bytes.
 const NAME: usize = 256;
 
-/// What the opener says when it has no copy of a descriptor any more.
-const CLOSED: &[u8] = &[1];
-
 /// See the top of the file. Dropping it ends the thread.
 pub(crate) struct Opener {
     /// Guards the socket's order of questions and answers.
-    line: Mutex<OwnedFd>,
+    line: Mutex<Packets>,
 }
 
 impl Opener {
@@ -55,13 +51,13 @@ impl Opener {
     /// # Errors
     /// When there is no thread or no socket to be had, or the kernel does not give a thread a table of its own.
     pub(crate) fn start() -> std::io::Result<Self> {
-        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let (ours, theirs) = Packets::pair()?;
         let (tell, told) = sync_channel(1);
         let number = theirs.as_raw_fd();
         ioas::thread::spawn("opener", move || match sys::table::own(number) {
             Ok(line) => {
                 let _ = tell.send(Ok(()));
-                serve(&line);
+                serve(&Packets::from(line));
             }
             Err(error) => drop(tell.send(Err(error))),
         })?;
@@ -77,32 +73,25 @@ impl Opener {
     /// As openat(2); ECONNABORTED or ENOTCONN when the mount has gone.
     pub(crate) fn open(&self, root: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
         let line = self.line.lock();
-        send(line.as_fd(), name.as_bytes(), Some(root))?;
+        line.send(&[name.as_bytes()], &[root])?;
         let mut errno = 0_i32;
-        let answer = receive(line.as_fd(), errno.as_mut_bytes())?;
-        // The opener has closed its own copy: who closes the last one that we give away has closed the file.
-        let (closed, _) = receive(line.as_fd(), &mut [0; CLOSED.len()])?;
-        match answer {
-            (length, _) if length == 0 || closed == 0 => Err(Errno::EPIPE),
-            (_, Some(file)) => Ok(file),
-            (_, None) => Err(Errno::from_raw(errno)),
-        }
+        let file = line.take(errno.as_mut_bytes())?;
+        file.ok_or(Errno::from_raw(errno))
     }
 }
 
 impl Drop for Opener {
     fn drop(&mut self) {
-        // Already ended is what is wanted.
-        let _ = nix::sys::socket::shutdown(self.line.get_mut().as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        self.line.get_mut().shut();
     }
 }
 
 /// The life of the opener.
-fn serve(line: &OwnedFd) {
+fn serve(line: &Packets) {
     let mut name = [0; NAME];
-    while let Ok((length, root)) = receive(line.as_fd(), &mut name) {
-        let Some(root) = root.filter(|_| length > 0) else { return };
-        let name = std::ffi::OsStr::from_bytes(&name[..length]);
+    while let Ok((length, mut roots)) = line.receive(&mut name) {
+        let Some(root) = roots.pop().filter(|_| length > 0) else { return };
+        let name = OsStr::from_bytes(&name[..length]);
         let opened = openat(&root, name, OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
         if opened.is_ok() {
             // It fails: see the top of the file.
@@ -110,38 +99,16 @@ fn serve(line: &OwnedFd) {
         }
         drop(root);
         let errno = opened.as_ref().err().map_or(0, |error| *error as i32);
-        let file = opened.as_ref().ok().map(AsFd::as_fd);
-        if send(line.as_fd(), errno.as_bytes(), file).is_err() {
-            return;
-        }
-        drop(opened);
-        if send(line.as_fd(), CLOSED, None).is_err() {
+        if line.give(errno.as_bytes(), opened.ok()).is_err() {
             return;
         }
     }
 }
 
-fn send(line: BorrowedFd<'_>, bytes: &[u8], file: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
-    let files: Vec<RawFd> = file.iter().map(AsRawFd::as_raw_fd).collect();
-    let rights = [ControlMessage::ScmRights(&files)];
-    let rights = if files.is_empty() { &rights[..0] } else { &rights[..] };
-    sendmsg::<()>(line.as_raw_fd(), &[IoSlice::new(bytes)], rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
-}
-
-/// The length of a message, 0 when the other end has gone, and the descriptor that came with it.
-fn receive(line: BorrowedFd<'_>, bytes: &mut [u8]) -> Result<(usize, Option<OwnedFd>), Errno> {
-    let mut space = nix::cmsg_space!(RawFd);
-    let mut into = [IoSliceMut::new(bytes)];
-    let message = recvmsg::<()>(line.as_raw_fd(), &mut into, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
-    let file = message.cmsgs()?.find_map(|control| match control {
-        ControlMessageOwned::ScmRights(files) => files.first().copied().map(sys::launch::adopt),
-        _ => None,
-    });
-    Ok((message.bytes, file))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]

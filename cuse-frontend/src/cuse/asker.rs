@@ -25,17 +25,13 @@
 //! answers ASK under `asked` alone, which is a leaf.
 
 use std::collections::HashMap;
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ioas::caller::FdError;
 use ioas::killpoint;
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
-};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid};
 use parking_lot::Mutex;
@@ -43,6 +39,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::node::Number;
 use crate::files::OpenFile;
+use crate::packets::Packets;
 use crate::process;
 use crate::session::Looked;
 use crate::sys;
@@ -76,7 +73,7 @@ const OTHER: Answer = -1;
 pub(crate) struct Asker {
     pid: Pid,
     /// Guards the socket's order of questions and answers.
-    line: Mutex<OwnedFd>,
+    line: Mutex<Packets>,
     secrets: AtomicU64,
     /// By secret: a question under way, and what the session has heard of it. A leaf.
     asked: Mutex<HashMap<u64, Option<Arc<OpenFile>>>>,
@@ -88,7 +85,7 @@ impl Asker {
     /// # Errors
     /// As socketpair(2) and fork(2).
     pub(crate) fn start() -> std::io::Result<Arc<Self>> {
-        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let (ours, theirs) = Packets::pair()?;
         // Nobody else can guess where secrets begin.
         let mut first = [0; 8];
         std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut first)?;
@@ -132,23 +129,13 @@ impl Asker {
 
     fn ask(&self, question: &Question, numbers: &[Number]) -> Result<(Answer, Option<OwnedFd>), Errno> {
         let rdevs: Vec<u64> = numbers.iter().map(|number| number.rdev()).collect();
-        let parts = [IoSlice::new(question.as_bytes()), IoSlice::new(rdevs.as_bytes())];
         let line = self.line.lock();
         killpoint::pass("cuse: the asker is about to be asked");
-        sendmsg::<()>(line.as_raw_fd(), &parts, &[], MsgFlags::MSG_NOSIGNAL, None)?;
+        line.send(&[question.as_bytes(), rdevs.as_bytes()], &[])?;
         killpoint::pass("cuse: the asker is waited for");
         let mut answer: Answer = libc::EACCES;
-        let mut space = nix::cmsg_space!(RawFd);
-        let mut into = [IoSliceMut::new(answer.as_mut_bytes())];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = recvmsg::<()>(line.as_raw_fd(), &mut into, Some(&mut space), flags)?;
-        let copy = message.cmsgs()?.find_map(|control| match control {
-            ControlMessageOwned::ScmRights(files) => files.first().copied().map(sys::launch::adopt),
-            _ => None,
-        });
-        // A copy that the asker kept would be one that the client does not know of: its close would close nothing.
-        let closed = copy.is_none() || nix::unistd::read(&*line, &mut [0; CLOSED.len()])? > 0;
-        if message.bytes == 0 || !closed { Err(Errno::EPIPE) } else { Ok((answer, copy)) }
+        let copy = line.take(answer.as_mut_bytes())?;
+        Ok((answer, copy))
     }
 
     /// An open file has been asked, by process `by`. False when that was not the asker, or nothing was asked.
@@ -166,24 +153,21 @@ impl Asker {
 impl Drop for Asker {
     fn drop(&mut self) {
         // The end of the socket ends it.
-        let _ = nix::sys::socket::shutdown(self.line.get_mut().as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        self.line.get_mut().shut();
         let _ = waitpid(self.pid, None);
     }
 }
 
-/// What the asker says when it has no copy of a descriptor any more.
-const CLOSED: &[u8] = &[1];
-
 /// The life of the asker.
-fn serve(line: OwnedFd) {
+fn serve(line: Packets) {
     // A terminal's signals end the server, which ends us.
     let _ = nix::unistd::setsid();
     let kept = sys::table::keep_only(line.as_raw_fd());
     // Its number stands for nothing now.
     std::mem::forget(line);
-    let Ok(line) = kept else { return };
+    let Ok(line) = kept.map(Packets::from) else { return };
     let mut message = vec![0; MESSAGE];
-    while let Ok(length) = nix::unistd::read(&line, &mut message) {
+    while let Ok((length, _)) = line.receive(&mut message) {
         let Some((question, rdevs)) = Question::read_from_prefix(&message[..length]).ok().filter(|_| length > 0) else {
             return;
         };
@@ -193,18 +177,8 @@ fn serve(line: OwnedFd) {
             Ok(Some(copy)) => (OTHER, Some(copy)),
             Err(error) => (error.raw_os_error().unwrap_or(libc::EACCES), None),
         };
-        let copies: Vec<RawFd> = copy.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&copies)];
-        let rights = if copies.is_empty() { &rights[..0] } else { &rights[..] };
-        let parts = [IoSlice::new(answer.as_bytes())];
-        if sendmsg::<()>(line.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None).is_err() {
+        if line.give(answer.as_bytes(), copy).is_err() {
             return;
-        }
-        if let Some(copy) = copy {
-            drop(copy);
-            if nix::unistd::write(&line, CLOSED).is_err() {
-                return;
-            }
         }
     }
 }

@@ -4,18 +4,13 @@
 //! A packet is one byte that names what is said, and a sentence where that wants one. The end of the line means that the
 //! other side has ended.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
-};
-use nix::unistd::{read, write};
 
 use super::LaunchError;
 use crate::cuse::Entry;
-use crate::sys::launch as sys;
+use crate::packets::Packets;
 
 /// The longest sentence, in bytes.
 const SENTENCE: usize = 1024;
@@ -52,7 +47,7 @@ pub(super) struct Said {
 }
 
 /// One end of the line. Closed by exec.
-pub(super) struct Line(OwnedFd);
+pub(super) struct Line(Packets);
 
 impl Line {
     /// Both ends.
@@ -60,7 +55,7 @@ impl Line {
     /// # Errors
     /// As socketpair(2).
     pub(super) fn pair() -> Result<(Self, Self), Errno> {
-        let (one, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let (one, other) = Packets::pair()?;
         Ok((Self(one), Self(other)))
     }
 
@@ -73,13 +68,13 @@ impl Line {
         if list.len() > DEVICES {
             return Err(Errno::EMSGSIZE);
         }
-        write(&self.0, &list).map(drop)
+        self.0.send(&[&list], &[])
     }
 
     /// Waits for the launcher's first word; `None` when it has ended.
     pub(super) fn told_devices(&self) -> Option<Vec<Entry>> {
         let mut list = vec![0; DEVICES];
-        let length = read(&self.0, &mut list).ok()?;
+        let (length, _) = self.0.receive(&mut list).ok()?;
         serde_json::from_slice(&list[..length]).ok()
     }
 
@@ -88,13 +83,13 @@ impl Line {
     /// # Errors
     /// EPIPE when it has ended.
     pub(super) fn go(&self) -> Result<(), Errno> {
-        write(&self.0, GO).map(drop)
+        self.0.send(&[GO], &[])
     }
 
     /// Waits for the launcher's word: true for "go", false when it has ended.
     pub(super) fn told_to_go(&self) -> bool {
         let mut word = [0; GO.len()];
-        matches!(read(&self.0, &mut word), Ok(length) if length == GO.len())
+        matches!(self.0.receive(&mut word), Ok((length, _)) if length == GO.len())
     }
 
     /// Says something to the launcher, and hands descriptors over.
@@ -103,12 +98,7 @@ impl Line {
     /// EPIPE when it has ended.
     pub(super) fn say(&self, word: Word, sentence: &str, files: &[BorrowedFd<'_>]) -> Result<(), Errno> {
         let sentence = &sentence[..sentence.floor_char_boundary(SENTENCE - 1)];
-        let files: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&files)];
-        let rights = if files.is_empty() { &rights[..0] } else { &rights[..] };
-        let word = [word as u8];
-        let parts = [IoSlice::new(&word), IoSlice::new(sentence.as_bytes())];
-        sendmsg::<()>(self.0.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
+        self.0.send(&[&[word as u8], sentence.as_bytes()], files)
     }
 
     /// Waits for what the child says. What went wrong with it is an error here.
@@ -116,19 +106,9 @@ impl Line {
     /// # Errors
     /// [`LaunchError::Child`] and [`LaunchError::Lacking`] as the child said, or when it has ended without a word.
     pub(super) fn hear(&self) -> Result<Said, LaunchError> {
-        let broken = |errno: Errno| LaunchError::System("the launcher's socket", errno.into());
         let mut bytes = [0; SENTENCE];
-        let mut space = nix::cmsg_space!([RawFd; 2]);
-        let mut parts = [IoSliceMut::new(&mut bytes)];
-        let message = recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
-            .map_err(broken)?;
-        let mut files = Vec::new();
-        for control in message.cmsgs().map_err(broken)? {
-            if let ControlMessageOwned::ScmRights(descriptors) = control {
-                files.extend(descriptors.into_iter().map(sys::adopt));
-            }
-        }
-        let length = message.bytes;
+        let received = self.0.receive(&mut bytes);
+        let (length, files) = received.map_err(|errno| LaunchError::System("the launcher's socket", errno.into()))?;
         let Some((first, rest)) = bytes[..length].split_first() else { return Err(early_end()) };
         let sentence = String::from_utf8_lossy(rest).into_owned();
         match Word::ALL.into_iter().find(|word| *word as u8 == *first) {
