@@ -252,6 +252,10 @@ impl Spapr {
 
     /// The checks of an ioctl that come before any argument is read, and what they change: the container belongs to
     /// the caller after a call that needs an owner, whatever becomes of it (`tce_iommu_mm_set`).
+    ///
+    /// # Errors
+    /// [`VfioError::OtherMemoryMap`], [`VfioError::NotSupported`] for an ioctl that its version has not,
+    /// [`VfioError::NotEnabled`], [`VfioError::NothingRegistered`], and what asking for the caller's memory map meets.
     pub fn ready(&self, caller: &dyn Caller, op: SpaprOp) -> Result<(), VfioError> {
         if let Some(owner) = self.owner.get() {
             check_owner(owner, caller)?;
@@ -286,6 +290,9 @@ impl Spapr {
     }
 
     /// VFIO_IOMMU_SPAPR_TCE_GET_INFO.
+    ///
+    /// # Errors
+    /// [`VfioError::NoGroup`] before the first one has joined.
     pub fn info(&self) -> Result<SpaprInfo, VfioError> {
         let rules = self.rules.get().ok_or(VfioError::NoGroup)?;
         let word = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
@@ -318,6 +325,9 @@ impl Spapr {
     }
 
     /// VFIO_IOMMU_DISABLE: refunds the window. Its TCEs stay (`tce_iommu_disable`).
+    ///
+    /// # Errors
+    /// [`VfioError::Interrupted`]. Nothing has changed.
     pub fn disable(&self, interrupt: &dyn Interrupt) -> Result<(), VfioError> {
         let mut state = self.lock(interrupt)?;
         self.enabled.store(false, Ordering::Release);

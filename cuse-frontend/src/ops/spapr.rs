@@ -37,6 +37,13 @@ const fn op<F>(nr: u8, name: &'static str, min: usize, ready: Ready<F>, run: fn(
     Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: Some(ready), returns_file: false, run }
 }
 
+/// What the driver wants before the argument of one of its ops is read.
+macro_rules! ready {
+    ($op:ident) => {
+        |spapr, caller| Ok(spapr.ready(caller, SpaprOp::$op)?)
+    };
+}
+
 /// Answers an ioctl of a container on POWER. The driver is looked up once.
 #[inline]
 pub(crate) fn answer(container: &Arc<Container>, request: &Request<'_>) -> OpResult {
@@ -76,65 +83,37 @@ static OF_DRIVER: Table<Spapr, { (nr::IOMMU_SPAPR_TCE_REMOVE - nr::IOMMU_SPAPR_T
         nr::IOMMU_SPAPR_TCE_GET_INFO,
         |spapr, caller, _, _| Ok(spapr.ready(caller, SpaprOp::Other)?),
         &[
-            op(
-                nr::IOMMU_SPAPR_TCE_GET_INFO,
-                "VFIO_IOMMU_SPAPR_TCE_GET_INFO",
-                INFO_MIN,
-                |spapr, caller| Ok(spapr.ready(caller, SpaprOp::GetInfo)?),
-                get_info,
-            ),
-            op(
-                nr::IOMMU_MAP_DMA,
-                "VFIO_IOMMU_MAP_DMA",
-                size_of::<DmaMap>(),
-                |spapr, caller| Ok(spapr.ready(caller, SpaprOp::MapDma)?),
-                map_dma,
-            ),
-            op(
-                nr::IOMMU_UNMAP_DMA,
-                "VFIO_IOMMU_UNMAP_DMA",
-                size_of::<DmaUnmap>(),
-                |spapr, caller| Ok(spapr.ready(caller, SpaprOp::UnmapDma)?),
-                unmap_dma,
-            ),
-            plain(
-                nr::IOMMU_ENABLE,
-                "VFIO_IOMMU_ENABLE",
-                Some(|spapr, caller| Ok(spapr.ready(caller, SpaprOp::Enable)?)),
-                enable,
-            ),
-            plain(
-                nr::IOMMU_DISABLE,
-                "VFIO_IOMMU_DISABLE",
-                Some(|spapr, caller| Ok(spapr.ready(caller, SpaprOp::Disable)?)),
-                disable,
-            ),
+            op(nr::IOMMU_SPAPR_TCE_GET_INFO, "VFIO_IOMMU_SPAPR_TCE_GET_INFO", INFO_MIN, ready!(GetInfo), get_info),
+            op(nr::IOMMU_MAP_DMA, "VFIO_IOMMU_MAP_DMA", size_of::<DmaMap>(), ready!(MapDma), map_dma),
+            op(nr::IOMMU_UNMAP_DMA, "VFIO_IOMMU_UNMAP_DMA", size_of::<DmaUnmap>(), ready!(UnmapDma), unmap_dma),
+            plain(nr::IOMMU_ENABLE, "VFIO_IOMMU_ENABLE", Some(ready!(Enable)), enable),
+            plain(nr::IOMMU_DISABLE, "VFIO_IOMMU_DISABLE", Some(ready!(Disable)), disable),
             op(
                 nr::IOMMU_SPAPR_REGISTER_MEMORY,
                 "VFIO_IOMMU_SPAPR_REGISTER_MEMORY",
                 size_of::<SpaprRegisterMemory>(),
-                |spapr, caller| Ok(spapr.ready(caller, SpaprOp::Register)?),
+                ready!(Register),
                 register_memory,
             ),
             op(
                 nr::IOMMU_SPAPR_UNREGISTER_MEMORY,
                 "VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY",
                 size_of::<SpaprRegisterMemory>(),
-                |spapr, caller| Ok(spapr.ready(caller, SpaprOp::Unregister)?),
+                ready!(Unregister),
                 unregister_memory,
             ),
             op(
                 nr::IOMMU_SPAPR_TCE_CREATE,
                 "VFIO_IOMMU_SPAPR_TCE_CREATE",
                 size_of::<SpaprTceCreate>(),
-                |spapr, caller| Ok(spapr.ready(caller, SpaprOp::CreateWindow)?),
+                ready!(CreateWindow),
                 create_window,
             ),
             op(
                 nr::IOMMU_SPAPR_TCE_REMOVE,
                 "VFIO_IOMMU_SPAPR_TCE_REMOVE",
                 size_of::<SpaprTceRemove>(),
-                |spapr, caller| Ok(spapr.ready(caller, SpaprOp::RemoveWindow)?),
+                ready!(RemoveWindow),
                 remove_window,
             ),
         ],
