@@ -34,13 +34,14 @@ use crate::ioat::{self, Copy, Ioat, Reach};
 use crate::iommufd::{BoundDevice, HWPT_DIRTY_TRACKING, Hwpt, Iommufd};
 use crate::sys::{self, Memory};
 use crate::vfio::{Allowed, Container, Device, open};
-use crate::{PATIENCE, wait_until};
+use crate::{PATIENCE, offset, wait_until};
 
 /// The device of the servers, and its group.
 pub const DEVICE: &str = "ioat@0000:c1:00.0,group=7";
 const BDF: &str = "0000:c1:00.0";
 const GROUP: u32 = 7;
-/// The environment variable by which the server is told of its kill points; it notes there what it passes.
+/// The environment variable by which the server is told of its kill points (ioas/src/killpoint.rs); it notes there what it
+/// passes.
 pub const POINTS: &str = "UIOMMUFD_KILL_POINTS";
 /// What the client notes there when its server and its threads are ready.
 pub const BEGUN: &str = "client: begun";
@@ -49,14 +50,6 @@ const CHAINS: u64 = 0x20_0000;
 const MEMORY: u64 = 0x40_0000;
 const PAGES: u64 = 16;
 const PAGE: u64 = 4096;
-
-/// Offsets of ioctls from VFIO_BASE (Linux's include/uapi/linux/vfio.h, iommufd.h).
-mod offset {
-    pub(super) const GET_API_VERSION: u32 = 0;
-    pub(super) const CHECK_EXTENSION: u32 = 1;
-    pub(super) const IOAS_IOVA_RANGES: u32 = 32;
-    pub(super) const VEVENTQ_ALLOC: u32 = 47;
-}
 
 /// See the top of the file.
 ///
@@ -130,7 +123,7 @@ impl Standing {
         let Some(points) = points() else { return Ok(()) };
         wait_until("the threads to wait", PATIENCE, || {
             let passed = std::fs::read_to_string(&points).unwrap_or_default();
-            let reads = |number: u32| passed.contains(&format!("about to be read [ioctl {:#x}]", 0x3b64 + number));
+            let reads = |number: u32| passed.contains(&format!("about to be read [ioctl {:#x}]", sys::number(number)));
             let in_flight = reads(offset::IOAS_IOVA_RANGES) && reads(offset::VEVENTQ_ALLOC);
             Ok((in_flight || self.waiting.iter().any(|(_, thread)| thread.is_finished())).then_some(()))
         })

@@ -31,15 +31,9 @@ pub use iommufd_bindings::iommufd::{
     iommufd_hwpt_alloc_flags_IOMMU_HWPT_FAULT_ID_VALID as HWPT_FAULT_QUEUE,
 };
 
+use crate::offset;
 use crate::sys::{self, Argument, Memory};
 use crate::vfio::{Allowed, Device, open};
-
-/// Offsets of the ioctls of a device's own node from VFIO_BASE (Linux's include/uapi/linux/vfio.h).
-mod offset {
-    pub(super) const BIND_IOMMUFD: u32 = 18;
-    pub(super) const ATTACH_IOMMUFD_PT: u32 = 19;
-    pub(super) const DETACH_IOMMUFD_PT: u32 = 20;
-}
 
 /// The size of an argument, as its first field says it.
 fn size<T>() -> u32 {
@@ -382,7 +376,7 @@ impl BoundDevice {
     fn bind(iommufd: &Iommufd, file: File) -> Result<Self> {
         let argsz = size::<vfio_device_bind_iommufd>();
         let mut bind = vfio_device_bind_iommufd { argsz, iommufd: iommufd.0.as_raw_fd(), ..Default::default() };
-        sys::ioctl_struct(file.as_fd(), offset::BIND_IOMMUFD, &mut bind)?;
+        sys::ioctl_struct(file.as_fd(), offset::DEVICE_BIND_IOMMUFD, &mut bind)?;
         Ok(Self { id: bind.out_devid, device: Device::new(file) })
     }
 
@@ -405,7 +399,7 @@ impl BoundDevice {
     }
 
     fn attach_with(&self, mut attach: vfio_device_attach_iommufd_pt) -> Result<u32> {
-        sys::ioctl_struct(self.device.as_fd(), offset::ATTACH_IOMMUFD_PT, &mut attach)?;
+        sys::ioctl_struct(self.device.as_fd(), offset::DEVICE_ATTACH_IOMMUFD_PT, &mut attach)?;
         Ok(attach.pt_id)
     }
 
@@ -428,6 +422,6 @@ impl BoundDevice {
     fn detach_with(&self, flags: u32, pasid: u32) -> Result<()> {
         let argsz = size::<vfio_device_detach_iommufd_pt>();
         let mut detach = vfio_device_detach_iommufd_pt { argsz, flags, pasid };
-        sys::ioctl_struct(self.device.as_fd(), offset::DETACH_IOMMUFD_PT, &mut detach).map(drop)
+        sys::ioctl_struct(self.device.as_fd(), offset::DEVICE_DETACH_IOMMUFD_PT, &mut detach).map(drop)
     }
 }

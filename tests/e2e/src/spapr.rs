@@ -9,22 +9,9 @@ use vfio_bindings::bindings::vfio::{
     vfio_iommu_spapr_tce_info, vfio_iommu_spapr_tce_remove, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
 
+use crate::offset;
 use crate::sys;
 use crate::vfio::Container;
-
-/// Offsets of the ioctls from VFIO_BASE (Linux's include/uapi/linux/vfio.h).
-mod offset {
-    pub(super) const TCE_GET_INFO: u32 = 12;
-    pub(super) const MAP_DMA: u32 = 13;
-    pub(super) const UNMAP_DMA: u32 = 14;
-    pub(super) const ENABLE: u32 = 15;
-    pub(super) const DISABLE: u32 = 16;
-    pub(super) const REGISTER_MEMORY: u32 = 17;
-    pub(super) const UNREGISTER_MEMORY: u32 = 18;
-    pub(super) const TCE_CREATE: u32 = 19;
-    pub(super) const TCE_REMOVE: u32 = 20;
-    pub(super) const EEH_PE_OP: u32 = 21;
-}
 
 fn size_of_argument<T>() -> u32 {
     u32::try_from(size_of::<T>()).expect("a few bytes")
@@ -41,7 +28,7 @@ impl Spapr<'_> {
     pub fn info(&self) -> Result<vfio_iommu_spapr_tce_info> {
         let argsz = size_of_argument::<vfio_iommu_spapr_tce_info>();
         let mut info = vfio_iommu_spapr_tce_info { argsz, ..Default::default() };
-        sys::ioctl_struct(self.0.as_fd(), offset::TCE_GET_INFO, &mut info)?;
+        sys::ioctl_struct(self.0.as_fd(), offset::SPAPR_TCE_GET_INFO, &mut info)?;
         Ok(info)
     }
 
@@ -66,7 +53,7 @@ impl Spapr<'_> {
     /// # Errors
     /// The errno.
     pub fn register(&self, vaddr: u64, size: u64) -> Result<i32> {
-        self.registration(offset::REGISTER_MEMORY, vaddr, size)
+        self.registration(offset::SPAPR_REGISTER_MEMORY, vaddr, size)
     }
 
     /// VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY.
@@ -74,7 +61,7 @@ impl Spapr<'_> {
     /// # Errors
     /// The errno.
     pub fn unregister(&self, vaddr: u64, size: u64) -> Result<i32> {
-        self.registration(offset::UNREGISTER_MEMORY, vaddr, size)
+        self.registration(offset::SPAPR_UNREGISTER_MEMORY, vaddr, size)
     }
 
     fn registration(&self, offset: u32, vaddr: u64, size: u64) -> Result<i32> {
@@ -90,7 +77,7 @@ impl Spapr<'_> {
     pub fn create(&self, page_shift: u32, window_size: u64, levels: u32) -> Result<u64> {
         let argsz = size_of_argument::<vfio_iommu_spapr_tce_create>();
         let mut create = vfio_iommu_spapr_tce_create { argsz, page_shift, window_size, levels, ..Default::default() };
-        sys::ioctl_struct(self.0.as_fd(), offset::TCE_CREATE, &mut create)?;
+        sys::ioctl_struct(self.0.as_fd(), offset::SPAPR_TCE_CREATE, &mut create)?;
         Ok(create.start_addr)
     }
 
@@ -101,7 +88,7 @@ impl Spapr<'_> {
     pub fn remove(&self, start_addr: u64) -> Result<i32> {
         let argsz = size_of_argument::<vfio_iommu_spapr_tce_remove>();
         let mut remove = vfio_iommu_spapr_tce_remove { argsz, start_addr, ..Default::default() };
-        sys::ioctl_struct(self.0.as_fd(), offset::TCE_REMOVE, &mut remove)
+        sys::ioctl_struct(self.0.as_fd(), offset::SPAPR_TCE_REMOVE, &mut remove)
     }
 
     /// VFIO_IOMMU_MAP_DMA, for reading and writing.

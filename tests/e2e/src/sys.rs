@@ -17,7 +17,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 /// The number of VFIO's ioctl `offset`: no direction, size 0. Those of iommufd go on where VFIO's end.
-fn number(offset: u32) -> libc::Ioctl {
+pub(crate) fn number(offset: u32) -> libc::Ioctl {
     (u64::from(VFIO_TYPE) << 8 | u64::from(VFIO_BASE + offset)) as libc::Ioctl
 }
 

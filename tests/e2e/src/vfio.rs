@@ -16,21 +16,8 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use crate::nvme::{MEMORY_AND_MASTER, Nvme, PAGE, PCI_COMMAND, QUEUE_PAGES, Registers};
+use crate::offset;
 use crate::sys::{self, IrqSet, Memory};
-
-/// Offsets of the ioctls from VFIO_BASE (Linux's include/uapi/linux/vfio.h).
-mod offset {
-    pub(super) const GET_API_VERSION: u32 = 0;
-    pub(super) const CHECK_EXTENSION: u32 = 1;
-    pub(super) const SET_IOMMU: u32 = 2;
-    pub(super) const GROUP_SET_CONTAINER: u32 = 4;
-    pub(super) const GROUP_GET_DEVICE_FD: u32 = 6;
-    pub(super) const DEVICE_GET_REGION_INFO: u32 = 8;
-    pub(super) const DEVICE_SET_IRQS: u32 = 10;
-    pub(super) const DEVICE_RESET: u32 = 11;
-    pub(super) const MAP_DMA: u32 = 13;
-    pub(super) const UNMAP_DMA: u32 = 14;
-}
 
 /// What a device may do with mapped memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use e2e::sys::{self, Memory};
 use e2e::vfio::{Allowed, Container};
-use e2e::wakeups;
+use e2e::{PATIENCE, offset, processes, wait_until, wakeups};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, setgid, setuid};
@@ -27,13 +27,8 @@ use nix::unistd::{Gid, Pid, Uid, setgid, setuid};
 /// The devices of every server here.
 const DEVICE: &str = "dma-probe@0000:c1:00.0,group=7";
 const NODES: [&str; 2] = ["/dev/vfio/vfio", "/dev/vfio/7"];
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// Linux's include/uapi/linux/capability.h.
 const CAP_SYS_PTRACE: i32 = 19;
-/// Offsets of ioctls from VFIO_BASE (Linux's include/uapi/linux/vfio.h).
-const GET_API_VERSION: u32 = 0;
-const IOMMU_GET_INFO: u32 = 12;
 /// Bytes of an answer with all capabilities, and more.
 const INFO_ROOM: u32 = 1024;
 /// VFIO_IOMMU_INFO_CAPS.
@@ -86,7 +81,7 @@ impl Served {
         let mut command = Command::new(program);
         command.args(rest).args(["serve", "--cuse", "--device", DEVICE]).stdin(Stdio::null());
         let served = Self(command.spawn()?);
-        wait_for("the nodes", || NODES.iter().all(|path| Path::new(path).exists()))?;
+        wait_until("the nodes", PATIENCE, || Ok(NODES.iter().all(|path| Path::new(path).exists()).then_some(())))?;
         Ok(served)
     }
 
@@ -94,7 +89,7 @@ impl Served {
     fn is_idle(&self, state: &str) -> Result<()> {
         std::thread::sleep(SETTLE);
         let mut all = 0.0;
-        for process in processes_called("uiommufd")? {
+        for process in processes::called("uiommufd")? {
             let (rate, who) = wakeups::rate(process, SPAN)?;
             all += rate;
             if rate > 0.0 {
@@ -108,25 +103,10 @@ impl Served {
     fn end(mut self) -> Result<()> {
         kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM)?;
         self.0.wait()?;
-        wait_for("nothing to be left", || !NODES.iter().any(|path| Path::new(path).exists()))
+        wait_until("nothing to be left", PATIENCE, || {
+            Ok((!NODES.iter().any(|path| Path::new(path).exists())).then_some(()))
+        })
     }
-}
-
-/// The server is several processes.
-fn processes_called(name: &str) -> Result<Vec<u32>> {
-    let processes = std::fs::read_dir("/proc")?.flatten();
-    let named = processes
-        .filter(|entry| std::fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.trim() == name));
-    Ok(named.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
-}
-
-fn wait_for(what: &str, done: impl Fn() -> bool) -> Result<()> {
-    let start = Instant::now();
-    while !done() {
-        ensure!(start.elapsed() < PATIENCE, "waited for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
 }
 
 /// Two kinds of calls by turns: the median over the rounds of the time of one of each, in nanoseconds. `after` takes back
@@ -155,7 +135,7 @@ fn by_turns(
 }
 
 fn nothing(container: &Container) -> Result<()> {
-    let version = sys::ioctl_value(container.as_fd(), GET_API_VERSION, 0)?;
+    let version = sys::ioctl_value(container.as_fd(), offset::GET_API_VERSION, 0)?;
     ensure!(version == 0, "version {version}");
     Ok(())
 }
@@ -190,7 +170,7 @@ fn far(uid: u32) -> Result<()> {
     let get_info = |_| {
         info.write_u32(0, INFO_ROOM);
         info.write_u32(4, 0);
-        sys::ioctl_memory(container.as_fd(), IOMMU_GET_INFO, &info)?;
+        sys::ioctl_memory(container.as_fd(), offset::IOMMU_GET_INFO, &info)?;
         ensure!(info.read_u32(4) & HAS_CAPS != 0 && info.read_u32(16) != 0, "capabilities");
         Ok(())
     };

@@ -11,12 +11,13 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use e2e::iommufd::{BoundDevice, Iommufd};
 use e2e::sys::{self, Memory};
 use e2e::vfio::{Allowed, Container, open};
+use e2e::{PATIENCE, offset, processes, wait_until};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
@@ -29,20 +30,8 @@ const NODES: [(&str, u32); 4] =
     [("/dev/iommu", 0o600), ("/dev/vfio/vfio", 0o666), ("/dev/vfio/7", 0o600), ("/dev/vfio/devices/vfio0", 0o600)];
 /// Where the FUSE mount is.
 const MOUNT: &str = "/dev/uiommufd";
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// Linux's include/uapi/linux/capability.h.
 const CAP_SYS_PTRACE: i32 = 19;
-
-/// Offsets of ioctls from VFIO_BASE (Linux's include/uapi/linux/vfio.h, iommufd.h).
-mod offset {
-    pub(super) const GET_API_VERSION: u32 = 0;
-    pub(super) const DEVICE_GET_REGION_INFO: u32 = 8;
-    pub(super) const IOMMU_GET_INFO: u32 = 12;
-    pub(super) const IOAS_ALLOC: u32 = 29;
-    pub(super) const IOAS_IOVA_RANGES: u32 = 32;
-    pub(super) const IOAS_MAP_FILE: u32 = 43;
-}
 
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -98,7 +87,7 @@ impl Served {
         let (program, rest) = words.split_first().context("a program")?;
         let child =
             Command::new(program).args(rest).args(["serve", "--cuse", "--log", "info", "--device", DEVICE]).spawn()?;
-        wait_for("the nodes", || NODES.iter().all(|(path, _)| is_device(path)))?;
+        wait_until("the nodes", PATIENCE, || Ok(NODES.iter().all(|(path, _)| is_device(path)).then_some(())))?;
         // Whoever comes before the server serves waits for it.
         Container::open()?;
         Ok(Self { child })
@@ -108,39 +97,20 @@ impl Served {
     fn end(mut self, signal: Signal) -> Result<()> {
         kill(Pid::from_raw(server()?), signal)?;
         self.child.wait()?;
-        wait_for("nothing to be left", || {
+        wait_until("nothing to be left", PATIENCE, || {
             let names = ["/dev/iommu", "/dev/vfio", MOUNT];
             let gone = |path: &&str| Path::new(path).symlink_metadata().is_err();
             let devices = fs::read_dir("/sys/class/cuse").map_or(0, Iterator::count);
-            names.iter().all(gone) && devices == 0 && servers().is_ok_and(|left| left.is_empty())
+            let left = processes::called("uiommufd")?;
+            Ok((names.iter().all(gone) && devices == 0 && left.is_empty()).then_some(()))
         })
     }
 }
 
 /// The server: the first of its processes.
 fn server() -> Result<i32> {
-    servers()?.into_iter().min().context("a server")
-}
-
-/// The processes that are called uiommufd.
-fn servers() -> Result<Vec<i32>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        if fs::read_to_string(entry.path().join("comm")).is_ok_and(|name| name.trim() == "uiommufd") {
-            found.push(pid);
-        }
-    }
-    Ok(found)
-}
-
-fn wait_for(what: &str, done: impl Fn() -> bool) -> Result<()> {
-    let start = Instant::now();
-    while !done() {
-        ensure!(start.elapsed() < PATIENCE, "waited for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
+    let first = processes::called("uiommufd")?.into_iter().min().context("a server")?;
+    Ok(first.cast_signed())
 }
 
 fn run(command: &mut Command) -> Result<()> {
@@ -301,7 +271,7 @@ fn killed_with_requests_in_flight() -> Result<()> {
     ensure!(waiting.iter().all(|thread| !thread.is_finished()), "they wait");
     served.end(Signal::SIGKILL)?;
     for thread in waiting {
-        wait_for("an answer", || thread.is_finished())?;
+        wait_until("an answer", PATIENCE, || Ok(thread.is_finished().then_some(())))?;
         let answer = thread.join().map_err(|_| anyhow::anyhow!("a thread"))?;
         ensure!(matches!(answer, Err(Some(libc::ECONNABORTED | libc::ENOTCONN))), "{answer:?}");
     }
