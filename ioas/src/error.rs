@@ -29,6 +29,8 @@ pub mod errno {
     pub const EDEADLK: i32 = 35;
     /// No room left.
     pub const ENOSPC: i32 = 28;
+    /// Operation not supported.
+    pub const EOPNOTSUPP: i32 = 95;
     /// A sum passes the end of its type.
     pub const EOVERFLOW: i32 = 75;
     /// The address is in use.
@@ -167,6 +169,9 @@ pub enum IoasError {
     /// An area with pinned pages cannot be divided.
     #[error("pages of area {0} are pinned: it cannot be divided")]
     CannotSplit(IovaRange),
+    /// An area of a device's memory, named by descriptor, cannot be divided.
+    #[error("area {0} is a device's memory: it cannot be divided")]
+    RegionWhole(IovaRange),
     /// A page table does not take a mapping that can be neither read nor written.
     #[error("area {0} can be neither read nor written by a device")]
     NoDirection(IovaRange),
@@ -303,6 +308,7 @@ impl IoasError {
                 errno::EBUSY
             }
             Self::PinsStay(_) => errno::EDEADLK,
+            Self::RegionWhole(_) => errno::EOPNOTSUPP,
             Self::InUse { .. } => errno::EADDRINUSE,
             Self::Fault { .. } => errno::EFAULT,
             Self::Limit { .. } | Self::NoFrames { .. } | Self::Table(_) | Self::Injected(_) => errno::ENOMEM,

@@ -412,21 +412,24 @@ impl Ioas {
     /// Makes an area boundary at `at`. Nothing when there is one, or no area.
     ///
     /// # Errors
-    /// EBUSY for an area that is being unmapped, EINVAL for a misaligned boundary and for pinned pages, ENOMEM from a
-    /// table; nothing has changed.
+    /// EBUSY for an area that is being unmapped, EOPNOTSUPP for a device's memory that was named by descriptor, EINVAL
+    /// for a misaligned boundary and for pinned pages, ENOMEM from a table; nothing has changed.
     #[doc(alias = "iopt_area_split")]
     pub fn split(&self, at: Iova) -> Result<(), IoasError> {
         let tables = self.tables.lock();
         let alignment = self.map.lock().alignment_at(at);
         let Some(area) = self.area_at(at).filter(|area| area.range.start() != at) else { return Ok(()) };
-        let (shut, pinned) = self
+        let (shut, pinned, region) = self
             .map
             .lock()
             .overlapping(area.range)
             .next()
-            .map_or((false, false), |(_, area)| (area.shut, area.pins != 0));
+            .map_or((false, false, false), |(_, area)| (area.shut, area.pins != 0, area.pages.is_region()));
         if shut {
             return Err(IoasError::Busy(area.range));
+        }
+        if region {
+            return Err(IoasError::RegionWhole(area.range));
         }
         let (AreaMemory::User(UserAddr(start)) | AreaMemory::File { offset: start, .. }) = area.memory;
         let address = start.wrapping_add(at.0 - area.range.start().0);

@@ -265,6 +265,19 @@ fn device_region_is_mapped_uncharged_for_type1_and_refused_for_iommufd() {
 }
 
 #[test]
+fn device_region_by_descriptor_is_not_divided() {
+    let bench = Bench::new();
+    let region = memfd(2 * PAGE_SIZE);
+    let by_fd = Source::File { file: named_as(FileKind::DeviceRegion, &region), offset: 0 };
+    bench.map(request(by_fd, 2, 0, RW)).expect("mapped");
+    let error = bench.ioas.split(Iova(PAGE_SIZE)).expect_err("divided");
+    assert_eq!((error.errno(), bench.ioas.area_count()), (errno::EOPNOTSUPP, 1));
+    bench.ioas.split(Iova(0)).expect("a boundary already");
+    bench.ioas.unmap(IovaRange::everything()).expect("unmapped");
+    bench.assert_empty();
+}
+
+#[test]
 fn hugetlb_memory_moves_bytes_and_an_empty_pool_is_an_error() {
     let huge = 2u64 << 20;
     let fd = match memfd_create("huge", MFdFlags::MFD_HUGETLB) {
