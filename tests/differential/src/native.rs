@@ -6,8 +6,8 @@
 //!
 //! What is left out is what docs/divergences.md names (a new user address is one where there is memory), and what hangs on the
 //! device and not on VFIO: BAR 0, which ours has trapped, and the registers. A dirty bitmap is asked for one mapping at a time,
-//! from its beginning. And what an older kernel than 7.3 answers otherwise: extension 6, nesting of type1, which 6.12 has; and for 6.12 alone ranges that pass the last address,
-//! which are EINVAL there and EOVERFLOW in 7.3.
+//! from its beginning. And what an older kernel than 7.3 answers otherwise: extension 6, nesting of type1, which 6.12 has; and
+//! for 6.12 alone ranges that pass the last address, which are EINVAL there and EOVERFLOW in 7.3.
 
 use conformance::arg;
 
