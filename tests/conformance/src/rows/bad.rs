@@ -186,6 +186,7 @@ fn races(s: &mut Script<'_>, op: &Op) -> Outcome {
     Ok(())
 }
 
+/// A row for each ioctl, by its place in [`OPS`].
 macro_rules! rows {
     ($table:ident: $run:ident $prefix:literal: $($index:literal $name:literal,)*) => {
         pub(super) const $table: &[Row] =
@@ -202,20 +203,19 @@ rows! {
     19 "veventq_alloc", 20 "hw_queue_alloc", 21 "noiommu_get_pa", 22 "hwpt_alloc_nested",
 }
 
-// Wrong ids, by ioctl that has one.
-rows! {
-    ID_ROWS: ids "bad_id_of_":
-    0 "destroy", 2 "allow_iovas", 3 "copy", 4 "iova_ranges", 5 "map", 6 "unmap", 7 "option", 8 "vfio_ioas",
-    9 "hwpt_alloc", 10 "get_hw_info", 11 "set_dirty_tracking", 12 "get_dirty_bitmap", 13 "invalidate", 15 "map_file",
-    16 "viommu_alloc", 17 "vdevice_alloc", 19 "veventq_alloc", 20 "hw_queue_alloc", 21 "noiommu_get_pa",
-    22 "hwpt_alloc_nested",
+/// The same for the ioctls that take an id.
+macro_rules! rows_of_ids {
+    ($table:ident: $run:ident $prefix:literal) => {
+        rows! {
+            $table: $run $prefix:
+            0 "destroy", 2 "allow_iovas", 3 "copy", 4 "iova_ranges", 5 "map", 6 "unmap", 7 "option", 8 "vfio_ioas",
+            9 "hwpt_alloc", 10 "get_hw_info", 11 "set_dirty_tracking", 12 "get_dirty_bitmap", 13 "invalidate",
+            15 "map_file", 16 "viommu_alloc", 17 "vdevice_alloc", 19 "veventq_alloc", 20 "hw_queue_alloc",
+            21 "noiommu_get_pa", 22 "hwpt_alloc_nested",
+        }
+    };
 }
 
-// Ids that go meanwhile.
-rows! {
-    RACE_ROWS: races "id_goes_under_":
-    0 "destroy", 2 "allow_iovas", 3 "copy", 4 "iova_ranges", 5 "map", 6 "unmap", 7 "option", 8 "vfio_ioas",
-    9 "hwpt_alloc", 10 "get_hw_info", 11 "set_dirty_tracking", 12 "get_dirty_bitmap", 13 "invalidate", 15 "map_file",
-    16 "viommu_alloc", 17 "vdevice_alloc", 19 "veventq_alloc", 20 "hw_queue_alloc", 21 "noiommu_get_pa",
-    22 "hwpt_alloc_nested",
-}
+// Wrong ids, and ids that go meanwhile.
+rows_of_ids!(ID_ROWS: ids "bad_id_of_");
+rows_of_ids!(RACE_ROWS: races "id_goes_under_");
