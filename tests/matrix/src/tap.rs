@@ -1,4 +1,5 @@
-//! What a program of Linux's own selftests prints: the table of its cases, and how each of them ended.
+//! What a program of Linux's own selftests prints: the table of its cases, and how each of them ended; and whether that is as
+//! it should be, where some are listed that fail.
 //!
 //! The table (`-l`) has a block for each fixture, between rules of dashes: its name, a column of variants and one of tests. Each
 //! test is run in each variant, as the case `FIXTURE.VARIANT.TEST`, or `FIXTURE.TEST` where there are no variants. What is run is
@@ -6,10 +7,10 @@
 //!
 //! What this module refuses to know: which cases there are, and which should pass.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How a case ended.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End<'a> {
     /// Well.
     Passed,
@@ -38,6 +39,44 @@ pub fn ended(output: &str) -> BTreeMap<&str, End<'_>> {
         found.insert(case, end);
     }
     found
+}
+
+/// How many cases were announced: one program, or several after each other.
+#[must_use]
+pub fn planned(output: &str) -> usize {
+    output.lines().filter_map(|line| line.strip_prefix("1..")?.trim().parse::<usize>().ok()).sum()
+}
+
+/// What is to be thought of a case.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict<'a> {
+    /// It did what it should.
+    Right,
+    /// It failed, and is listed.
+    Listed,
+    /// It says why it cannot run.
+    Skipped(&'a str),
+    /// It did not do what it should, for this reason.
+    Wrong(&'static str),
+}
+
+/// Judges a case that ended so, if it did; exactly those that are `listed` fail.
+#[must_use]
+pub fn verdict(end: Option<End<'_>>, listed: bool) -> Verdict<'_> {
+    match end {
+        Some(End::Failed) if listed => Verdict::Listed,
+        Some(End::Failed) => Verdict::Wrong("fails, and is not listed"),
+        Some(_) if listed => Verdict::Wrong("is listed among those that fail, and does not"),
+        Some(End::Skipped(reason)) => Verdict::Skipped(reason),
+        Some(End::Passed) => Verdict::Right,
+        None => Verdict::Wrong("did not come to its end"),
+    }
+}
+
+/// The cases of a list, one a line; lines that begin with `#` are remarks.
+#[must_use]
+pub fn listed(text: &str) -> BTreeSet<String> {
+    text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).map(str::to_owned).collect()
 }
 
 /// What the program said about a case.
@@ -91,7 +130,7 @@ pub fn cases(table: &str) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{End, cases, ended, told};
+    use super::{End, Verdict, cases, ended, listed, planned, told, verdict};
 
     const TABLE: &str = "\
 # FIXTURE            VARIANT                   TEST
@@ -139,6 +178,24 @@ ok 3 a.three # SKIP no pages
         assert_eq!(ends.get("a.two"), Some(&End::Failed));
         assert_eq!(ends.get("a.three"), Some(&End::Skipped("no pages")));
         assert_eq!(ends.get("a.four"), None);
+    }
+
+    #[test]
+    fn exactly_those_listed_fail() {
+        let list = listed("# why\na.two\n\na.four\n");
+        let ends = ended(RUN);
+        let judged = |case: &str| verdict(ends.get(case).copied(), list.contains(case));
+        assert_eq!(judged("a.one"), Verdict::Right);
+        assert_eq!(judged("a.two"), Verdict::Listed);
+        assert_eq!(judged("a.three"), Verdict::Skipped("no pages"));
+        assert!(matches!(judged("a.four"), Verdict::Wrong(_)));
+        assert!(matches!(verdict(Some(End::Failed), false), Verdict::Wrong(_)));
+        assert!(matches!(verdict(Some(End::Passed), true), Verdict::Wrong(_)));
+    }
+
+    #[test]
+    fn plans_of_several_programs_add_up() {
+        assert_eq!(planned(&format!("{RUN}# log\n{RUN}")), 6);
     }
 
     #[test]

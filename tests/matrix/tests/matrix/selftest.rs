@@ -12,7 +12,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use conformance::tally::Tally;
 use e2e::repository;
-use matrix::tap::{self, End};
+use matrix::tap::{self, Verdict};
 use matrix::{Machine, Part};
 
 use crate::{Front, server};
@@ -67,17 +67,13 @@ fn judge(tally: &mut Tally, suite: &str, wanted: &[String], part: &Part, may_fai
     let mut lost = false;
     for case in wanted {
         let name = format!("{suite}{case}");
-        let listed = may_fail.contains(case);
-        match ended.get(case.as_str()) {
-            Some(End::Skipped(reason)) if !listed => tally.skip(&name, reason),
-            Some(End::Passed) if !listed => tally.pass(&name),
-            Some(End::Failed) if listed => tally.pass(&format!("{name} (fails, as it is listed)")),
-            Some(End::Failed) => tally.fail(&name, &tap::told(&part.output, case)),
-            Some(_) => tally.fail(&name, "is listed among those that fail, and does not"),
-            None => {
-                lost = true;
-                tally.fail(&name, "it did not come to its end");
-            }
+        let end = ended.get(case.as_str()).copied();
+        lost |= end.is_none();
+        match tap::verdict(end, may_fail.contains(case)) {
+            Verdict::Right => tally.pass(&name),
+            Verdict::Listed => tally.pass(&format!("{name} (fails, as it is listed)")),
+            Verdict::Skipped(reason) => tally.skip(&name, reason),
+            Verdict::Wrong(reason) => tally.fail(&name, &format!("{reason}\n    {}", tap::told(&part.output, case))),
         }
     }
     if lost {
@@ -96,7 +92,7 @@ fn may_fail(front: &Front) -> Result<BTreeSet<String>> {
     for file in files {
         let path = repository().join("tests/selftest").join(file);
         let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        found.extend(text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).map(str::to_owned));
+        found.extend(tap::listed(&text));
     }
     Ok(found)
 }
