@@ -176,6 +176,12 @@ pub enum OpError {
     /// The caller's mount namespace does not have our tree, or at a path that is too long (ENOTTY).
     #[error("the program does not see the directory of our nodes, in which it would have to open a descriptor")]
     OutOfSight,
+    /// The caller's pid namespace is not one that the server sees (ENOTTY).
+    #[error(
+        "the program is in a pid namespace that the server does not see, so nobody knows where it would have to open a \
+         descriptor: start it by `uiommufd run`, or the server where it sees the program"
+    )]
+    NoProcess,
     /// Too many descriptors wait to be opened by the caller (EMFILE).
     #[error("{most} descriptors wait already for the program to open them")]
     TooManyOffers {
@@ -245,7 +251,7 @@ impl OpError {
             | Self::Range(RangeError::Zero) => libc::EINVAL,
             Self::NoNode => libc::ENXIO,
             Self::TooLong { .. } => libc::E2BIG,
-            Self::UnknownOp(_) | Self::CannotGive | Self::OutOfSight => libc::ENOTTY,
+            Self::UnknownOp(_) | Self::CannotGive | Self::OutOfSight | Self::NoProcess => libc::ENOTTY,
             Self::Unsupported { .. } => libc::EOPNOTSUPP,
             Self::Overflow { .. } | Self::Range(RangeError::Overflow) => libc::EOVERFLOW,
             Self::NoObject { .. } | Self::NotMapped(_) | Self::NoOffer => libc::ENOENT,

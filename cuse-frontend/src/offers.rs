@@ -15,13 +15,18 @@
 //! is offered.
 //!
 //! Where the client finds our tree, only its own mount namespace says, so the kernel is asked for the mounts there. The
-//! mount itself is never asked: a handler would wait for itself.
+//! mount itself is never asked: a handler would wait for itself. A client whose process the server does not see, in a pid
+//! namespace of its own, cannot be told.
+//!
+//! Over CUSE the bytes of the ioctl and of the one within may have to be brought in rounds. The one within is made once:
+//! as long as it lacks bytes it has done nothing, and nothing is answered.
 //!
 //! Lock order: `list` is a leaf. An offer is ended, which closes a file and may take long, without it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ioas::caller::MemoryError;
 use ioas::{UserAddr, killpoint};
 use parking_lot::Mutex;
 use zerocopy::{FromZeros, IntoBytes};
@@ -91,8 +96,9 @@ impl Offers {
     /// Answers one of our ioctls, made on `file`: 0.
     ///
     /// # Errors
-    /// ENOTTY when the ioctl within returns no descriptor, or none that this client could open; ENOENT for a path that
-    /// is not on offer; EINVAL, EFAULT for a struct that is wrong. What the ioctl within gives is in the struct.
+    /// ENOTTY when the ioctl within returns no descriptor; ENOENT for a path that is not on offer; EINVAL, EFAULT for a
+    /// struct that is wrong. What the ioctl within gives is in the struct: ENOTTY too, when it returned a descriptor that
+    /// this client could not open.
     pub(crate) fn answer(
         self: &Arc<Self>,
         file: &OpenFile,
@@ -120,7 +126,6 @@ impl Offers {
         if !file.returns_file(call.cmd) {
             return Err(OpError::UnknownOp(call.cmd));
         }
-        let directory = self.directory(client.process).ok_or(OpError::OutOfSight)?;
         call.flags = CALL_DONE;
         let new = match file.ioctl(client.call, call.cmd, call.arg) {
             Ok(IoctlReply::NewFile(new)) => new,
@@ -128,6 +133,8 @@ impl Offers {
                 call.value = value;
                 return write(client.call, arg, call.as_bytes());
             }
+            // Its bytes have to be brought; then all of this is done anew.
+            Err(_) if client.call.comes_again() => return Err(MemoryError::Denied.into()),
             Err(errno) => {
                 call.value = -errno.0;
                 return write(client.call, arg, call.as_bytes());
@@ -135,7 +142,7 @@ impl Offers {
         };
         killpoint::pass("offers: a new file is not on offer yet");
         match self.offer(file.serial(), client, *new) {
-            Ok(Told { name, open_flags, fd_at }) => {
+            Ok(Told { directory, name, open_flags, fd_at }) => {
                 killpoint::pass("offers: a new file is on offer, and nobody knows");
                 let path = format!("{directory}/{name}\0");
                 call.flags |= CALL_OPEN;
@@ -148,6 +155,8 @@ impl Offers {
                 told
             }
             Err(error) => {
+                let pid = client.process;
+                tracing::warn!(pid, "{error}");
                 call.value = -file.refused(client.call, NAMES[0], &error).0;
                 write(client.call, arg, call.as_bytes())
             }
@@ -157,12 +166,13 @@ impl Offers {
     /// Offers a new file. Undone when that fails.
     fn offer(self: &Arc<Self>, through: u64, client: Client<'_>, new: NewFile) -> Result<Told, OpError> {
         let process = client.process;
+        let directory = self.directory(process)?;
         self.end_where(|offer| offer.offered.is_taken());
         let NewFile { file, fd_flags, promise } = new;
         let recipient = Recipient { client: process, opener: process, uid: Some(client.uid) };
         let fd_at = promise.at().map_or(0, |at| at.0);
         let (name, offered) = self.tree.offer(file, recipient).map_err(|_| OpError::OutOfSight)?;
-        let told = Told { name: name.clone(), open_flags: (libc::O_RDWR | fd_flags).cast_unsigned(), fd_at };
+        let told = Told { directory, name: name.clone(), open_flags: (libc::O_RDWR | fd_flags).cast_unsigned(), fd_at };
         let offer = Offer { name, client: process, through, offered, promise, until: Instant::now() + PATIENCE };
         match self.wait_for(offer) {
             Ok(()) => Ok(told),
@@ -246,15 +256,24 @@ impl Offers {
     }
 
     /// Where a process sees the root of our tree.
-    fn directory(&self, process: u32) -> Option<String> {
-        let place = process::mount_point(process, self.files.device()?)?;
+    ///
+    /// # Errors
+    /// [`OpError::NoProcess`], [`OpError::OutOfSight`].
+    fn directory(&self, process: u32) -> Result<String, OpError> {
+        if process == 0 {
+            return Err(OpError::NoProcess);
+        }
+        let device = self.files.device().ok_or(OpError::OutOfSight)?;
+        let place = process::mount_point(process, device);
         // As much as fits in front of a name.
-        (place.len() + 64 <= PATH_SIZE).then_some(place)
+        place.filter(|place| place.len() + 64 <= PATH_SIZE).ok_or(OpError::OutOfSight)
     }
 }
 
 /// What the client is told of an offer.
 struct Told {
+    /// Where the client sees the root of our tree.
+    directory: String,
     name: String,
     open_flags: u32,
     fd_at: u64,

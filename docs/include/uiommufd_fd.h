@@ -8,7 +8,8 @@
  *   1. UIOMMUFD_CALL on the same file, with cmd and arg of such an ioctl. If it fails, or UIOMMUFD_CALL_DONE is not in
  *      flags after it, the ioctl is to be made as it is: the file is not uiommufd's, or the ioctl returns no descriptor there.
  *   2. Without UIOMMUFD_CALL_OPEN in flags the ioctl has returned value; a negative one is its errno. EMFILE may also mean
- *      that 16 descriptors of this process wait to be opened.
+ *      that 16 descriptors of this process wait to be opened, and ENOTTY that there is a descriptor which this process could
+ *      not open: it does not see the directory of the nodes, or is in a pid namespace that the server does not see.
  *   3. With it, open(path, open_flags) is the new descriptor. It works once, within 5 seconds, for this process alone.
  *      If fd_at is 0 the ioctl returns the descriptor's number. Otherwise it returns 0, and the number belongs into the
  *      __s32 at address fd_at, which was writable when the server looked.

@@ -3,7 +3,8 @@
 //! Usage: `device-nodes` as root in a VM with `/dev/cuse`, `uiommufd` in PATH, and nothing named `vfio` or `iommu` in
 //! `/dev`. Prints a line for each thing that holds, and fails with the first that does not. `device-nodes far UID` is
 //! the client whose memory the server may not copy; `device-nodes without CAPABILITY COMMAND...` executes COMMAND with
-//! one capability less.
+//! one capability less. `device-nodes library FILE` tries programs that are dynamically linked (`five-ways` and `preloaded`,
+//! in PATH) with the library FILE in LD_PRELOAD.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use e2e::iommufd::{BoundDevice, Iommufd};
+use e2e::server::is_empty;
 use e2e::sys::{self, Memory};
 use e2e::vfio::{Allowed, Container, open};
 use e2e::{PATIENCE, offset, processes, wait_until};
@@ -28,6 +30,9 @@ const DEVICE: &str = "dma-probe@0000:c1:00.0,group=7";
 /// What the machine's `/dev` then has, and the permission bits of it.
 const NODES: [(&str, u32); 4] =
     [("/dev/iommu", 0o600), ("/dev/vfio/vfio", 0o666), ("/dev/vfio/7", 0o600), ("/dev/vfio/devices/vfio0", 0o600)];
+/// The devices of servers whose clients drive them.
+const DISK: &str = "0000:c1:00.0";
+const ENGINE: &str = "0000:c2:00.0";
 /// Where the FUSE mount is.
 const MOUNT: &str = "/dev/uiommufd";
 /// Linux's include/uapi/linux/capability.h.
@@ -37,13 +42,14 @@ fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => everything(),
+        ["library", file] => library(file),
         ["far", uid] => far(uid.parse()?),
         ["without", capability, ref command @ ..] => {
             sys::drop_capability(capability.parse()?)?;
             let (program, arguments) = command.split_first().context("COMMAND")?;
             Err(Command::new(program).args(arguments).exec().into())
         }
-        _ => bail!("device-nodes [far UID | without CAPABILITY COMMAND...]"),
+        _ => bail!("device-nodes [library FILE | far UID | without CAPABILITY COMMAND...]"),
     }
 }
 
@@ -84,9 +90,14 @@ struct Served {
 
 impl Served {
     fn start(words: &[&str]) -> Result<Self> {
+        Self::with_devices(words, &[DEVICE])
+    }
+
+    fn with_devices(words: &[&str], devices: &[&str]) -> Result<Self> {
         let (program, rest) = words.split_first().context("a program")?;
-        let child =
-            Command::new(program).args(rest).args(["serve", "--cuse", "--log", "info", "--device", DEVICE]).spawn()?;
+        let mut command = Command::new(program);
+        command.args(rest).args(["serve", "--cuse", "--log", "info"]);
+        let child = command.args(devices.iter().flat_map(|device| ["--device", device])).spawn()?;
         wait_until("the nodes", PATIENCE, || Ok(NODES.iter().all(|(path, _)| is_device(path)).then_some(())))?;
         // Whoever comes before the server serves waits for it.
         Container::open()?;
@@ -278,6 +289,60 @@ fn killed_with_requests_in_flight() -> Result<()> {
     let answer = sys::ioctl_value(idle.as_fd(), offset::GET_API_VERSION, 0).map_err(|error| error.raw_os_error());
     ensure!(answer == Err(Some(libc::ENOTCONN)), "an old descriptor answers {answer:?}");
     Ok(())
+}
+
+/// Programs that nobody of ours has started get their descriptors by opening them in the FUSE tree beside the nodes.
+fn library(file: &str) -> Result<()> {
+    let image = "/tmp/disk.img";
+    fs::write(image, vec![0x5a; 1 << 20])?;
+    let (disk, engine) = (format!("nvme@{DISK},group=7,file={image}"), format!("ioat@{ENGINE},group=8"));
+    let served = Served::with_devices(&["uiommufd"], &[&disk, &engine])?;
+    let program = |words: &[&str]| {
+        let (name, arguments) = words.split_first().expect("a program");
+        let mut command = Command::new(name);
+        command.args(arguments).env("LD_PRELOAD", file);
+        command
+    };
+    for what in ["queue", "device", "child", "threads", "full", "foreign", "errno"] {
+        run(&mut program(&["preloaded", what, "7", DISK])).context(what)?;
+    }
+    run(&mut program(&["five-ways", "7", DISK, "8", ENGINE]))?;
+    holds_nothing()?;
+    println!("programs with the library get what ioctls return, and drive devices in the five ways");
+    let refused = program(&["preloaded", "queue", "7", DISK]).env_remove("LD_PRELOAD").status()?;
+    ensure!(!refused.success() && status()?.contains("libuiommufd_preload.so in LD_PRELOAD"), "without it: {refused}");
+    println!("a program without the library is told of it");
+    served.end(Signal::SIGTERM)?;
+
+    let this = std::env::current_exe()?;
+    let this = this.to_str().context("a path")?;
+    let served = Served::start(&[this, "without", &CAP_SYS_PTRACE.to_string(), "uiommufd"])?;
+    fs::set_permissions("/dev/iommu", fs::Permissions::from_mode(0o666))?;
+    run(program(&["preloaded", "queue", "7", DISK]).uid(1000).gid(1000))?;
+    holds_nothing()?;
+    served.end(Signal::SIGTERM)?;
+    println!("so does a program of another user, of a server that may not trace it");
+
+    let served = Served::start(&["unshare", "-p", "-f", "--mount-proc", "uiommufd"])?;
+    let refused = program(&["preloaded", "queue", "7", DISK]).status()?;
+    let said = status()?;
+    ensure!(!refused.success() && said.contains("a pid namespace that the server does not see"), "{refused}: {said}");
+    ensure!(!said.contains("in LD_PRELOAD"), "who has the library is not told of it: {said}");
+    holds_nothing()?;
+    served.end(Signal::SIGTERM)?;
+    println!("a program of another pid namespace is told why it gets none");
+    Ok(())
+}
+
+/// Soon the server holds nothing of any client's.
+fn holds_nothing() -> Result<()> {
+    let mut last = serde_json::Value::Null;
+    let looked = wait_until("nothing held", PATIENCE, || {
+        let mut servers: Vec<serde_json::Value> = serde_json::from_str(&status()?)?;
+        last = servers.pop().context("a server")?;
+        Ok(is_empty(&last).then_some(()))
+    });
+    looked.with_context(|| format!("still there: {last:#}"))
 }
 
 /// The client whose memory the server may not copy.

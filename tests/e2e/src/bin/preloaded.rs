@@ -14,6 +14,7 @@ use e2e::sys;
 use e2e::vfio::{Container, Group};
 use e2e::{PATIENCE, wait_until};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Offsets from VFIO's first number: VFIO_GROUP_GET_DEVICE_FD, VFIO_DEVICE_FEATURE, IOMMU_FAULT_QUEUE_ALLOC,
@@ -40,6 +41,7 @@ fn run() -> Result<String> {
     let [what, group, bdf] = words.as_slice() else { bail!("usage: preloaded WHAT GROUP BDF") };
     let group = group.parse().context("GROUP")?;
     match what.as_str() {
+        "queue" => queue()?,
         "device" => drop(open(group)?.1.device(bdf)?),
         "child" => in_a_child(&words)?,
         "threads" => threads(&open(group)?.1, bdf)?,
@@ -55,6 +57,17 @@ fn open(group: u32) -> Result<(Container, Group)> {
     let container = Container::open()?;
     let group = container.add_group(group)?;
     Ok((container, group))
+}
+
+/// A queue, which nothing has to be mapped or bound for.
+fn queue() -> Result<()> {
+    let iommufd = Iommufd::open()?;
+    let (id, queue) = iommufd.alloc_fault_queue().context("a queue")?;
+    let mut ready = [PollFd::new(queue.as_fd(), PollFlags::POLLIN)];
+    ensure!(poll(&mut ready, PollTimeout::ZERO)? == 0, "a queue has events that nobody made");
+    ensure!(iommufd.destroy(id).is_err(), "a queue goes before its descriptor");
+    drop(queue);
+    iommufd.destroy(id).context("the queue, when its descriptor has gone")
 }
 
 /// What a shell does: forks, executes, and has the library there too.
