@@ -115,6 +115,16 @@ pub enum OpError {
         /// The bound.
         most: u32,
     },
+    /// The server uses as much memory as it may.
+    #[error(
+        "the server uses {used:#x} bytes of memory for what its clients made, limit {limit:#x} bytes (server-memory)"
+    )]
+    NoMemory {
+        /// In bytes.
+        used: u64,
+        /// In bytes.
+        limit: u64,
+    },
     /// The caller lacks a capability.
     #[error("the caller lacks {0:?}")]
     Incapable(Capability),
@@ -268,7 +278,7 @@ impl OpError {
             Self::NoCompatIoas | Self::NoDevice(_) | Self::Fd(FdError::Revoked { .. }) => libc::ENODEV,
             Self::HasObjects { .. } => libc::EBUSY,
             Self::TooSmall { .. } => libc::EMSGSIZE,
-            Self::ListTooLong { .. } | Self::TooMuchToBring => libc::ENOMEM,
+            Self::ListTooLong { .. } | Self::TooMuchToBring | Self::NoMemory { .. } => libc::ENOMEM,
             Self::Incapable(_) => libc::EPERM,
             Self::Fd(FdError::Bad(_)) => libc::EBADF,
             Self::Fd(FdError::Denied) => libc::EACCES,

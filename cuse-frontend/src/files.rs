@@ -253,6 +253,12 @@ pub struct OpenFile {
     file: File,
 }
 
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        self.server.closed(self.serial);
+    }
+}
+
 impl OpenFile {
     pub(crate) fn new(server: Arc<Server>, kind: NodeKind, serial: u64, opener: u32, file: File) -> Self {
         Self { server, kind, serial, opener, file }

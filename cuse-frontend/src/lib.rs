@@ -34,4 +34,4 @@ mod wire;
 pub use error::OpError;
 pub use inprocess::InProcess;
 pub use ops::{OpRow, RowCall};
-pub use server::{DeviceEntry, DeviceSpec, Node, Server, ServerOptions};
+pub use server::{DeviceEntry, DeviceSpec, Node, OwnMemory, Server, ServerOptions};

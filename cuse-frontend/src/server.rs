@@ -5,10 +5,12 @@
 //! [`Server::status`].
 //!
 //! A device has a number for its own node (`vfioN`), the lowest that is free when it is added. The list of open files
-//! holds weak references for the status only: an open file lives as long as its transport keeps it.
+//! holds weak references for the status only: an open file lives as long as its transport keeps it, and leaves the list when
+//! it goes.
 //!
 //! Lock order: `devices` and `opens` are leaves; nothing of a client is looked at under them.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once, Weak};
 
@@ -49,6 +51,8 @@ pub struct ServerOptions {
     pub root_sets_payer: bool,
     /// What counts as every client's RLIMIT_MEMLOCK, in bytes, in place of its own; `u64::MAX` is no limit.
     pub memlock_limit: Option<u64>,
+    /// How much memory the server may use. `None` is no limit.
+    pub own_memory: Option<OwnMemory>,
     /// Requests travel over io_uring where the kernel offers that.
     pub io_uring: bool,
     /// Rows added to the op table of `/dev/iommu`, for ioctls that it does not have.
@@ -68,10 +72,23 @@ impl Default for ServerOptions {
             strict: false,
             root_sets_payer: false,
             memlock_limit: None,
+            own_memory: None,
             io_uring: true,
             added_rows: Vec::new(),
         }
     }
+}
+
+/// The memory that the server uses itself, for its objects, maps and page tables; not what it holds of its clients'.
+///
+/// What makes the server keep more is refused while it uses more than the limit; what gives something back, and DMA, are not.
+/// In Linux such memory is bounded by the client's cgroup.
+#[derive(Debug, Clone, Copy)]
+pub struct OwnMemory {
+    /// What it uses now, in bytes. Called often.
+    pub used: fn() -> u64,
+    /// In bytes.
+    pub limit: u64,
 }
 
 /// A device that the server has.
@@ -115,14 +132,16 @@ pub struct Server {
     failures: Arc<FailureLog>,
     /// Immutable.
     container: Flavour,
-    /// Immutable, as the next four.
+    /// Immutable, as the next five.
     strict: bool,
     root_sets_payer: bool,
     memlock_limit: Option<u64>,
+    own_memory: Option<OwnMemory>,
     io_uring: bool,
     added_rows: Vec<OpRow>,
     devices: RwLock<Vec<DeviceEntry>>,
-    opens: Mutex<Vec<Weak<OpenFile>>>,
+    /// By the number that names them.
+    opens: Mutex<BTreeMap<u64, Weak<OpenFile>>>,
     /// How many files have been opened; names them in the status.
     serial: AtomicU64,
     /// The log has said once that a limit can be raised.
@@ -145,7 +164,7 @@ impl Server {
     #[must_use]
     pub fn new(options: ServerOptions) -> Arc<Self> {
         let ServerOptions { accounting, dirty, dma_entry_limit, container, personality, charges_tables, .. } = options;
-        let ServerOptions { strict, root_sets_payer, memlock_limit, io_uring, added_rows, .. } = options;
+        let ServerOptions { strict, root_sets_payer, memlock_limit, own_memory, io_uring, added_rows, .. } = options;
         let store = PageStore::new(accounting);
         let failures = Arc::new(FailureLog::default());
         let faults = Arc::clone(&failures) as Arc<dyn FaultSink>;
@@ -166,6 +185,7 @@ impl Server {
             strict,
             root_sets_payer,
             memlock_limit,
+            own_memory,
             io_uring,
             added_rows,
             devices,
@@ -183,6 +203,23 @@ impl Server {
     /// What counts as every client's RLIMIT_MEMLOCK, in place of its own.
     pub(crate) fn memlock_limit(&self) -> Option<u64> {
         self.memlock_limit
+    }
+
+    /// Whether the server may keep more.
+    ///
+    /// # Errors
+    /// [`OpError::NoMemory`].
+    #[inline(always)]
+    pub(crate) fn check_memory(&self) -> Result<(), OpError> {
+        match self.own_memory {
+            Some(OwnMemory { used, limit }) if used() > limit => Err(OpError::NoMemory { used: used(), limit }),
+            _ => Ok(()),
+        }
+    }
+
+    /// What memory it uses itself, if that is bounded.
+    pub(crate) fn own_memory(&self) -> Option<OwnMemory> {
+        self.own_memory
     }
 
     /// Whether requests may travel over io_uring.
@@ -278,7 +315,7 @@ impl Server {
     ///
     /// # Errors
     /// The errno that Linux's open gives: ENODEV without such a node, EBUSY for a group that is open, EPERM for a
-    /// noiommu group without CAP_SYS_RAWIO.
+    /// noiommu group without CAP_SYS_RAWIO; ENOMEM where the server may not keep more.
     pub fn open(self: &Arc<Self>, kind: NodeKind, caller: &dyn ClientCall) -> Result<Arc<OpenFile>, Errno> {
         match self.open_kind(kind, caller) {
             Ok(file) => Ok(self.opened(kind, caller.pid(), file)),
@@ -291,6 +328,7 @@ impl Server {
     }
 
     fn open_kind(&self, kind: NodeKind, caller: &dyn ClientCall) -> Result<File, OpError> {
+        self.check_memory()?;
         Ok(match kind {
             NodeKind::Iommufd => File::Iommufd(Arc::new(Context::new(Arc::clone(&self.store)))),
             NodeKind::Container if self.container == Flavour::Iommufd => {
@@ -334,15 +372,18 @@ impl Server {
     fn opened(self: &Arc<Self>, kind: NodeKind, pid: u32, file: File) -> Arc<OpenFile> {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed) + 1;
         let file = Arc::new(OpenFile::new(Arc::clone(self), kind, serial, pid, file));
-        let mut opens = self.opens.lock();
-        opens.retain(|open| open.strong_count() > 0);
-        opens.push(Arc::downgrade(&file));
+        self.opens.lock().insert(serial, Arc::downgrade(&file));
         file
+    }
+
+    /// A file is closed.
+    pub(crate) fn closed(&self, serial: u64) {
+        self.opens.lock().remove(&serial);
     }
 
     /// The files that are open now, in the order in which they were opened.
     pub(crate) fn open_files(&self) -> Vec<Arc<OpenFile>> {
-        self.opens.lock().iter().filter_map(Weak::upgrade).collect()
+        self.opens.lock().values().filter_map(Weak::upgrade).collect()
     }
 
     /// Says whether clients can mmap device files: a transport may be unable to let them.

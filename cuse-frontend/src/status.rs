@@ -25,6 +25,7 @@ pub(crate) fn of(server: &Server) -> Value {
         "shadows": files.iter().flat_map(|file| shadows(file)).collect::<Vec<_>>(),
         "ioases": files.iter().flat_map(|file| ioases(file)).collect::<Vec<_>>(),
         "store": server.store().snapshot(),
+        "own_memory": server.own_memory().map(|own| json!({ "used_bytes": (own.used)(), "limit": own.limit })),
         "devices": server.vfio().snapshot(),
         "open_files": files.len(),
         "objects": objects,

@@ -71,8 +71,15 @@ impl OpRow {
     pub(crate) fn answer(&self, context: &Arc<Context>, request: &Request<'_>) -> OpResult {
         let argument = Argument::Sized { size: self.size, min: self.min };
         let name = self.name;
-        let op =
-            Op { nr: self.nr, name, argument, ready: None, returns_file: self.returns_file, run: |_| super::done() };
+        let op = Op {
+            nr: self.nr,
+            name,
+            argument,
+            ready: None,
+            returns_file: self.returns_file,
+            keeps: true,
+            run: |_| super::done(),
+        };
         let run = |call: &Call<'_, Arc<Context>>| {
             let mut bytes = [0; LARGEST];
             copy_out_of(call.bytes, &mut bytes);

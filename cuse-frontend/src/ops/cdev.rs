@@ -28,6 +28,7 @@ pub(crate) static TABLE: Table<Arc<CdevFile>, 1> = Table::new(
         argument: BIND,
         ready: None,
         returns_file: false,
+        keeps: true,
         run: bind,
     }],
 );

@@ -16,7 +16,7 @@ use ioas::caller::Caller;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::caps::{CapChain, info_chain};
-use super::{Argument, Call, Op, OpResult, Ready, Table, done};
+use super::{Argument, Call, Op, OpResult, Ready, Table, done, keeping};
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
 use crate::iommufd::Context;
@@ -150,7 +150,7 @@ impl ContainerFile for Arc<Context> {
 }
 
 const fn plain<F: ContainerFile>(nr: u8, name: &'static str, run: fn(&Call<'_, F>) -> OpResult) -> Op<F> {
-    Op { nr, name, argument: Argument::Plain, ready: None, returns_file: false, run }
+    Op { nr, name, argument: Argument::Plain, ready: None, returns_file: false, keeps: false, run }
 }
 
 const fn op<F: ContainerFile>(
@@ -160,7 +160,15 @@ const fn op<F: ContainerFile>(
     ready: Ready<F>,
     run: fn(&Call<'_, F>) -> OpResult,
 ) -> Op<F> {
-    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: Some(ready), returns_file: false, run }
+    Op {
+        nr,
+        name,
+        argument: Argument::Argsz { min: min as u32 },
+        ready: Some(ready),
+        returns_file: false,
+        keeps: false,
+        run,
+    }
 }
 
 /// Of `/dev/vfio/vfio`.
@@ -176,7 +184,7 @@ const fn table<F: ContainerFile>() -> Table<F, SLOTS> {
         &[
             plain(nr::GET_API_VERSION, "VFIO_GET_API_VERSION", api_version),
             plain(nr::CHECK_EXTENSION, "VFIO_CHECK_EXTENSION", check_extension),
-            plain(nr::SET_IOMMU, "VFIO_SET_IOMMU", set_iommu),
+            keeping(plain(nr::SET_IOMMU, "VFIO_SET_IOMMU", set_iommu)),
             op(
                 nr::IOMMU_GET_INFO,
                 "VFIO_IOMMU_GET_INFO",
@@ -184,13 +192,13 @@ const fn table<F: ContainerFile>() -> Table<F, SLOTS> {
                 |c, _| Ok(c.ready(ContainerOp::GetInfo)?),
                 get_info,
             ),
-            op(
+            keeping(op(
                 nr::IOMMU_MAP_DMA,
                 "VFIO_IOMMU_MAP_DMA",
                 size_of::<DmaMap>(),
                 |c, _| Ok(c.ready(ContainerOp::MapDma)?),
                 map_dma,
-            ),
+            )),
             op(
                 nr::IOMMU_UNMAP_DMA,
                 "VFIO_IOMMU_UNMAP_DMA",

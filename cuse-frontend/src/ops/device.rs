@@ -26,7 +26,7 @@ const SLOTS: usize = (nr::DEVICE_DETACH_IOMMUFD_PT - nr::DEVICE_GET_INFO) as usi
 const INFO_MIN: usize = std::mem::offset_of!(DeviceInfo, cap_offset);
 
 const fn op(nr: u8, name: &'static str, min: usize, run: fn(&Call<'_, Device>) -> OpResult) -> Op<Device> {
-    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: None, returns_file: false, run }
+    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: None, returns_file: false, keeps: false, run }
 }
 
 /// Number, name, minimum size, handler.
@@ -44,6 +44,7 @@ pub(crate) static TABLE: Table<Device, SLOTS> = Table::new(
             argument: Argument::Plain,
             ready: None,
             returns_file: false,
+            keeps: false,
             run: reset,
         },
         op(
@@ -60,6 +61,7 @@ pub(crate) static TABLE: Table<Device, SLOTS> = Table::new(
         },
         Op {
             ready: Some(cdev::is_cdev),
+            keeps: true,
             ..op(
                 nr::DEVICE_ATTACH_IOMMUFD_PT,
                 "VFIO_DEVICE_ATTACH_IOMMUFD_PT",

@@ -7,7 +7,7 @@ use compat::GroupFile;
 use ioas::UserAddr;
 use zerocopy::IntoBytes;
 
-use super::{Argument, Call, Op, OpResult, Table, done};
+use super::{Argument, Call, Op, OpResult, Table, done, keeping};
 use crate::error::OpError;
 use crate::files::{ClientCall, File, IoctlReply, NewFile};
 use crate::iommufd::VfioIommufd;
@@ -20,7 +20,7 @@ const NAME_MOST: usize = 4096;
 type Group = Arc<GroupFile>;
 
 const fn plain(nr: u8, name: &'static str, run: fn(&Call<'_, Group>) -> OpResult) -> Op<Group> {
-    Op { nr, name, argument: Argument::Plain, ready: None, returns_file: false, run }
+    Op { nr, name, argument: Argument::Plain, ready: None, returns_file: false, keeps: false, run }
 }
 
 /// Number, name, argument, handler.
@@ -34,11 +34,12 @@ pub(crate) static TABLE: Table<Group, SLOTS> = Table::new(
             argument: Argument::Argsz { min: size_of::<GroupStatus>() as u32 },
             ready: None,
             returns_file: false,
+            keeps: false,
             run: get_status,
         },
-        plain(nr::GROUP_SET_CONTAINER, "VFIO_GROUP_SET_CONTAINER", set_container),
+        keeping(plain(nr::GROUP_SET_CONTAINER, "VFIO_GROUP_SET_CONTAINER", set_container)),
         plain(nr::GROUP_UNSET_CONTAINER, "VFIO_GROUP_UNSET_CONTAINER", unset_container),
-        Op { returns_file: true, ..plain(nr::GROUP_GET_DEVICE_FD, "VFIO_GROUP_GET_DEVICE_FD", get_device_fd) },
+        Op { returns_file: true, ..keeping(plain(nr::GROUP_GET_DEVICE_FD, "VFIO_GROUP_GET_DEVICE_FD", get_device_fd)) },
     ],
 );
 

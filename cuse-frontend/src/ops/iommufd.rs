@@ -13,7 +13,7 @@ use ioas::caller::{Capability, FdError};
 use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Argument, Call, Op, OpResult, OpRow, Table, done, objects};
+use super::{Argument, Call, Op, OpResult, OpRow, Table, done, keeping, objects};
 use crate::error::OpError;
 use crate::files::ClientCall;
 use crate::iommufd::Context;
@@ -40,13 +40,14 @@ const fn op(
         argument: Argument::Sized { size: size as u32, min: min as u32 },
         ready: None,
         returns_file: false,
+        keeps: false,
         run,
     }
 }
 
 /// A row that may return a descriptor.
 const fn returning(op: Op<Arc<Context>>) -> Op<Arc<Context>> {
-    Op { returns_file: true, ..op }
+    Op { returns_file: true, ..keeping(op) }
 }
 
 /// Number, name, size, minimum size (up to the last field of the op's first version), handler.
@@ -55,25 +56,25 @@ pub(crate) static TABLE: Table<Arc<Context>, SLOTS> = Table::new(
     size_is_readable,
     &[
         op(nr::DESTROY, "IOMMU_DESTROY", size_of::<Destroy>(), 8, destroy),
-        op(nr::IOAS_ALLOC, "IOMMU_IOAS_ALLOC", size_of::<IoasAlloc>(), 12, ioas_alloc),
-        op(nr::IOAS_ALLOW_IOVAS, "IOMMU_IOAS_ALLOW_IOVAS", size_of::<IoasAllowIovas>(), 24, allow_iovas),
-        op(nr::IOAS_COPY, "IOMMU_IOAS_COPY", size_of::<IoasCopy>(), 40, ioas_copy),
+        keeping(op(nr::IOAS_ALLOC, "IOMMU_IOAS_ALLOC", size_of::<IoasAlloc>(), 12, ioas_alloc)),
+        keeping(op(nr::IOAS_ALLOW_IOVAS, "IOMMU_IOAS_ALLOW_IOVAS", size_of::<IoasAllowIovas>(), 24, allow_iovas)),
+        keeping(op(nr::IOAS_COPY, "IOMMU_IOAS_COPY", size_of::<IoasCopy>(), 40, ioas_copy)),
         op(nr::IOAS_IOVA_RANGES, "IOMMU_IOAS_IOVA_RANGES", size_of::<IoasIovaRanges>(), 32, iova_ranges),
-        op(nr::IOAS_MAP, "IOMMU_IOAS_MAP", size_of::<IoasMap>(), 40, ioas_map),
-        op(nr::IOAS_MAP_FILE, "IOMMU_IOAS_MAP_FILE", size_of::<IoasMapFile>(), 40, ioas_map_file),
+        keeping(op(nr::IOAS_MAP, "IOMMU_IOAS_MAP", size_of::<IoasMap>(), 40, ioas_map)),
+        keeping(op(nr::IOAS_MAP_FILE, "IOMMU_IOAS_MAP_FILE", size_of::<IoasMapFile>(), 40, ioas_map_file)),
         op(nr::IOAS_UNMAP, "IOMMU_IOAS_UNMAP", size_of::<IoasUnmap>(), 24, ioas_unmap),
         op(nr::IOAS_CHANGE_PROCESS, "IOMMU_IOAS_CHANGE_PROCESS", size_of::<IoasChangeProcess>(), 8, change_process),
         op(nr::OPTION, "IOMMU_OPTION", size_of::<Opt>(), 24, option),
         op(nr::VFIO_IOAS, "IOMMU_VFIO_IOAS", size_of::<VfioIoas>(), 12, vfio_ioas),
-        op(nr::HWPT_ALLOC, "IOMMU_HWPT_ALLOC", size_of::<HwptAlloc>(), 24, objects::hwpt_alloc),
+        keeping(op(nr::HWPT_ALLOC, "IOMMU_HWPT_ALLOC", size_of::<HwptAlloc>(), 24, objects::hwpt_alloc)),
         op(nr::GET_HW_INFO, "IOMMU_GET_HW_INFO", size_of::<HwInfo>(), 32, objects::get_hw_info),
-        op(
+        keeping(op(
             nr::HWPT_SET_DIRTY_TRACKING,
             "IOMMU_HWPT_SET_DIRTY_TRACKING",
             size_of::<SetDirtyTracking>(),
             16,
             objects::set_dirty_tracking,
-        ),
+        )),
         op(
             nr::HWPT_GET_DIRTY_BITMAP,
             "IOMMU_HWPT_GET_DIRTY_BITMAP",
@@ -89,10 +90,10 @@ pub(crate) static TABLE: Table<Arc<Context>, SLOTS> = Table::new(
             16,
             objects::fault_queue_alloc,
         )),
-        op(nr::VIOMMU_ALLOC, "IOMMU_VIOMMU_ALLOC", size_of::<ViommuAlloc>(), 24, objects::viommu_alloc),
-        op(nr::VDEVICE_ALLOC, "IOMMU_VDEVICE_ALLOC", size_of::<VdeviceAlloc>(), 24, objects::vdevice_alloc),
+        keeping(op(nr::VIOMMU_ALLOC, "IOMMU_VIOMMU_ALLOC", size_of::<ViommuAlloc>(), 24, objects::viommu_alloc)),
+        keeping(op(nr::VDEVICE_ALLOC, "IOMMU_VDEVICE_ALLOC", size_of::<VdeviceAlloc>(), 24, objects::vdevice_alloc)),
         returning(op(nr::VEVENTQ_ALLOC, "IOMMU_VEVENTQ_ALLOC", size_of::<VeventqAlloc>(), 28, objects::veventq_alloc)),
-        op(nr::HW_QUEUE_ALLOC, "IOMMU_HW_QUEUE_ALLOC", size_of::<HwQueueAlloc>(), 40, objects::hw_queue_alloc),
+        keeping(op(nr::HW_QUEUE_ALLOC, "IOMMU_HW_QUEUE_ALLOC", size_of::<HwQueueAlloc>(), 40, objects::hw_queue_alloc)),
         op(
             nr::IOAS_NOIOMMU_GET_PA,
             "IOMMU_IOAS_NOIOMMU_GET_PA",

@@ -73,6 +73,8 @@ pub(crate) struct Op<F: ?Sized + 'static> {
     pub(crate) ready: Option<Ready<F>>,
     /// It may return a descriptor, so that only a transport that can give one answers it.
     pub(crate) returns_file: bool,
+    /// It makes the server keep more, so that it is refused where the server keeps too much.
+    pub(crate) keeps: bool,
     pub(crate) run: fn(&Call<'_, F>) -> OpResult,
 }
 
@@ -83,6 +85,11 @@ impl<F: ?Sized> Clone for Op<F> {
 }
 
 impl<F: ?Sized> Copy for Op<F> {}
+
+/// A row that makes the server keep more.
+pub(crate) const fn keeping<F: ?Sized>(op: Op<F>) -> Op<F> {
+    Op { keeps: true, ..op }
+}
 
 /// What must hold of the file's state, and of who calls.
 pub(crate) type Ready<F> = fn(&F, &dyn ClientCall) -> Result<(), OpError>;
@@ -186,7 +193,7 @@ impl<'a, F: ?Sized> Deref for Call<'a, F> {
 }
 
 impl<'a, F: ?Sized> Call<'a, F> {
-    /// Runs `op`: the state it needs, the copy in, the size rule, then `run`.
+    /// Runs `op`: room for what it keeps, the state it needs, the copy in, the size rule, then `run`.
     #[inline]
     fn dispatch(
         op: &Op<F>,
@@ -194,6 +201,9 @@ impl<'a, F: ?Sized> Call<'a, F> {
         request: &'a Request<'a>,
         run: impl FnOnce(&Call<'_, F>) -> OpResult,
     ) -> OpResult {
+        if op.keeps {
+            request.server.check_memory()?;
+        }
         if let Some(ready) = op.ready {
             ready(file, request.caller)?;
         }

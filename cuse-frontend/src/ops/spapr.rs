@@ -19,7 +19,7 @@ use compat::{
 use ioas::Iova;
 use zerocopy::IntoBytes;
 
-use super::{Argument, Call, Op, OpResult, Ready, Request, Table, done};
+use super::{Argument, Call, Op, OpResult, Ready, Request, Table, done, keeping};
 use crate::files::IoctlReply;
 use crate::uapi::vfio::{
     DmaMap, DmaUnmap, EEH_PE_ERR_OFFSET, EehPeErr, EehPeOp, SpaprRegisterMemory, SpaprTceCreate, SpaprTceDdwInfo,
@@ -30,11 +30,19 @@ use crate::uapi::vfio::{
 const INFO_MIN: usize = offset_of!(SpaprTceInfo, ddw);
 
 const fn plain<F>(nr: u8, name: &'static str, ready: Option<Ready<F>>, run: fn(&Call<'_, F>) -> OpResult) -> Op<F> {
-    Op { nr, name, argument: Argument::Plain, ready, returns_file: false, run }
+    Op { nr, name, argument: Argument::Plain, ready, returns_file: false, keeps: false, run }
 }
 
 const fn op<F>(nr: u8, name: &'static str, min: usize, ready: Ready<F>, run: fn(&Call<'_, F>) -> OpResult) -> Op<F> {
-    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: Some(ready), returns_file: false, run }
+    Op {
+        nr,
+        name,
+        argument: Argument::Argsz { min: min as u32 },
+        ready: Some(ready),
+        returns_file: false,
+        keeps: false,
+        run,
+    }
 }
 
 /// What the driver wants before the argument of one of its ops is read.
@@ -66,7 +74,7 @@ static OF_CONTAINER: Table<Arc<Container>, { (nr::EEH_PE_OP - nr::GET_API_VERSIO
     &[
         plain(nr::GET_API_VERSION, "VFIO_GET_API_VERSION", None, |_| Ok(IoctlReply::Value(API_VERSION))),
         plain(nr::CHECK_EXTENSION, "VFIO_CHECK_EXTENSION", None, check_extension),
-        plain(nr::SET_IOMMU, "VFIO_SET_IOMMU", None, set_iommu),
+        keeping(plain(nr::SET_IOMMU, "VFIO_SET_IOMMU", None, set_iommu)),
         op(
             nr::EEH_PE_OP,
             "VFIO_EEH_PE_OP",
@@ -84,17 +92,17 @@ static OF_DRIVER: Table<Spapr, { (nr::IOMMU_SPAPR_TCE_REMOVE - nr::IOMMU_SPAPR_T
         |spapr, caller, _, _| Ok(spapr.ready(caller, SpaprOp::Other)?),
         &[
             op(nr::IOMMU_SPAPR_TCE_GET_INFO, "VFIO_IOMMU_SPAPR_TCE_GET_INFO", INFO_MIN, ready!(GetInfo), get_info),
-            op(nr::IOMMU_MAP_DMA, "VFIO_IOMMU_MAP_DMA", size_of::<DmaMap>(), ready!(MapDma), map_dma),
+            keeping(op(nr::IOMMU_MAP_DMA, "VFIO_IOMMU_MAP_DMA", size_of::<DmaMap>(), ready!(MapDma), map_dma)),
             op(nr::IOMMU_UNMAP_DMA, "VFIO_IOMMU_UNMAP_DMA", size_of::<DmaUnmap>(), ready!(UnmapDma), unmap_dma),
             plain(nr::IOMMU_ENABLE, "VFIO_IOMMU_ENABLE", Some(ready!(Enable)), enable),
             plain(nr::IOMMU_DISABLE, "VFIO_IOMMU_DISABLE", Some(ready!(Disable)), disable),
-            op(
+            keeping(op(
                 nr::IOMMU_SPAPR_REGISTER_MEMORY,
                 "VFIO_IOMMU_SPAPR_REGISTER_MEMORY",
                 size_of::<SpaprRegisterMemory>(),
                 ready!(Register),
                 register_memory,
-            ),
+            )),
             op(
                 nr::IOMMU_SPAPR_UNREGISTER_MEMORY,
                 "VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY",
@@ -102,13 +110,13 @@ static OF_DRIVER: Table<Spapr, { (nr::IOMMU_SPAPR_TCE_REMOVE - nr::IOMMU_SPAPR_T
                 ready!(Unregister),
                 unregister_memory,
             ),
-            op(
+            keeping(op(
                 nr::IOMMU_SPAPR_TCE_CREATE,
                 "VFIO_IOMMU_SPAPR_TCE_CREATE",
                 size_of::<SpaprTceCreate>(),
                 ready!(CreateWindow),
                 create_window,
-            ),
+            )),
             op(
                 nr::IOMMU_SPAPR_TCE_REMOVE,
                 "VFIO_IOMMU_SPAPR_TCE_REMOVE",

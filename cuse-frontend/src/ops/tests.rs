@@ -4,7 +4,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use device_shim::probe::Probe;
 use hwpt::{DeviceProperties, Format};
@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 
 use super::{Argument, Table, container, device, group, iommufd};
 use crate::files::{ClientCall, File, NodeKind, OpenFile};
-use crate::server::{DeviceSpec, Server, ServerOptions};
+use crate::server::{DeviceSpec, OwnMemory, Server, ServerOptions};
 use crate::uapi::command;
 
 const PAGE: u64 = 4096;
@@ -104,6 +104,46 @@ fn sized<F: ?Sized, const N: usize>(table: &Table<F, N>) -> Vec<(&'static str, u
         _ => None,
     });
     rows.collect()
+}
+
+#[test]
+fn server_that_uses_too_much_memory_refuses_what_it_would_keep_and_nothing_else() {
+    static USED: AtomicU64 = AtomicU64::new(0);
+    let own_memory = Some(OwnMemory { used: || USED.load(Ordering::Relaxed), limit: 1000 });
+    let server = Server::new(ServerOptions { own_memory, ..ServerOptions::default() });
+    let memory = Memory::new(PAGE);
+    let iommufd = server.open(NodeKind::Iommufd, &memory).expect("the node is there");
+    let container = server.open(NodeKind::Container, &memory).expect("the node is there");
+    let refused = |file: &OpenFile, name: &'static str, nr: u8, size: u32| {
+        (errno(file, &memory, nr, memory.put(0, size)) == libc::ENOMEM).then_some(name)
+    };
+    let rows = sized(&iommufd::TABLE);
+    let all = || rows.iter().filter_map(|(name, nr, size, _)| refused(&iommufd, name, *nr, *size)).collect::<Vec<_>>();
+    assert!(all().is_empty(), "{:?}", all());
+    USED.store(1001, Ordering::Relaxed);
+    let gives_or_asks = [
+        "IOMMU_DESTROY",
+        "IOMMU_IOAS_IOVA_RANGES",
+        "IOMMU_IOAS_UNMAP",
+        "IOMMU_IOAS_CHANGE_PROCESS",
+        "IOMMU_OPTION",
+        "IOMMU_VFIO_IOAS",
+        "IOMMU_GET_HW_INFO",
+        "IOMMU_HWPT_GET_DIRTY_BITMAP",
+        "IOMMU_HWPT_INVALIDATE",
+        "IOMMU_IOAS_NOIOMMU_GET_PA",
+    ];
+    let refused_rows = all();
+    assert!(
+        rows.iter().all(|(name, ..)| refused_rows.contains(name) != gives_or_asks.contains(name)),
+        "{refused_rows:?}"
+    );
+    use crate::uapi::vfio::nr;
+    assert!(refused(&container, "MAP_DMA", nr::IOMMU_MAP_DMA, 32).is_some());
+    assert!(refused(&container, "UNMAP_DMA", nr::IOMMU_UNMAP_DMA, 24).is_none());
+    assert!(server.open(NodeKind::Container, &memory).is_err_and(|errno| errno.0 == libc::ENOMEM));
+    USED.store(1000, Ordering::Relaxed);
+    assert!(all().is_empty() && server.open(NodeKind::Container, &memory).is_ok());
 }
 
 #[test]

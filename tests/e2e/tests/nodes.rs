@@ -242,6 +242,28 @@ fn killed_client_of_a_power_machine_leaves_nothing() -> Result<()> {
 }
 
 #[test]
+fn client_that_makes_all_it_can_is_refused_and_the_server_goes_on() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    for what in ["objects", "areas", "files"] {
+        let options = ["--server-memory".to_owned(), "4M".to_owned()];
+        let mut run = Run::start(&options, &with_input(words(&client("greedy"), &[what])))?;
+        ensure!(run.wait_for("client: refused ")? == "ENOMEM", "{what}: {}", run.transcript());
+        ensure!(run.wait_for("client: kept ")? == "0", "{what}: {}", run.transcript());
+        let status = run.status()?;
+        let own = &status["own_memory"];
+        ensure!(own["limit"] == 4 << 20 && own["used_bytes"].as_u64().is_some_and(|used| used < 4 << 20), "{own:#}");
+        let reasons = status["failures"].to_string();
+        ensure!(reasons.contains("of memory for what its clients made, limit 0x400000 bytes"), "{reasons}");
+        ensure!(run.wait_for("ended ")? == "0", "{what}: {}", run.transcript());
+        run.wait_until_empty(AFTER_KILL)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn run_passes_on_the_exit_status_of_its_command() -> Result<()> {
     if let Some(reason) = no_fuse() {
         skipped(reason);

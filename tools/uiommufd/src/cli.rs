@@ -108,7 +108,11 @@ pub(crate) struct ServerOptions {
     /// Judges clients by this limit of locked memory, and not by their own (ulimit -l): bytes, with K, M, G or T behind, or
     /// 'unlimited'
     #[arg(long, value_name = "SIZE", overrides_with = "memlock")]
-    pub(crate) memlock: Option<Memlock>,
+    pub(crate) memlock: Option<Size>,
+    /// Keeps nothing more for clients (ENOMEM) while the server itself uses this much memory: bytes as for --memlock; half of the
+    /// machine's, or of its cgroup's, without it
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) server_memory: Option<Size>,
     /// Charges the TCE tables of windows, as Linux does, or not.
     #[arg(long, value_enum, default_value_t = TceCharge::Linux)]
     pub(crate) tce_charge: TceCharge,
@@ -136,11 +140,11 @@ pub(crate) enum Personality {
     SpaprV2,
 }
 
-/// A limit of locked memory in bytes; `u64::MAX` is none.
+/// A limit in bytes; `u64::MAX` is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Memlock(pub(crate) u64);
+pub(crate) struct Size(pub(crate) u64);
 
-impl FromStr for Memlock {
+impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -201,7 +205,7 @@ pub(crate) enum Dirty {
 mod tests {
     use clap::{CommandFactory, Parser};
 
-    use super::{Cli, Command, Memlock, Personality};
+    use super::{Cli, Command, Personality, Size};
 
     #[test]
     fn command_line_definition_is_consistent() {
@@ -217,8 +221,8 @@ mod tests {
     }
 
     #[test]
-    fn memlock_is_a_size_or_unlimited_and_nothing_else() {
-        let limit = |text: &str| text.parse().ok().map(|Memlock(bytes)| bytes);
+    fn size_is_a_number_with_a_unit_or_unlimited_and_nothing_else() {
+        let limit = |text: &str| text.parse().ok().map(|Size(bytes)| bytes);
         assert_eq!(limit("unlimited"), Some(u64::MAX));
         assert_eq!([limit("0"), limit("4096"), limit("64K"), limit("3G")], [0, 4096, 65_536, 3 << 30].map(Some));
         for wrong in ["", "K", "-1", "1.5G", "1X", "16777216T", "99999999999999999999"] {

@@ -6,6 +6,7 @@
 mod cli;
 mod devices;
 mod documents;
+mod memory;
 mod picture;
 mod prepare;
 mod spec;

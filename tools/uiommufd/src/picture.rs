@@ -25,6 +25,7 @@ struct Server {
     transport: String,
     ioases: Vec<Ioas>,
     store: Store,
+    own_memory: Option<OwnMemory>,
     devices: Vec<Device>,
     objects: u64,
     failures: Vec<Failure>,
@@ -101,6 +102,13 @@ struct Store {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
+struct OwnMemory {
+    used_bytes: u64,
+    limit: u64,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 struct Backing {
     kind: String,
     id: Value,
@@ -166,6 +174,9 @@ fn draw_server(out: &mut String, server: &Server) -> fmt::Result {
     }
     draw_store(out, &server.store)?;
     writeln!(out, "  objects {}", server.objects)?;
+    if let Some(OwnMemory { used_bytes, limit }) = server.own_memory {
+        writeln!(out, "  the server itself  {} of {}", Bytes(used_bytes), Bytes(limit))?;
+    }
     draw_failures(out, &server.failures)
 }
 

@@ -11,8 +11,9 @@ use cuse_frontend::Server;
 use cuse_frontend::launch;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{Accounting, Dirty, IoUring, Memlock, Personality, ServerOptions, TceCharge};
+use crate::cli::{Accounting, Dirty, IoUring, Personality, ServerOptions, Size, TceCharge};
 use crate::devices;
+use crate::memory;
 use crate::spec::{self, Spec};
 
 /// A command line that has been found good, up to the devices themselves.
@@ -52,7 +53,8 @@ pub(crate) fn check(options: &ServerOptions) -> Result<Prepared> {
         charges_tables: options.tce_charge == TceCharge::Linux,
         strict: options.strict,
         root_sets_payer: options.selftest,
-        memlock_limit: options.memlock.map(|Memlock(bytes)| bytes),
+        memlock_limit: options.memlock.map(|Size(bytes)| bytes),
+        own_memory: Some(memory::own(options.server_memory.map(|Size(bytes)| bytes))),
         io_uring: options.io_uring == IoUring::Auto,
         added_rows: if options.selftest { vec![device_shim::mock::row()] } else { Vec::new() },
     };
