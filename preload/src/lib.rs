@@ -84,10 +84,12 @@ fn open(file: c_int, call: &mut Call) -> Result<c_int, c_int> {
         Ok(number) => number,
         Err(errno) => {
             // Undone later if not now.
-            let _ = sys::ask(file, CALL_UNDO, call);
-            return Err(match errno {
+            let undone = sys::ask(file, CALL_UNDO, call);
+            return Err(match (errno, undone) {
+                // The server has died since: what the ioctl says of its file then.
+                (_, Err(gone @ (libc::ENOTCONN | libc::ECONNABORTED | libc::ECANCELED))) => gone,
                 // The program's table of descriptors, or the system's.
-                libc::EMFILE | libc::ENFILE | libc::ENOMEM => errno,
+                (libc::EMFILE | libc::ENFILE | libc::ENOMEM, _) => errno,
                 // The path leads nowhere in this program, or too late: nothing that the ioctl would say.
                 _ => libc::EIO,
             });

@@ -46,6 +46,9 @@ pub const POINTS: &str = "UIOMMUFD_KILL_POINTS";
 /// What the client notes there when its server and its threads are ready.
 pub const BEGUN: &str = "client: begun";
 
+/// UIOMMUFD_CALL (docs/include/uiommufd_fd.h).
+const CALL: libc::Ioctl = 0x7569;
+
 const CHAINS: u64 = 0x20_0000;
 const MEMORY: u64 = 0x40_0000;
 const PAGES: u64 = 16;
@@ -94,6 +97,7 @@ impl Standing {
         let iommufd = Arc::new(Iommufd::open().context("open")?);
         let group = open("/dev/vfio/vfio").context("open")?;
         let (_, queue) = iommufd.alloc_fault_queue().context("a fault queue")?;
+        let before = read_arguments();
         let mut silence = Vec::new();
         let mut waiting = Vec::new();
         for (what, number) in [("ioctl", offset::IOAS_IOVA_RANGES), ("ioctl for a descriptor", offset::VEVENTQ_ALLOC)] {
@@ -113,18 +117,19 @@ impl Standing {
         waiting.push(("calls", std::thread::spawn(ask)));
         let standing = Self { minor, container, iommufd, group, waiting, _silence: silence };
         if !standing._silence.is_empty() {
-            standing.wait_until_in_flight()?;
+            standing.wait_until_in_flight(before)?;
         }
         Ok(standing)
     }
 
-    /// Waits until the server reads the two arguments that never come; or until it has died.
-    fn wait_until_in_flight(&self) -> Result<()> {
-        let Some(points) = points() else { return Ok(()) };
+    /// Waits until the server reads the two arguments that never come, behind those that it had read `before`; or until it
+    /// has died.
+    fn wait_until_in_flight(&self, before: [usize; 2]) -> Result<()> {
+        if points().is_none() {
+            return Ok(());
+        }
         wait_until("the threads to wait", PATIENCE, || {
-            let passed = std::fs::read_to_string(&points).unwrap_or_default();
-            let reads = |number: u32| passed.contains(&format!("about to be read [ioctl {:#x}]", sys::number(number)));
-            let in_flight = reads(offset::IOAS_IOVA_RANGES) && reads(offset::VEVENTQ_ALLOC);
+            let in_flight = read_arguments().iter().zip(before).all(|(now, before)| *now > before);
             Ok((in_flight || self.waiting.iter().any(|(_, thread)| thread.is_finished())).then_some(()))
         })
     }
@@ -179,6 +184,14 @@ fn gone(error: &anyhow::Error) -> Result<()> {
     let errno = error.chain().find_map(|cause| cause.downcast_ref::<Error>()).and_then(Error::raw_os_error);
     ensure!(errno.is_some_and(|errno| GONE.contains(&errno)), "{error:#}: {errno:?} is no error of a dead server");
     Ok(())
+}
+
+/// How often the server has begun to read an argument of the two ioctls that wait: the one, and the one for a descriptor, which
+/// the library makes by [`CALL`].
+fn read_arguments() -> [usize; 2] {
+    let passed = points().and_then(|points| std::fs::read_to_string(points).ok()).unwrap_or_default();
+    let times = |number: libc::Ioctl| passed.matches(&format!("about to be read [ioctl {number:#x}]")).count();
+    [times(sys::number(offset::IOAS_IOVA_RANGES)), times(sys::number(offset::VEVENTQ_ALLOC)) + times(CALL)]
 }
 
 /// Where the server notes what it passes.

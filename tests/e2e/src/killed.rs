@@ -3,7 +3,12 @@
 //! A server that is built with debug assertions notes each point that it passes, and dies at the one that it is told
 //! (`ioas/src/killpoint.rs`). So a first run with the client of [`crate::in_flight`] says what points there are; then there
 //! is a run for each of them, in which either the server dies there, or the client is killed while a thread of the server
-//! stands there. After each of them:
+//! stands there. The client is what `run` starts; or a program with the library for such that nobody has started, beside
+//! `serve` ([`Launch`]), which is asked to end when its client has ended.
+//!
+//! An OPEN waits for a close by chance alone; so there is one more run, in which a close stands still until it does.
+//!
+//! After each of them:
 //!
 //! - the client has ended by itself, and every call of it that was in flight, and every later one, has failed with an
 //!   errno of a dead server; or, where the client was killed, its server holds nothing of it after [`AFTER_KILL`];
@@ -12,9 +17,10 @@
 //! - the next server starts and works, since the next run begins with it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -28,13 +34,24 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::in_flight::{BEGUN, DEVICE, POINTS};
+use crate::served::{self, Library};
 use crate::server::{is_empty, status};
 use crate::{PATIENCE, wait_until};
 
+/// Where a server serves whose client is not its own, below the directory of its plan.
+const NODES: &str = "nodes";
 /// How soon after a kill of the client its server holds nothing.
 const AFTER_KILL: Duration = Duration::from_secs(5);
 /// How soon after the end of the client, or of the server, nothing is left.
 const ENDED: Duration = Duration::from_secs(20);
+
+/// The server drops a file that was closed.
+const CLOSE: &str = "session: a file is about to be dropped [RELEASE]";
+/// An OPEN waits until it has.
+const OPEN: &str = "session: an OPEN waits for a close [OPEN]";
+
+/// How points are named in the course of UIOMMUFD_CALL, by which the library asks for a descriptor.
+const OF_CALL: &str = "[ioctl 0x7569]";
 
 /// How requests travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +85,15 @@ impl Front {
     }
 }
 
+/// How the client comes to its server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Launch {
+    /// `uiommufd run` has started it.
+    Run,
+    /// It finds the nodes of `uiommufd serve`, with the library in LD_PRELOAD.
+    Serve,
+}
+
 /// Who is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Victim {
@@ -80,7 +106,8 @@ pub enum Victim {
 /// Which points are gone through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Points {
-    /// Each place in the source once, in the course of whatever request comes there first.
+    /// Each place in the source once, in the course of whatever request comes there first; and once in the course of what the
+    /// library asks for a descriptor.
     Places,
     /// Each place once in the course of each request that comes there.
     Requests,
@@ -105,12 +132,16 @@ pub struct Seen {
 ///
 /// # Errors
 /// What does not hold, with the point at which somebody was killed.
-pub fn sweep(front: Front, victim: Victim, points: Points) -> Result<Seen> {
+pub fn sweep(front: Front, launch: Launch, victim: Victim, points: Points) -> Result<Seen> {
     nix::sys::prctl::set_child_subreaper(true)?;
     let mut seen = Seen::default();
-    let listed = list(front)?;
-    for (point, count) in chosen(&listed, victim, points) {
-        let run = Run::start(front, victim, &point, count)?;
+    let listed = list(front, launch)?;
+    let sure = open_beside_a_close(front, launch, &listed);
+    let mut chosen = chosen(&listed, victim, points);
+    chosen.retain(|(point, _)| sure.is_none() || point != OPEN);
+    for plan in chosen.into_iter().map(|point| Plan { front, launch, point, held: None }).chain(sure) {
+        let (point, count) = plan.point.clone();
+        let run = Run::start(victim, plan)?;
         let at = format!("{point}, time {count}");
         match victim {
             Victim::Server => run.server_dies(&mut seen),
@@ -120,13 +151,14 @@ pub fn sweep(front: Front, victim: Victim, points: Points) -> Result<Seen> {
         .with_context(|| format!("{victim:?} killed at: {at}"))?;
     }
     // A run without a plan: whatever was killed has spoilt nothing.
-    list(front)?;
+    list(front, launch)?;
     Ok(seen)
 }
 
 /// The points of a run in which nobody is killed, in order.
-fn list(front: Front) -> Result<Vec<String>> {
-    let mut run = Run::start(front, Victim::Server, "", 0)?;
+fn list(front: Front, launch: Launch) -> Result<Vec<String>> {
+    let plan = Plan { front, launch, point: (String::new(), 0), held: None };
+    let mut run = Run::start(Victim::Server, plan)?;
     run.wait_for_the_end()?;
     ensure!(run.lines().iter().any(|line| line == "client: through"), "without a kill: {}", run.transcript());
     let rings = run.passed().iter().any(|(_, point)| point.starts_with("ring: a hand begins"));
@@ -134,6 +166,24 @@ fn list(front: Front) -> Result<Vec<String>> {
     let points = run.passed().into_iter().map(|(_, point)| point).collect();
     run.nothing_is_left()?;
     Ok(points)
+}
+
+/// What a run is to do at which points.
+struct Plan {
+    front: Front,
+    launch: Launch,
+    /// Where somebody is killed, and when it is there for which time; never for time 0.
+    point: (String, u64),
+    /// Where a thread stands still before that.
+    held: Option<(String, u64)>,
+}
+
+/// A point that is passed only if a close takes longer than the client's way to its next open: the close stands still. For a
+/// character device it would keep the client, which never comes to an open.
+fn open_beside_a_close(front: Front, launch: Launch, listed: &[String]) -> Option<Plan> {
+    let before = listed.iter().take_while(|point| *point != BEGUN).filter(|point| *point == CLOSE).count() as u64;
+    let held = Some((CLOSE.to_owned(), before + 1));
+    (front != Front::Cuse).then(|| Plan { front, launch, point: (OPEN.to_owned(), 1), held })
 }
 
 /// The points at which somebody is killed, each with the number of its times.
@@ -156,7 +206,10 @@ fn chosen(listed: &[String], victim: Victim, points: Points) -> Vec<(String, u64
         let wanted = match points {
             Points::All => true,
             Points::Requests => !seen.contains(point.as_str()),
-            Points::Places => places.insert(place),
+            Points::Places => {
+                let first = !seen.contains(point.as_str());
+                places.insert(place) || (first && point.ends_with(OF_CALL))
+            }
         };
         seen.insert(point);
         if wanted {
@@ -169,6 +222,9 @@ fn chosen(listed: &[String], victim: Victim, points: Points) -> Vec<(String, u64
 /// One server with one client.
 struct Run {
     server: Child,
+    /// The client, where the server has not started it; no more when it has ended.
+    client: Option<u32>,
+    launch: Launch,
     /// Where the plan is, and what was passed.
     directory: TempDir,
     said: Arc<Mutex<Vec<String>>>,
@@ -178,33 +234,29 @@ struct Run {
 }
 
 impl Run {
-    fn start(front: Front, victim: Victim, point: &str, count: u64) -> Result<Self> {
+    fn start(victim: Victim, plan: Plan) -> Result<Self> {
+        let Plan { front, launch, point: (point, count), held } = plan;
         let directory = tempfile::Builder::new().prefix("killed-").tempdir()?;
         let act = if victim == Victim::Server { "kill" } else { "hold" };
-        let plan = if count == 0 { String::new() } else { format!("{act} {count} {point}\n") };
+        let mut plan = if count == 0 { String::new() } else { format!("{act} {count} {point}\n") };
+        plan.extend(held.map(|(point, count)| format!("hold {count} {point}\n")));
         std::fs::write(directory.path().join("plan"), plan)?;
-        let client = std::env::current_exe()?;
-        let client = client.to_str().context("a path")?;
         let offered = (front == Front::Rings).then(Offered::on).transpose().map_err(|reason| anyhow!(reason))?;
-        let mut command = Command::new(program());
-        command.arg("run").args(front.options()).args(["--log", "error", "--device", DEVICE, "--"]);
-        match victim {
-            Victim::Server => command.args([client, "client"]),
-            // The server outlives its client.
-            Victim::Client => command.args(["sh", "-c", "\"$0\" client; cat >/dev/null", client]),
+        let stderr = File::create(directory.path().join("stderr"))?;
+        let (server, client, reader) = match launch {
+            Launch::Run => run(front, victim, directory.path(), stderr)?,
+            Launch::Serve => serve(front, directory.path(), stderr)?,
         };
-        command.env(POINTS, directory.path()).stdin(Stdio::piped()).stdout(Stdio::piped());
-        command.stderr(std::fs::File::create(directory.path().join("stderr"))?);
-        let mut server = command.spawn().context("uiommufd")?;
-        let stdout = server.stdout.take().context("stdout is piped")?;
         let said = Arc::<Mutex<Vec<String>>>::default();
         let sink = Arc::clone(&said);
-        let reader = std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                sink.lock().expect("no thread panics").push(line);
-            }
+        let reader = reader.map(|stdout| {
+            std::thread::spawn(move || {
+                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                    sink.lock().expect("no thread panics").push(line);
+                }
+            })
         });
-        let run = Self { server, directory, said, reader: Some(reader), point: point.to_owned(), count };
+        let run = Self { server, client, launch, directory, said, reader, point, count };
         if offered.is_some() {
             // The offer is looked at by INIT, which has come when COMMAND begins.
             wait_until("the client", PATIENCE, || {
@@ -222,7 +274,8 @@ impl Run {
         let lines = self.lines();
         if lines.iter().any(|line| line == "client: through") {
             self.nothing_is_left()?;
-            return Ok(false);
+            // It may be a point of the server's end, which the client does not see.
+            return Ok(self.reached());
         }
         let begun = Instant::now();
         for line in lines.iter().filter(|line| line.starts_with("client: ")) {
@@ -242,11 +295,9 @@ impl Run {
 
     /// The client is killed while a thread of the server stands at its point. False when it was not passed.
     fn client_is_killed(mut self, seen: &mut Seen) -> Result<bool> {
-        let times = || self.passed().iter().filter(|(_, point)| *point == self.point).count() as u64;
-        let held = || times() >= self.count;
         let through = || self.lines().iter().any(|line| line == "client: through");
-        wait_until("the point", PATIENCE, || Ok((held() || through()).then_some(())))?;
-        let killed = held();
+        wait_until("the point", PATIENCE, || Ok((self.reached() || through()).then_some(())))?;
+        let killed = self.reached();
         let begun = Instant::now();
         if killed {
             let pid = self.lines().iter().find_map(|line| line.strip_prefix("client: pid ").map(str::to_owned));
@@ -267,23 +318,25 @@ impl Run {
         Ok(killed)
     }
 
+    /// Whether the point of the plan was passed as often as it says.
+    fn reached(&self) -> bool {
+        self.passed().iter().filter(|(_, point)| *point == self.point).count() as u64 >= self.count
+    }
+
     /// Whether the server has ended.
     fn died(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.server.id())).unwrap_or_default();
-        stat.rsplit(") ").next().is_none_or(|rest| rest.starts_with('Z') || rest.is_empty())
+        has_died(self.server.id())
     }
 
     /// Waits until every process that the run has made has ended.
     fn wait_for_the_end(&mut self) -> Result<()> {
         let begun = Instant::now();
-        let all_gone = || loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) => return false,
-                Err(Errno::ECHILD) => return true,
-                _ => {}
+        let mut told = false;
+        while !self.reap() {
+            if self.launch == Launch::Serve && self.client.is_none() && !told && !self.died() {
+                told = true;
+                kill(Pid::from_raw(self.server.id().cast_signed()), Signal::SIGTERM)?;
             }
-        };
-        while !all_gone() {
             // A client that does all of its sequence takes as long as that takes.
             let patience = if self.died() { ENDED } else { PATIENCE };
             if begun.elapsed() > patience {
@@ -299,6 +352,18 @@ impl Run {
         Ok(())
     }
 
+    /// Reaps who has ended. True when nobody is left.
+    fn reap(&mut self) -> bool {
+        loop {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) => return false,
+                Err(Errno::ECHILD) => return true,
+                Ok(ended) if ended.pid().map(|pid| pid.as_raw().cast_unsigned()) == self.client => self.client = None,
+                _ => {}
+            }
+        }
+    }
+
     /// Nothing is to be seen of it any more; its processes have ended.
     fn nothing_is_left(&self) -> Result<()> {
         let pid = self.server.id();
@@ -306,6 +371,8 @@ impl Run {
         let connection = device.map(|minor| Path::new("/sys/fs/fuse/connections").join(minor));
         wait_until("nothing to be left", ENDED, || {
             let mut left: Vec<PathBuf> = connection.iter().filter(|path| path.exists()).cloned().collect();
+            // What was served there, and the mount.
+            left.extend(named(&self.directory.path().join(NODES), ""));
             left.extend(named(Path::new("/sys/class/cuse"), &format!("uiommufd-{pid}-")));
             for directory in ["/dev", "/dev/shm", "/run", "/tmp"] {
                 left.extend(named(Path::new(directory), &format!("uiommufd-{pid}")));
@@ -341,6 +408,54 @@ impl Run {
             last.join("\n")
         )
     }
+}
+
+/// A server, its client where that is no descendant of it, and what the client says.
+type Started = (Child, Option<u32>, Option<ChildStdout>);
+
+/// Starts a server that starts the client.
+fn run(front: Front, victim: Victim, points: &Path, stderr: File) -> Result<Started> {
+    let client = std::env::current_exe()?;
+    let client = client.to_str().context("a path")?;
+    let mut command = Command::new(program());
+    command.arg("run").args(front.options()).args(["--log", "error", "--device", DEVICE, "--"]);
+    match victim {
+        Victim::Server => command.args([client, "client"]),
+        // The server outlives its client.
+        Victim::Client => command.args(["sh", "-c", "\"$0\" client; cat >/dev/null", client]),
+    };
+    command.env(POINTS, points).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(stderr);
+    let mut server = command.spawn().context("uiommufd")?;
+    let stdout = server.stdout.take();
+    Ok((server, None, stdout))
+}
+
+/// Starts a server and then, if it has not died, a client that finds its nodes.
+fn serve(front: Front, points: &Path, stderr: File) -> Result<Started> {
+    let (at, machine) = (points.join(NODES), points.join("machine"));
+    for directory in [&at, &machine] {
+        std::fs::create_dir(directory)?;
+    }
+    let mut command = Command::new(program());
+    command.arg("serve").arg("--at").arg(&at).args(front.options()).args(["--log", "error", "--device", DEVICE]);
+    command.env(POINTS, points).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr.try_clone()?);
+    let server = command.spawn().context("uiommufd")?;
+    wait_until("the nodes", PATIENCE, || Ok((at.join("vfio/vfio").exists() || has_died(server.id())).then_some(())))?;
+    if has_died(server.id()) {
+        return Ok((server, None, None));
+    }
+    let mut command = served::enter(&at, &machine, Library::Preloaded);
+    command.arg(std::env::current_exe()?).arg("client").env(POINTS, points);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
+    let mut client = command.spawn().context("a client")?;
+    let stdout = client.stdout.take();
+    Ok((server, Some(client.id()), stdout))
+}
+
+/// Whether a child of ours has ended.
+fn has_died(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_none_or(|rest| rest.starts_with('Z') || rest.is_empty())
 }
 
 /// The program of the server.

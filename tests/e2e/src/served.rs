@@ -70,13 +70,21 @@ pub fn start(options: &[String], command: &[impl AsRef<OsStr>], with: Library) -
     std::fs::create_dir(&machine)?;
     let stderr = File::create(directory.path().join("stderr"))?;
     let server = serve(&at, options, stderr.try_clone()?)?;
+    let mut enter = enter(&at, &machine, with);
+    enter.args(command);
+    Run::of(enter, Some(server), directory, stderr)
+}
+
+/// What enters a mount namespace where the nodes below `at` are the machine's, whose own `/dev` is then at `machine`, an
+/// empty directory. To be given a command.
+#[must_use]
+pub fn enter(at: &Path, machine: &Path, with: Library) -> Command {
     let mut enter = Command::new("unshare");
-    enter.args(["--mount", "--propagation", "slave", "sh", "-c", ENTER, "enter"]).args([&at, &machine]);
+    enter.args(["--mount", "--propagation", "slave", "sh", "-c", ENTER, "enter"]).args([at, machine]);
     if with == Library::Preloaded {
         enter.arg("env").arg(format!("LD_PRELOAD={}", library().display()));
     }
-    enter.args(command);
-    Run::of(enter, Some(server), directory, stderr)
+    enter
 }
 
 /// Starts `uiommufd serve OPTIONS --at AT`, and waits until its nodes are there.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use e2e::guest::{BDF, kept_alive};
 use e2e::image::Image;
-use e2e::server::{IO_URING, OVER, Run, binary, client};
+use e2e::server::{IO_URING, OVER, Run, binary, client, library};
 use e2e::{no_fuse, skipped};
 
 /// A disk of this many MiB is enough here.
@@ -376,7 +376,7 @@ fn status_without_a_server_of_that_pid_says_so() -> Result<()> {
 }
 
 /// Somebody is killed at every kill point of the server, over the front end that the environment names.
-fn killed_at_every_point(victim: &str, points: &str) -> Result<()> {
+fn killed_at_every_point(victim: &str, points: &str, launch: &[&str]) -> Result<()> {
     if let Some(reason) = no_fuse() {
         skipped(reason);
         return Ok(());
@@ -395,7 +395,8 @@ fn killed_at_every_point(victim: &str, points: &str) -> Result<()> {
         _ => points,
     };
     let mut sweep = Command::new(client("server-killed"));
-    let output = sweep.args([front, victim, points]).env("UIOMMUFD_PROGRAM", binary()).output()?;
+    sweep.args([front, victim, points]).args(launch);
+    let output = sweep.env("UIOMMUFD_PROGRAM", binary()).env("UIOMMUFD_PRELOAD", library()).output()?;
     let said = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
     print!("{said}");
@@ -404,10 +405,21 @@ fn killed_at_every_point(victim: &str, points: &str) -> Result<()> {
 
 #[test]
 fn server_killed_at_every_point_leaves_nothing_and_nobody_waits() -> Result<()> {
-    killed_at_every_point("server", "requests")
+    killed_at_every_point("server", "requests", &[])
 }
 
 #[test]
 fn client_killed_at_every_point_of_the_server_leaves_nothing_held() -> Result<()> {
-    killed_at_every_point("client", "places")
+    killed_at_every_point("client", "places", &[])
+}
+
+/// `uiommufd serve`, whose client has the library.
+#[test]
+fn server_of_the_machine_killed_at_every_point_leaves_nothing_and_nobody_waits() -> Result<()> {
+    killed_at_every_point("server", "places", &["serve"])
+}
+
+#[test]
+fn client_of_the_machine_killed_at_every_point_of_the_server_leaves_nothing_held() -> Result<()> {
+    killed_at_every_point("client", "places", &["serve"])
 }
