@@ -5,7 +5,7 @@ use conformance::record;
 use conformance::rows::CHOICES;
 use conformance::tally::Tally;
 
-use crate::{Front, Test, server};
+use crate::{Front, ROWS_IN_A_BOOT, Test, server};
 
 /// 65,535 maps each, which is minutes in a VM and nothing that a kernel decides.
 const LONG: &str = "/map_at_the_entry_limit";
@@ -30,25 +30,31 @@ pub(crate) fn tests(tally: &Tally, way: &str, front: &Front) -> Vec<Test> {
     for (client, way, rows) in clients.into_iter().chain(narrow) {
         let (noiommu, behind): (Vec<String>, Vec<String>) =
             rows.into_iter().partition(|row| row.starts_with("noiommu/"));
-        tests.extend(one(way.clone(), front, LIKE_LINUX, "", client, behind));
-        tests.extend(one(way, front, LIKE_LINUX, ",noiommu=on", client, noiommu));
+        tests.extend(servers(&way, front, LIKE_LINUX, "", client, &behind));
+        tests.extend(servers(&way, front, LIKE_LINUX, ",noiommu=on", client, &noiommu));
     }
-    tests.extend(one(format!("{way} by default"), front, &[], "", "conformance-client", some(CHOICES)));
+    tests.extend(servers(&format!("{way} by default"), front, &[], "", "conformance-client", &some(CHOICES)));
     tests
 }
 
-/// One server with two disks, whose keys begin with a comma; none if there is nothing to ask.
-fn one(way: String, front: &Front, options: &[&str], keys: &str, client: &str, rows: Vec<String>) -> Option<Test> {
+/// A server with two disks, whose keys begin with a comma, for as many rows as a boot is for; none if there is nothing to ask.
+fn servers(way: &str, front: &Front, options: &[&str], keys: &str, client: &str, rows: &[String]) -> Vec<Test> {
+    rows.chunks(ROWS_IN_A_BOOT).map(|rows| one(way.to_owned(), front, options, keys, client, rows.to_vec())).collect()
+}
+
+/// One of them, for these rows.
+fn one(way: String, front: &Front, options: &[&str], keys: &str, client: &str, rows: Vec<String>) -> Test {
     let disk = |bdf: &str, image: &str| format!("nvme@{bdf},file=/tmp/{image}.img{keys}");
     let (a, b) = (disk("0000:c1:00.0", "a"), disk("0000:c2:00.0", "b"));
     let options = [options, &["--device", &a, "--device", &b]].concat();
     let command: Vec<&str> = std::iter::once(client).chain(rows.iter().map(String::as_str)).collect();
     let server = server(front, &options, &command);
-    (!rows.is_empty()).then(|| Test {
+    Test {
         server,
+        rows: rows.len(),
         judge: Box::new(move |tally, part, said| {
             let answers = record::parse(&part.output);
             tally.take_all(&way, &rows, &answers, &format!("{}\n{said}", part.output));
         }),
-    })
+    }
 }

@@ -9,6 +9,9 @@ use crate::{Front, Test, server};
 const ENGINE: &str = "0000:c2:00.0";
 const DISK: &str = "0000:c1:00.0";
 
+/// How many rows take as long as a driver.
+const ROWS: usize = 20;
+
 /// A program, its words, and what is right about what it prints.
 struct Driver {
     name: &'static str,
@@ -41,6 +44,7 @@ fn test(driver: &'static Driver, name: String, front: &Front) -> Test {
     }
     Test {
         server: server(front, &options, driver.command),
+        rows: ROWS,
         judge: Box::new(move |tally, part, said| match (driver.judge)(part) {
             Ok(()) => tally.pass(&name),
             Err(reason) => tally.fail(&name, &format!("{reason}\n{}\n{said}", part.output)),

@@ -1,9 +1,9 @@
 //! The matrix itself: on each kernel, over each front end, the conformance rows, and user-space drivers whose devices do real
 //! DMA. As root and as an ordinary user; by 64-bit and 32-bit programs. On one kernel the iommufd selftest of Linux besides.
 //!
-//! Not the usual test harness: many tests share a boot. It prints as one, a line per row and way. An argument picks rows and
-//! tests by a part of their names: `cargo test -p matrix --test matrix -- drivers/`; and `--machine=NAME` machines by a
-//! part of theirs: `--machine=debian-6.1`.
+//! Not the usual test harness: many tests share a boot, of which a front end takes as many as its rows need. It prints as one, a
+//! line per row and way. An argument picks rows and tests by a part of their names: `cargo test -p matrix --test matrix --
+//! drivers/`; and `--machine=NAME` machines by a part of theirs: `--machine='debian-6.1 cuse'`.
 
 mod conformance;
 mod drivers;
@@ -44,8 +44,13 @@ type Judge = Box<dyn FnOnce(&mut Tally, &Part, &str)>;
 /// One server in a machine, and who judges it.
 struct Test {
     server: Server,
+    /// How many rows it asks, or how many take as long as it.
+    rows: usize,
     judge: Judge,
 }
+
+/// How many rows a boot is for: few enough that it comes to its end before the VM's time limit on a busy machine too.
+const ROWS_IN_A_BOOT: usize = 400;
 
 fn main() -> ExitCode {
     let mut tally = Tally::from_command_line().expect("the recordings are part of the project");
@@ -54,7 +59,11 @@ fn main() -> ExitCode {
             let way = format!("{kernel} {}", front.name);
             let chosen = std::env::args().find_map(|word| Some(word.strip_prefix("--machine=")?.to_owned()));
             if chosen.is_none_or(|part| way.contains(&part)) {
-                one_boot(&mut tally, kernel, front, &way);
+                let mut tests = conformance::tests(&tally, &way, front);
+                tests.extend(drivers::tests(&tally, &way, front));
+                for tests in boots(tests) {
+                    one_boot(&mut tally, kernel, front, &way, tests);
+                }
                 selftest::run(&mut tally, kernel, front, &way);
             }
         }
@@ -62,12 +71,25 @@ fn main() -> ExitCode {
     tally.finish()
 }
 
-fn one_boot(tally: &mut Tally, kernel: &str, front: &Front, way: &str) {
-    let mut tests = conformance::tests(tally, way, front);
-    tests.extend(drivers::tests(tally, way, front));
-    if tests.is_empty() {
-        return;
+/// Shares tests out among boots, in their order; a boot has at least one.
+fn boots(tests: Vec<Test>) -> Vec<Vec<Test>> {
+    let mut boots: Vec<Vec<Test>> = Vec::new();
+    let mut room = 0;
+    for test in tests {
+        let rows = test.rows;
+        match boots.last_mut() {
+            Some(boot) if rows <= room => boot.push(test),
+            _ => {
+                boots.push(vec![test]);
+                room = ROWS_IN_A_BOOT;
+            }
+        }
+        room = room.saturating_sub(rows);
     }
+    boots
+}
+
+fn one_boot(tally: &mut Tally, kernel: &str, front: &Front, way: &str, tests: Vec<Test>) {
     let mut machine = Machine::new(kernel).with(front.machine);
     for program in PROGRAMS {
         machine = machine.with(&["--with", program]);
