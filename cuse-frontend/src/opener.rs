@@ -1,11 +1,8 @@
 //! The opener: opens one-time names of our own mount, on a thread that has none of our descriptors.
 //!
-//! Whoever opens a name of our mount makes requests that we answer ourselves. Once the server has read such a request
-//! nothing but its answer ends the wait for it, not even SIGKILL. A thread of a server that was killed meanwhile would wait
-//! for ever, and with it all descriptors that it shares would stay open: `/dev/fuse` too, whose last close is what fails
-//! the request, and those of every client. So the thread that waits shares none: it has a **table of descriptors of its
-//! own**, with one end of a socket. When the server is killed its other threads end, `/dev/fuse` is closed, the request
-//! fails, and the opener ends.
+//! Whoever opens a name of our mount makes requests that we answer ourselves; why the thread has to be apart,
+//! [`crate::packets`] says. When the server is killed, `/dev/fuse` is closed with its other threads, the request fails, and
+//! the opener ends.
 //!
 //! ```text
 //! any thread                          opener                        kernel
@@ -22,10 +19,8 @@
 //! Lock order: `line` is held while the opener is waited for; what the session does meanwhile takes no such lock.
 
 use std::ffi::OsStr;
-use std::io::Error;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::mpsc::sync_channel;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
@@ -33,8 +28,7 @@ use nix::sys::stat::{Mode, fstatat};
 use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
-use crate::packets::Packets;
-use crate::sys;
+use crate::packets::{self, Packets};
 
 /// The longest name, in bytes.
 const NAME: usize = 256;
@@ -49,22 +43,10 @@ impl Opener {
     /// Starts the thread.
     ///
     /// # Errors
-    /// When there is no thread or no socket to be had, or the kernel does not give a thread a table of its own.
+    /// As [`packets::start_apart`].
     pub(crate) fn start() -> std::io::Result<Self> {
-        let (ours, theirs) = Packets::pair()?;
-        let (tell, told) = sync_channel(1);
-        let number = theirs.as_raw_fd();
-        ioas::thread::spawn("opener", move || match sys::table::own(number) {
-            Ok(line) => {
-                let _ = tell.send(Ok(()));
-                serve(&Packets::from(line));
-            }
-            Err(error) => drop(tell.send(Err(error))),
-        })?;
-        told.recv().map_err(Error::other)??;
-        // What the thread has is a copy.
-        drop(theirs);
-        Ok(Self { line: Mutex::new(ours) })
+        let (line, _) = packets::start_apart("opener", serve)?;
+        Ok(Self { line: Mutex::new(line) })
     }
 
     /// Opens a one-time name in the root of our mount for reading and writing, and has the kernel forget it.

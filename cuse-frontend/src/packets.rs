@@ -1,18 +1,27 @@
 //! Packets between a thread or process of ours and another, with descriptors that are handed over: two ends of a
 //! sequenced-packet socket.
 //!
+//! A thread of the server that is spoken to so is *apart* ([`start_apart`]): it has a **table of descriptors of its own**,
+//! and there its end and nothing else. It makes the calls that may wait for an answer of ours: opening a name of our mount,
+//! an ioctl on a node of ours, the last close of either. Once the request is read nothing but that answer ends such a
+//! wait, not even SIGKILL. In a server that was killed a thread which shares our descriptors would wait for ever, since it
+//! keeps `/dev/fuse` and `/dev/cuse` open, and their last close is what fails the request. Beside a thread that is apart
+//! they are closed with the other threads, its wait fails, and the server's end is complete.
+//!
 //! A descriptor that travels is a copy, and for a while two have one. For a client's file that matters: who closes the last
 //! copy has closed the file, so nobody of ours may keep one when the client goes on. [`Packets::give`] therefore closes the
 //! giver's copy and then says so, and [`Packets::take`] waits for that.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::mpsc::sync_channel;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, recvmsg, sendmsg,
     shutdown, socketpair,
 };
+use nix::unistd::{Pid, gettid};
 
 use crate::sys;
 
@@ -21,6 +30,28 @@ const FILES: usize = 2;
 
 /// What a giver says when it has no copy of a descriptor any more.
 const CLOSED: &[u8] = &[1];
+
+/// Starts a thread that is apart and lives as `life` says, with its end. Returns ours, and the thread's id. It ends when our
+/// end is shut.
+///
+/// # Errors
+/// When there is no thread or no socket to be had, or the kernel does not give a thread a table of its own.
+pub(crate) fn start_apart(name: &str, life: impl FnOnce(&Packets) + Send + 'static) -> std::io::Result<(Packets, Pid)> {
+    let (ours, theirs) = Packets::pair()?;
+    let (tell, told) = sync_channel(1);
+    let number = theirs.0.as_raw_fd();
+    ioas::thread::spawn(name, move || match sys::table::own(number) {
+        Ok(line) => {
+            let _ = tell.send(Ok(gettid()));
+            life(&Packets(line));
+        }
+        Err(error) => drop(tell.send(Err(error))),
+    })?;
+    let thread = told.recv().map_err(std::io::Error::other)??;
+    // What the thread has is a copy.
+    drop(theirs);
+    Ok((ours, thread))
+}
 
 /// One end. Closed by exec. See the top of the file.
 #[derive(Debug)]
@@ -93,18 +124,6 @@ impl Packets {
     pub(crate) fn shut(&self) {
         // Already ended is what is wanted.
         let _ = shutdown(self.0.as_raw_fd(), Shutdown::Both);
-    }
-}
-
-impl From<OwnedFd> for Packets {
-    fn from(end: OwnedFd) -> Self {
-        Self(end)
-    }
-}
-
-impl AsRawFd for Packets {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
     }
 }
 

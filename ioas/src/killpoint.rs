@@ -11,8 +11,7 @@
 //! - `plan`: lines `kill COUNT POINT` and `hold COUNT POINT`, read once: when `POINT` is reached for the COUNTth time the
 //!   server dies, or the thread stands still until there is a file `go` in the directory.
 //!
-//! So a first run with an empty plan says what points there are, and each later run dies at one of them. Helper processes
-//! pass points too ([`pass_in_helper`]); who dies is the server.
+//! So a first run with an empty plan says what points there are, and each later run dies at one of them.
 //!
 //! A release build has no kill points: without debug assertions nothing here is reached, and the variable means nothing.
 
@@ -24,7 +23,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, getpid, getppid};
+use nix::unistd::getpid;
 use parking_lot::Mutex;
 
 /// The environment variable that names the directory of a test.
@@ -43,17 +42,7 @@ pub fn pass(name: &'static str) {
     if cfg!(debug_assertions)
         && let Some(plan) = plan()
     {
-        plan.reach(name, getpid());
-    }
-}
-
-/// As [`pass`], in a process that the server has forked.
-#[inline]
-pub fn pass_in_helper(name: &'static str) {
-    if cfg!(debug_assertions)
-        && let Some(plan) = plan()
-    {
-        plan.reach(name, getppid());
+        plan.reach(name);
     }
 }
 
@@ -115,7 +104,7 @@ fn parse(line: &str) -> Option<(Act, u64, String)> {
 }
 
 impl Plan {
-    fn reach(&self, name: &str, server: Pid) {
+    fn reach(&self, name: &str) {
         let point = REQUEST.with_borrow(|request| match request.as_str() {
             "" => name.to_owned(),
             request => format!("{name} [{request}]"),
@@ -131,8 +120,8 @@ impl Plan {
         match planned.map(|(act, ..)| *act) {
             None => {}
             Some(Act::Kill) => {
-                let _ = kill(server, Signal::SIGKILL);
-                // The signal is delivered before this thread does anything else; a helper goes on.
+                // The signal is delivered before this thread does anything else.
+                let _ = kill(getpid(), Signal::SIGKILL);
             }
             Some(Act::Hold) => {
                 while !self.directory.join("go").exists() {
@@ -142,7 +131,8 @@ impl Plan {
         }
     }
 
-    /// Appends the point to those that were passed. The file is not kept open: a helper closes what it does not know.
+    /// Appends the point to those that were passed. The file is not kept open: a thread may have a table of descriptors of its
+    /// own.
     fn note(&self, point: &str) {
         let file = std::fs::OpenOptions::new().append(true).create(true).open(self.directory.join("passed"));
         // A test that finds nothing there fails.
@@ -165,11 +155,11 @@ mod tests {
     fn point_is_noted_with_the_request_that_its_thread_works_on() {
         let directory = tempfile::tempdir().expect("a directory");
         let plan = Plan { directory: directory.path().into(), acts: Vec::new(), reached: Mutex::default() };
-        plan.reach("first", getpid());
+        plan.reach("first");
         let behalf = OnBehalf { before: REQUEST.replace("OPEN".to_owned()) };
-        plan.reach("first", getpid());
+        plan.reach("first");
         drop(behalf);
-        plan.reach("first", getpid());
+        plan.reach("first");
         let passed = std::fs::read_to_string(directory.path().join("passed")).expect("what was passed");
         let pid = getpid();
         assert_eq!(passed, format!("{pid} first\n{pid} first [OPEN]\n{pid} first\n"));

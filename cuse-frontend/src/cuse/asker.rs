@@ -5,10 +5,11 @@
 //! number of our own ([`ASK`]) on a copy of the client's descriptor arrives at our own session, with the file handle
 //! and the secret that the ioctl carries.
 //!
-//! The server must not hold that copy. The last close of an open file waits for our answer; a server that is killed
-//! while it holds a copy would, in its own exit, wait for itself, before its channel is closed. So a **process** does
-//! it, forked before the server's first thread, which holds one end of a socket and nothing else. When the server dies,
-//! its channels close, what the asker waits for fails, its socket ends, and so does it.
+//! The server must not hold that copy: the last close of an open file waits for our answer, and a server that is killed
+//! while it holds a copy would, in its own exit, wait for itself. So a thread that is apart does it ([`crate::packets`]),
+//! which has one end of a socket and nothing else. When the server dies, its channels are closed with its other threads,
+//! what the asker waits for fails, and so it ends. It is no process of its own, so nobody can kill it alone: a server
+//! without its asker would refuse every call that names a descriptor.
 //!
 //! For the same reason no descriptor of a client is copied into the server before the asker has seen that it is none of
 //! ours: it passes on the others.
@@ -25,21 +26,19 @@
 //! answers ASK under `asked` alone, which is a leaf.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ioas::caller::FdError;
 use ioas::killpoint;
 use nix::errno::Errno;
-use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, Pid};
 use parking_lot::Mutex;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::node::Number;
 use crate::files::OpenFile;
-use crate::packets::Packets;
+use crate::packets::{self, Packets};
 use crate::process;
 use crate::session::Looked;
 use crate::sys;
@@ -69,9 +68,10 @@ const OURS: Answer = 0;
 /// It is something else.
 const OTHER: Answer = -1;
 
-/// The server's end. See the top of the file.
-pub(crate) struct Asker {
-    pid: Pid,
+/// The session's end. Dropping it ends the thread. See the top of the file.
+pub(super) struct Asker {
+    /// The thread's id.
+    thread: u32,
     /// Guards the socket's order of questions and answers.
     line: Mutex<Packets>,
     secrets: AtomicU64,
@@ -80,28 +80,21 @@ pub(crate) struct Asker {
 }
 
 impl Asker {
-    /// Starts the process. To be called while this process has one thread.
+    /// Starts the thread.
     ///
     /// # Errors
-    /// As socketpair(2) and fork(2).
-    pub(crate) fn start() -> std::io::Result<Arc<Self>> {
-        let (ours, theirs) = Packets::pair()?;
+    /// As [`packets::start_apart`].
+    pub(super) fn start() -> std::io::Result<Arc<Self>> {
         // Nobody else can guess where secrets begin.
         let mut first = [0; 8];
         std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut first)?;
-        match sys::launch::fork()? {
-            ForkResult::Child => {
-                drop(ours);
-                serve(theirs);
-                std::process::exit(0)
-            }
-            ForkResult::Parent { child } => Ok(Arc::new(Self {
-                pid: child,
-                line: Mutex::new(ours),
-                secrets: AtomicU64::new(u64::from_ne_bytes(first)),
-                asked: Mutex::default(),
-            })),
-        }
+        let (line, thread) = packets::start_apart("asker", serve)?;
+        Ok(Arc::new(Self {
+            thread: thread.as_raw().cast_unsigned(),
+            line: Mutex::new(line),
+            secrets: AtomicU64::new(u64::from_ne_bytes(first)),
+            asked: Mutex::default(),
+        }))
     }
 
     /// What descriptor `fd` of thread `tid` stands for, where `numbers` are those of our nodes.
@@ -121,7 +114,7 @@ impl Asker {
             (Ok((libc::EBADF, _)), _) => Err(FdError::Bad(fd)),
             (Ok(_), _) => Err(FdError::Denied),
             (Err(error), _) => {
-                tracing::error!(%error, "the process that looks at clients' descriptors has gone");
+                tracing::error!(%error, "the thread that looks at clients' descriptors has gone");
                 Err(FdError::Denied)
             }
         }
@@ -138,9 +131,9 @@ impl Asker {
         Ok((answer, copy))
     }
 
-    /// An open file has been asked, by process `by`. False when that was not the asker, or nothing was asked.
+    /// An open file has been asked, by thread `by`. False when that was not the asker, or nothing was asked.
     pub(super) fn told(&self, by: u32, secret: u64, file: &Arc<OpenFile>) -> bool {
-        if by != self.pid.as_raw().cast_unsigned() {
+        if by != self.thread {
             return false;
         }
         let mut asked = self.asked.lock();
@@ -152,20 +145,12 @@ impl Asker {
 
 impl Drop for Asker {
     fn drop(&mut self) {
-        // The end of the socket ends it.
         self.line.get_mut().shut();
-        let _ = waitpid(self.pid, None);
     }
 }
 
 /// The life of the asker.
-fn serve(line: Packets) {
-    // A terminal's signals end the server, which ends us.
-    let _ = nix::unistd::setsid();
-    let kept = sys::table::keep_only(line.as_raw_fd());
-    // Its number stands for nothing now.
-    std::mem::forget(line);
-    let Ok(line) = kept.map(Packets::from) else { return };
+fn serve(line: &Packets) {
     let mut message = vec![0; MESSAGE];
     while let Ok((length, _)) = line.receive(&mut message) {
         let Some((question, rdevs)) = Question::read_from_prefix(&message[..length]).ok().filter(|_| length > 0) else {
@@ -185,14 +170,14 @@ fn serve(line: Packets) {
 
 /// Asks a descriptor that is one of our nodes: `None`. A copy of one that is not.
 fn look_at(question: &Question, rdevs: &[u64]) -> std::io::Result<Option<OwnedFd>> {
-    killpoint::pass_in_helper("asker: a descriptor is about to be copied");
+    killpoint::pass("asker: a descriptor is about to be copied");
     let copy = sys::client::copy_descriptor(question.tid, question.tgid, question.fd)?;
-    killpoint::pass_in_helper("asker: a copy is held");
+    killpoint::pass("asker: a copy is held");
     let rdev = sys::client::stat(&copy)?.character_device();
     if rdev.is_none_or(|rdev| !rdevs.contains(&rdev)) {
         return Ok(Some(copy));
     }
     sys::cuse::ask(copy.as_fd(), ASK, question.secret)?;
-    killpoint::pass_in_helper("asker: an open file has been asked");
+    killpoint::pass("asker: an open file has been asked");
     Ok(None)
 }

@@ -34,7 +34,7 @@ use crate::server::Server;
 use crate::session::{Caller, Exports, Ioctl, IoctlAnswer, Looked, Place, Session, Strangers, Ways};
 use crate::sys;
 
-pub(crate) use self::asker::Asker;
+use self::asker::Asker;
 use self::node::Node;
 pub(crate) use self::node::{DEVICE, NodeError, Number};
 use self::rounds::Rounds;
@@ -62,7 +62,6 @@ pub(crate) struct Entry {
 pub(crate) struct Channels {
     nodes: Vec<Node>,
     entries: Vec<Entry>,
-    asker: Arc<Asker>,
 }
 
 impl Channels {
@@ -70,7 +69,7 @@ impl Channels {
     ///
     /// # Errors
     /// [`NodeError`]; then there is none.
-    pub(crate) fn make(server: &Server, naming: Naming, asker: Arc<Asker>) -> Result<Self, NodeError> {
+    pub(crate) fn make(server: &Server, naming: Naming) -> Result<Self, NodeError> {
         let (mut nodes, mut entries) = (Vec::new(), Vec::new());
         for shown in server.nodes() {
             let mode = if shown.kind == NodeKind::Container { 0o666 } else { 0o600 };
@@ -85,7 +84,7 @@ impl Channels {
             entries.push(Entry { path: shown.path, number: node.number(), mode });
             nodes.push(node);
         }
-        Ok(Self { nodes, entries, asker })
+        Ok(Self { nodes, entries })
     }
 
     /// The device nodes that lead to them.
@@ -123,7 +122,8 @@ impl Cuse {
     /// # Errors
     /// When threads cannot be made.
     pub(crate) fn start(channels: Channels, nodes: &Arc<Nodes>, mount: &Path) -> std::io::Result<Self> {
-        let Channels { nodes: made, entries, asker } = channels;
+        let Channels { nodes: made, entries } = channels;
+        let asker = Asker::start()?;
         let numbers: Vec<Number> = made.iter().map(Node::number).collect();
         let devices = Devices { numbers, asker: Arc::clone(&asker) };
         nodes.files().ask_about_strangers(Box::new(devices));
@@ -217,7 +217,7 @@ impl Exports for Control {
     }
 
     fn ioctl(&self, file: &Arc<OpenFile>, caller: &Caller<'_, Self>, ioctl: &Ioctl<'_>) -> Result<IoctlAnswer, Errno> {
-        if ioctl.cmd == asker::ASK && self.asker.told(caller.tgid(), ioctl.arg, file) {
+        if ioctl.cmd == asker::ASK && self.asker.told(caller.tid(), ioctl.arg, file) {
             return Ok(IoctlAnswer::Value(0));
         }
         let tid = caller.tid();

@@ -1,14 +1,11 @@
 //! Character devices for a launch: decided before anything else happens, made once the server is there.
 //!
-//! The process that looks at clients' descriptors must be forked before the server has a second thread, so it is
-//! started with the decision. Where the machine has no CUSE, or this is not root, one sentence says so and the FUSE nodes
-//! alone are offered.
+//! Where the machine has no CUSE, or this is not root, one sentence says so and the FUSE nodes alone are offered.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use super::{LaunchError, LaunchOptions, user_namespace};
-use crate::cuse::{self, Asker, Channels, Naming, NodeError};
+use crate::cuse::{self, Channels, Naming, NodeError};
 use crate::server::Server;
 
 /// Where the FUSE mount is when the nodes of VFIO are character devices.
@@ -17,28 +14,23 @@ pub(super) const MOUNT: &str = "uiommufd";
 /// That a server's nodes will be character devices.
 pub(super) struct Devices {
     naming: Naming,
-    asker: Arc<Asker>,
 }
 
 impl Devices {
-    /// Decides. `None` is FUSE nodes alone. To be called while this process has one thread.
-    ///
-    /// # Errors
-    /// When the process that is to look at descriptors cannot be started.
-    pub(super) fn prepare(options: LaunchOptions, naming: Naming) -> Result<Option<Self>, LaunchError> {
+    /// Decides. `None` is FUSE nodes alone.
+    pub(super) fn prepare(options: LaunchOptions, naming: Naming) -> Option<Self> {
         if !options.cuse {
-            return Ok(None);
+            return None;
         }
         if !user_namespace::may_mount() {
             tracing::warn!("character devices take root: the nodes are FUSE files instead");
-            return Ok(None);
+            return None;
         }
         if let Err(error) = cuse::probe() {
             tracing::warn!("{error}: the nodes are FUSE files instead of character devices");
-            return Ok(None);
+            return None;
         }
-        let asker = Asker::start().map_err(|error| LaunchError::System("a process", error))?;
-        Ok(Some(Self { naming, asker }))
+        Some(Self { naming })
     }
 
     /// Makes the nodes of a server.
@@ -46,7 +38,7 @@ impl Devices {
     /// # Errors
     /// [`LaunchError::Taken`] for a name that is there, [`LaunchError::NoDevices`]; then there is no node.
     pub(super) fn make(self, server: &Server) -> Result<Channels, LaunchError> {
-        Channels::make(server, self.naming, self.asker).map_err(|error| match error {
+        Channels::make(server, self.naming).map_err(|error| match error {
             NodeError::Taken(path) => LaunchError::Taken(path),
             other => LaunchError::NoDevices(other.to_string()),
         })

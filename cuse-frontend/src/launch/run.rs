@@ -68,7 +68,7 @@ pub fn run<E: std::fmt::Display>(
     let command: Result<Vec<_>, _> = command.iter().map(|word| CString::new(word.as_bytes())).collect();
     let command = command.map_err(|_| LaunchError::Child("a word of the command holds a NUL".into()))?;
     drop(fuse_device()?);
-    let devices = Devices::prepare(options, Naming::Private)?;
+    let devices = Devices::prepare(options, Naming::Private);
     let (ours, theirs) = Line::pair().map_err(system("socketpair"))?;
     let forwarded = forwarded_signals();
     let mut mask = SigSet::empty();

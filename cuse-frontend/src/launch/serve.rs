@@ -134,7 +134,7 @@ pub fn serve<E: std::fmt::Display>(
     }
     let device = fuse_device()?;
     place.clean_up();
-    let devices = Devices::prepare(options, Naming::Public)?;
+    let devices = Devices::prepare(options, Naming::Public);
     if devices.is_some() {
         check_directory(at)?;
         place = place.beside_devices();

@@ -17,12 +17,12 @@ pub(crate) fn own(number: RawFd) -> Result<OwnedFd, Errno> {
 }
 
 /// Closes every descriptor of this table but one, and the first three, which lead nowhere from then on. Returns the one,
-/// under another number. To be called where nothing runs afterwards that owns a descriptor of this table: in a process that
-/// was forked for one task, or on a thread with a table of its own.
+/// under another number. To be called on a thread with a table of its own, where nothing runs afterwards that owns a descriptor
+/// of it.
 ///
 /// # Errors
 /// As dup2(2) and close_range(2), which is as old as Linux 5.9.
-pub(crate) fn keep_only(number: RawFd) -> Result<OwnedFd, Errno> {
+fn keep_only(number: RawFd) -> Result<OwnedFd, Errno> {
     const KEPT: i32 = 3;
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").map_err(|_| Errno::ENOENT)?;
     for standard in 0..KEPT {

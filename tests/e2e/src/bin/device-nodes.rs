@@ -58,6 +58,7 @@ fn everything() -> Result<()> {
     let served = Served::start(&["uiommufd"])?;
     names_and_numbers()?;
     near()?;
+    nothing_beside_the_server_is_needed()?;
     one_open_at_a_time_on_every_cpu()?;
     second_server_is_refused()?;
     served.end(Signal::SIGTERM)?;
@@ -206,6 +207,22 @@ fn map_file(iommufd: &Iommufd, ioas: u32) -> Result<()> {
         let answer = answer.map_err(|error| error.raw_os_error());
         ensure!(answer == expected, "MAP_FILE is {answer:?}, not {expected:?}");
     }
+    Ok(())
+}
+
+/// Whatever else belongs to a server may be killed, by the kernel when memory is short: calls that name descriptors work.
+fn nothing_beside_the_server_is_needed() -> Result<()> {
+    let server = server()?;
+    let others = processes::called("uiommufd")?.into_iter().map(u32::cast_signed).filter(|pid| *pid != server);
+    for other in others {
+        kill(Pid::from_raw(other), Signal::SIGKILL)?;
+    }
+    let container = Container::open()?;
+    drop(container.add_group(7).context("a group joins a container")?);
+    drop(container);
+    let iommufd = Iommufd::open()?;
+    BoundDevice::open(&iommufd, 0).context("a device binds")?;
+    println!("a server that is alone finds out what descriptors are");
     Ok(())
 }
 
