@@ -50,7 +50,7 @@ struct Test {
 }
 
 /// How many rows a boot is for: few enough that it comes to its end before the VM's time limit on a busy machine too.
-const ROWS_IN_A_BOOT: usize = 400;
+const ROWS_IN_A_BOOT: usize = 800;
 
 fn main() -> ExitCode {
     let mut tally = Tally::from_command_line().expect("the recordings are part of the project");
