@@ -124,7 +124,9 @@ pub(crate) fn open(call: &mut Call) -> Result<c_int, c_int> {
     if let Some(last) = call.path.last_mut() {
         *last = 0;
     }
-    let (path, flags) = (call.path.as_ptr(), call.open_flags);
+    // What an ioctl returns has no size for a program of 32 bits to be too narrow for; of a file that is opened the kernel
+    // asks whether it knows of large ones. Nothing on a machine of 64 bits.
+    let (path, flags) = (call.path.as_ptr(), call.open_flags | libc::O_LARGEFILE.cast_unsigned());
     // SAFETY: the path ends with a zero.
     result(unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path, flags, 0) })
 }

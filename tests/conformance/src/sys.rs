@@ -1,7 +1,10 @@
 //! The system calls of a client that no safe wrapper covers: an ioctl with a bare argument, memory that is looked
 //! at only byte by byte, and a fork whose child runs a closure.
 
+use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 
@@ -202,9 +205,23 @@ pub(crate) fn borrow<'a>(file: RawFd) -> BorrowedFd<'a> {
     unsafe { BorrowedFd::borrow_raw(file) }
 }
 
+/// pread(2), whose offset has 64 bits in programs of 32 too.
+pub(crate) fn read_at(file: RawFd, data: &mut [u8], offset: u64) -> Result<usize, Errno> {
+    // SAFETY: as in `borrow`; the file is not dropped.
+    let file = ManuallyDrop::new(unsafe { File::from_raw_fd(file) });
+    file.read_at(data, offset).map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+}
+
+/// pwrite(2), as [`read_at`].
+pub(crate) fn write_at(file: RawFd, data: &[u8], offset: u64) -> Result<usize, Errno> {
+    // SAFETY: as in `borrow`; the file is not dropped.
+    let file = ManuallyDrop::new(unsafe { File::from_raw_fd(file) });
+    file.write_at(data, offset).map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+}
+
 /// Sets RLIMIT_MEMLOCK of this process and becomes the user `nobody`, which has no capability.
 pub(crate) fn give_up_locking(bytes: u64) {
-    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    let limit = libc::rlimit { rlim_cur: bytes as libc::rlim_t, rlim_max: bytes as libc::rlim_t };
     // SAFETY: `limit` is a whole rlimit.
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
     // SAFETY: takes a number only.

@@ -104,11 +104,11 @@ impl Way for Syscalls {
     }
 
     fn read(&self, file: RawFd, offset: u64, data: &mut [u8]) -> Result<usize, Errno> {
-        nix::sys::uio::pread(borrow(file), data, offset as libc::off_t)
+        crate::sys::read_at(file, data, offset)
     }
 
     fn write(&self, file: RawFd, offset: u64, data: &[u8]) -> Result<usize, Errno> {
-        nix::sys::uio::pwrite(borrow(file), data, offset as libc::off_t)
+        crate::sys::write_at(file, data, offset)
     }
 
     fn receive(&self, file: RawFd, data: &mut [u8]) -> Result<usize, Errno> {

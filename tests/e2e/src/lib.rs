@@ -18,6 +18,7 @@ pub mod ioat;
 pub mod iommufd;
 pub mod killed;
 pub mod monitor;
+pub mod narrow;
 pub mod newer_qemu;
 pub mod nvme;
 pub mod offset;

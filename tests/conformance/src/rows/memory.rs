@@ -35,7 +35,7 @@ pub(super) fn stage(s: &mut Script<'_>) -> Result<Stage, Stopped> {
 /// A memfd of `pages` pages.
 pub(super) fn memfd(pages: u64) -> Result<OwnedFd, Stopped> {
     let file = memfd_create(c"conformance", MFdFlags::empty()).map_err(stopped("memfd"))?;
-    nix::unistd::ftruncate(&file, (pages << 12) as i64).map_err(stopped("truncate"))?;
+    nix::unistd::ftruncate(&file, (pages << 12) as libc::off_t).map_err(stopped("truncate"))?;
     Ok(file)
 }
 

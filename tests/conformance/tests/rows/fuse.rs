@@ -1,6 +1,6 @@
 //! The rows over FUSE: `conformance-client` as the command of `uiommufd run`, as a program of this machine's word size and
 //! as a 32-bit one, whose system calls the kernel translates; as a program that found the nodes of `uiommufd serve`, and
-//! has the library for such programs; and with requests that travel over io_uring.
+//! has the library for such programs, in 32 bits too; and with requests that travel over io_uring.
 
 use std::fs::File;
 use std::path::Path;
@@ -9,6 +9,7 @@ use anyhow::{Result, anyhow};
 use conformance::record::{self, Answers};
 use conformance::rows::CHOICES;
 use conformance::tally::Tally;
+use e2e::narrow::Narrow;
 use e2e::served::{self, Library};
 use e2e::server::Run;
 use fuse_uring::Offered;
@@ -20,6 +21,8 @@ const TARGET_32: &str = "i686-unknown-linux-musl";
 
 /// The way of a program that the server has not started.
 const PRELOADED: &str = "preloaded, fuse";
+/// The same of a 32-bit program, which has a library of its own.
+const PRELOADED_32: &str = "preloaded, fuse, 32-bit";
 /// The way whose requests travel over io_uring.
 const OVER_IO_URING: &str = "fuse over io_uring";
 
@@ -30,7 +33,7 @@ pub(crate) fn run(tally: &mut Tally) {
         tally.skip("fuse", "/dev/fuse cannot be opened");
         return;
     }
-    let client = Path::new(env!("CARGO_BIN_EXE_conformance-client"));
+    let client = &program(Path::new(env!("CARGO_BIN_EXE_conformance-client")));
     let rows = tally.rows();
     all_rows(tally, "fuse", client);
     // Taken back at once: each server has the offer anew.
@@ -43,22 +46,33 @@ pub(crate) fn run(tally: &mut Tally) {
     one_server(tally, "fuse by default", client, &[], "", &chosen);
     match served::missing() {
         Some(reason) => tally.skip(PRELOADED, reason),
-        None => all_rows(tally, PRELOADED, client),
+        None => {
+            all_rows(tally, PRELOADED, client);
+            match Narrow::build() {
+                Ok(narrow) => all_rows(tally, PRELOADED_32, &narrow.preloaded("conformance-client")),
+                Err(error) => tally.skip(PRELOADED_32, &format!("{error:#}")),
+            }
+        }
     }
     match e2e::vm::programs(TARGET_32) {
-        Ok(directory) => all_rows(tally, "fuse, 32-bit", &directory.join("conformance-client")),
+        Ok(directory) => all_rows(tally, "fuse, 32-bit", &program(&directory.join("conformance-client"))),
         Err(error) => tally.skip("fuse, 32-bit", &format!("{error:#}")),
     }
 }
 
-fn all_rows(tally: &mut Tally, way: &str, client: &Path) {
+/// The words that start a program.
+fn program(path: &Path) -> Vec<String> {
+    vec![path.display().to_string()]
+}
+
+fn all_rows(tally: &mut Tally, way: &str, client: &[String]) {
     let (noiommu, behind): (Vec<String>, Vec<String>) =
         tally.rows().into_iter().partition(|row| row.starts_with("noiommu/"));
     one_server(tally, way, client, LIKE_LINUX, "", &behind);
     one_server(tally, way, client, LIKE_LINUX, ",noiommu=on", &noiommu);
 }
 
-fn one_server(tally: &mut Tally, way: &str, client: &Path, options: &[&str], keys: &str, rows: &[String]) {
+fn one_server(tally: &mut Tally, way: &str, client: &[String], options: &[&str], keys: &str, rows: &[String]) {
     if rows.is_empty() {
         return;
     }
@@ -68,16 +82,18 @@ fn one_server(tally: &mut Tally, way: &str, client: &Path, options: &[&str], key
     }
 }
 
-fn answers(way: &str, client: &Path, options: &[&str], keys: &str, rows: &[String]) -> Result<(Answers, String)> {
+fn answers(way: &str, client: &[String], options: &[&str], keys: &str, rows: &[String]) -> Result<(Answers, String)> {
     let disks = [tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?];
     let mut words: Vec<String> = options.iter().map(|word| (*word).to_owned()).collect();
     for (disk, bdf) in disks.iter().zip(["0000:c1:00.0", "0000:c2:00.0"]) {
         disk.as_file().set_len(1 << 20)?;
         words.extend(["--device".to_owned(), format!("nvme@{bdf},file={}{keys}", disk.path().display())]);
     }
-    let mut command = vec![client.display().to_string()];
+    let mut command = client.to_vec();
     command.extend(rows.iter().cloned());
     let run = match way {
+        // Its own loader is told of the library.
+        PRELOADED_32 => served::start(&words, &command, Library::Absent)?,
         PRELOADED => served::start(&words, &command, Library::Preloaded)?,
         OVER_IO_URING => {
             let offered = Offered::on().map_err(|reason| anyhow!("{reason}"))?;
