@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use fuse_uring::Offered;
 use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -40,6 +42,8 @@ use crate::{PATIENCE, wait_until};
 
 /// Where a server serves whose client is not its own, below the directory of its plan.
 const NODES: &str = "nodes";
+/// Where the kernel lists FUSE connections, by the minor number of their mounts.
+const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 /// How soon after a kill of the client its server holds nothing.
 const AFTER_KILL: Duration = Duration::from_secs(5);
 /// How soon after the end of the client, or of the server, nothing is left.
@@ -134,6 +138,7 @@ pub struct Seen {
 /// What does not hold, with the point at which somebody was killed.
 pub fn sweep(front: Front, launch: Launch, victim: Victim, points: Points) -> Result<Seen> {
     nix::sys::prctl::set_child_subreaper(true)?;
+    show_connections()?;
     let mut seen = Seen::default();
     let listed = list(front, launch)?;
     let sure = open_beside_a_close(front, launch, &listed);
@@ -153,6 +158,18 @@ pub fn sweep(front: Front, launch: Launch, victim: Victim, points: Points) -> Re
     // A run without a plan: whatever was killed has spoilt nothing.
     list(front, launch)?;
     Ok(seen)
+}
+
+/// Has the kernel list its FUSE connections at [`CONNECTIONS`], for this process and what it starts.
+fn show_connections() -> Result<()> {
+    let nothing = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace")?;
+    mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing).context("a private one")?;
+    match mount(Some("connections"), CONNECTIONS, Some("fusectl"), MsFlags::empty(), nothing) {
+        // It is there already.
+        Ok(()) | Err(Errno::EBUSY) => Ok(()),
+        Err(errno) => Err(errno).context("fusectl"),
+    }
 }
 
 /// The points of a run in which nobody is killed, in order.
@@ -368,7 +385,7 @@ impl Run {
     fn nothing_is_left(&self) -> Result<()> {
         let pid = self.server.id();
         let device = self.lines().iter().find_map(|line| line.strip_prefix("client: begun ").map(str::to_owned));
-        let connection = device.map(|minor| Path::new("/sys/fs/fuse/connections").join(minor));
+        let connection = device.map(|minor| Path::new(CONNECTIONS).join(minor));
         wait_until("nothing to be left", ENDED, || {
             let mut left: Vec<PathBuf> = connection.iter().filter(|path| path.exists()).cloned().collect();
             // What was served there, and the mount.
