@@ -242,21 +242,29 @@ fn one_open_at_a_time_on_every_cpu() -> Result<()> {
     Ok(())
 }
 
-/// Where the kernel has names of its own: nobody takes them. Then they are removed, since this machine is ours.
+/// The nodes that the kernel has of its own.
+const OF_THE_KERNEL: [&str; 2] = ["/dev/iommu", "/dev/vfio/vfio"];
+
+/// Where the kernel has names of its own: nobody takes them. Then they are removed.
 fn the_kernels_own_names_are_not_taken() -> Result<()> {
-    let there: Vec<&str> = ["/dev/iommu", "/dev/vfio/vfio"].into_iter().filter(|path| is_device(path)).collect();
-    if there.is_empty() {
+    if !OF_THE_KERNEL.into_iter().any(is_device) {
         println!("Skipped(the kernel's own names: it has neither iommufd nor VFIO)");
         return Ok(());
     }
     is_refused()?;
-    for path in there {
+    remove_the_kernels_own_names()?;
+    println!("the kernel's own names are not taken");
+    Ok(())
+}
+
+/// This machine is ours.
+fn remove_the_kernels_own_names() -> Result<()> {
+    for path in OF_THE_KERNEL.into_iter().filter(|path| is_device(path)) {
         fs::remove_file(path)?;
     }
     if Path::new("/dev/vfio").exists() {
         fs::remove_dir_all("/dev/vfio")?;
     }
-    println!("the kernel's own names are not taken");
     Ok(())
 }
 
@@ -310,6 +318,7 @@ fn killed_with_requests_in_flight() -> Result<()> {
 
 /// Programs that nobody of ours has started get their descriptors by opening them in the FUSE tree beside the nodes.
 fn library(file: &str) -> Result<()> {
+    remove_the_kernels_own_names()?;
     let image = "/tmp/disk.img";
     fs::write(image, vec![0x5a; 1 << 20])?;
     let (disk, engine) = (format!("nvme@{DISK},group=7,file={image}"), format!("ioat@{ENGINE},group=8"));
