@@ -211,10 +211,9 @@ impl Server {
     /// [`OpError::NoMemory`].
     #[inline(always)]
     pub(crate) fn check_memory(&self) -> Result<(), OpError> {
-        match self.own_memory {
-            Some(OwnMemory { used, limit }) if used() > limit => Err(OpError::NoMemory { used: used(), limit }),
-            _ => Ok(()),
-        }
+        let Some(OwnMemory { used, limit }) = self.own_memory else { return Ok(()) };
+        let used = used();
+        if used > limit { Err(OpError::NoMemory { used, limit }) } else { Ok(()) }
     }
 
     /// What memory it uses itself, if that is bounded.

@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::request::copy_out_of;
-use super::{Argument, Call, LARGEST, Op, OpResult, Request};
+use super::{Argument, Call, LARGEST, Op, OpResult, Request, keeping};
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
 use crate::iommufd::Context;
@@ -71,15 +71,8 @@ impl OpRow {
     pub(crate) fn answer(&self, context: &Arc<Context>, request: &Request<'_>) -> OpResult {
         let argument = Argument::Sized { size: self.size, min: self.min };
         let name = self.name;
-        let op = Op {
-            nr: self.nr,
-            name,
-            argument,
-            ready: None,
-            returns_file: self.returns_file,
-            keeps: true,
-            run: |_| super::done(),
-        };
+        // Whether it returns a descriptor is asked of this row, not of that.
+        let op = keeping(Op::new(self.nr, name, argument, |_| super::done()));
         let run = |call: &Call<'_, Arc<Context>>| {
             let mut bytes = [0; LARGEST];
             copy_out_of(call.bytes, &mut bytes);

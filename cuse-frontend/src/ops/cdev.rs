@@ -8,7 +8,7 @@ use compat::{CdevFile, DeviceFile, Iommufd, VfioError};
 use ioas::UserAddr;
 use zerocopy::IntoBytes;
 
-use super::{Argument, Call, Op, OpResult, Table, done};
+use super::{Argument, Call, Op, OpResult, Table, done, keeping};
 use crate::error::OpError;
 use crate::files::{ClientCall, File};
 use crate::iommufd::VfioIommufd;
@@ -22,15 +22,7 @@ pub(super) const BIND: Argument =
 pub(crate) static TABLE: Table<Arc<CdevFile>, 1> = Table::new(
     nr::DEVICE_BIND_IOMMUFD,
     |_, _, _, _| Ok(()),
-    &[Op {
-        nr: nr::DEVICE_BIND_IOMMUFD,
-        name: "VFIO_DEVICE_BIND_IOMMUFD",
-        argument: BIND,
-        ready: None,
-        returns_file: false,
-        keeps: true,
-        run: bind,
-    }],
+    &[keeping(Op::new(nr::DEVICE_BIND_IOMMUFD, "VFIO_DEVICE_BIND_IOMMUFD", BIND, bind))],
 );
 
 fn bind(call: &Call<'_, Arc<CdevFile>>) -> OpResult {

@@ -16,7 +16,7 @@ use ioas::caller::Caller;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::caps::{CapChain, info_chain};
-use super::{Argument, Call, Op, OpResult, Ready, Table, done, keeping};
+use super::{Call, Op, OpResult, Table, done, keeping, op};
 use crate::error::OpError;
 use crate::files::{ClientCall, IoctlReply};
 use crate::iommufd::Context;
@@ -149,28 +149,6 @@ impl ContainerFile for Arc<Context> {
     }
 }
 
-const fn plain<F: ContainerFile>(nr: u8, name: &'static str, run: fn(&Call<'_, F>) -> OpResult) -> Op<F> {
-    Op { nr, name, argument: Argument::Plain, ready: None, returns_file: false, keeps: false, run }
-}
-
-const fn op<F: ContainerFile>(
-    nr: u8,
-    name: &'static str,
-    min: usize,
-    ready: Ready<F>,
-    run: fn(&Call<'_, F>) -> OpResult,
-) -> Op<F> {
-    Op {
-        nr,
-        name,
-        argument: Argument::Argsz { min: min as u32 },
-        ready: Some(ready),
-        returns_file: false,
-        keeps: false,
-        run,
-    }
-}
-
 /// Of `/dev/vfio/vfio`.
 pub(crate) static TABLE: Table<Arc<Container>, SLOTS> = table();
 /// Of `/dev/iommu`, for numbers that are not its own.
@@ -182,9 +160,9 @@ const fn table<F: ContainerFile>() -> Table<F, SLOTS> {
         nr::GET_API_VERSION,
         unknown,
         &[
-            plain(nr::GET_API_VERSION, "VFIO_GET_API_VERSION", api_version),
-            plain(nr::CHECK_EXTENSION, "VFIO_CHECK_EXTENSION", check_extension),
-            keeping(plain(nr::SET_IOMMU, "VFIO_SET_IOMMU", set_iommu)),
+            Op::plain(nr::GET_API_VERSION, "VFIO_GET_API_VERSION", api_version),
+            Op::plain(nr::CHECK_EXTENSION, "VFIO_CHECK_EXTENSION", check_extension),
+            keeping(Op::plain(nr::SET_IOMMU, "VFIO_SET_IOMMU", set_iommu)),
             op(
                 nr::IOMMU_GET_INFO,
                 "VFIO_IOMMU_GET_INFO",

@@ -11,7 +11,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::caps::CapChain;
 use super::cdev;
-use super::{Argument, Call, Op, OpResult, Table, done};
+use super::{Call, Op, OpResult, Table, done, keeping};
 use crate::error::OpError;
 use crate::files::File;
 use crate::uapi::vfio::{
@@ -25,59 +25,39 @@ const SLOTS: usize = (nr::DEVICE_DETACH_IOMMUFD_PT - nr::DEVICE_GET_INFO) as usi
 /// Bytes of `struct vfio_device_info` that every version has.
 const INFO_MIN: usize = std::mem::offset_of!(DeviceInfo, cap_offset);
 
-const fn op(nr: u8, name: &'static str, min: usize, run: fn(&Call<'_, Device>) -> OpResult) -> Op<Device> {
-    Op { nr, name, argument: Argument::Argsz { min: min as u32 }, ready: None, returns_file: false, keeps: false, run }
-}
-
 /// Number, name, minimum size, handler.
 pub(crate) static TABLE: Table<Device, SLOTS> = Table::new(
     nr::DEVICE_GET_INFO,
     |_, _, _, _| Ok(()),
     &[
-        op(nr::DEVICE_GET_INFO, "VFIO_DEVICE_GET_INFO", INFO_MIN, get_info),
-        op(nr::DEVICE_GET_REGION_INFO, "VFIO_DEVICE_GET_REGION_INFO", size_of::<RegionInfo>(), get_region_info),
-        op(nr::DEVICE_GET_IRQ_INFO, "VFIO_DEVICE_GET_IRQ_INFO", size_of::<IrqInfo>(), get_irq_info),
-        op(nr::DEVICE_SET_IRQS, "VFIO_DEVICE_SET_IRQS", size_of::<IrqSet>(), set_irqs),
-        Op {
-            nr: nr::DEVICE_RESET,
-            name: "VFIO_DEVICE_RESET",
-            argument: Argument::Plain,
-            ready: None,
-            returns_file: false,
-            keeps: false,
-            run: reset,
-        },
-        op(
+        Op::argsz(nr::DEVICE_GET_INFO, "VFIO_DEVICE_GET_INFO", INFO_MIN, get_info),
+        Op::argsz(nr::DEVICE_GET_REGION_INFO, "VFIO_DEVICE_GET_REGION_INFO", size_of::<RegionInfo>(), get_region_info),
+        Op::argsz(nr::DEVICE_GET_IRQ_INFO, "VFIO_DEVICE_GET_IRQ_INFO", size_of::<IrqInfo>(), get_irq_info),
+        Op::argsz(nr::DEVICE_SET_IRQS, "VFIO_DEVICE_SET_IRQS", size_of::<IrqSet>(), set_irqs),
+        Op::plain(nr::DEVICE_RESET, "VFIO_DEVICE_RESET", reset),
+        Op::argsz(
             nr::DEVICE_GET_PCI_HOT_RESET_INFO,
             "VFIO_DEVICE_GET_PCI_HOT_RESET_INFO",
             size_of::<HotResetInfo>(),
             get_hot_reset_info,
         ),
-        op(nr::DEVICE_PCI_HOT_RESET, "VFIO_DEVICE_PCI_HOT_RESET", size_of::<HotReset>(), hot_reset),
-        op(nr::DEVICE_FEATURE, "VFIO_DEVICE_FEATURE", size_of::<Feature>(), feature),
-        Op {
-            argument: cdev::BIND,
-            ..op(nr::DEVICE_BIND_IOMMUFD, "VFIO_DEVICE_BIND_IOMMUFD", size_of::<Feature>(), cdev::bind_again)
-        },
-        Op {
-            ready: Some(cdev::is_cdev),
-            keeps: true,
-            ..op(
-                nr::DEVICE_ATTACH_IOMMUFD_PT,
-                "VFIO_DEVICE_ATTACH_IOMMUFD_PT",
-                size_of::<AttachIommufdPt>(),
-                cdev::attach,
-            )
-        },
-        Op {
-            ready: Some(cdev::is_cdev),
-            ..op(
-                nr::DEVICE_DETACH_IOMMUFD_PT,
-                "VFIO_DEVICE_DETACH_IOMMUFD_PT",
-                size_of::<DetachIommufdPt>(),
-                cdev::detach,
-            )
-        },
+        Op::argsz(nr::DEVICE_PCI_HOT_RESET, "VFIO_DEVICE_PCI_HOT_RESET", size_of::<HotReset>(), hot_reset),
+        Op::argsz(nr::DEVICE_FEATURE, "VFIO_DEVICE_FEATURE", size_of::<Feature>(), feature),
+        Op::new(nr::DEVICE_BIND_IOMMUFD, "VFIO_DEVICE_BIND_IOMMUFD", cdev::BIND, cdev::bind_again),
+        keeping(Op::argsz(
+            nr::DEVICE_ATTACH_IOMMUFD_PT,
+            "VFIO_DEVICE_ATTACH_IOMMUFD_PT",
+            size_of::<AttachIommufdPt>(),
+            cdev::attach,
+        ))
+        .when(cdev::is_cdev),
+        Op::argsz(
+            nr::DEVICE_DETACH_IOMMUFD_PT,
+            "VFIO_DEVICE_DETACH_IOMMUFD_PT",
+            size_of::<DetachIommufdPt>(),
+            cdev::detach,
+        )
+        .when(cdev::is_cdev),
     ],
 );
 

@@ -7,7 +7,7 @@ use compat::GroupFile;
 use ioas::UserAddr;
 use zerocopy::IntoBytes;
 
-use super::{Argument, Call, Op, OpResult, Table, done, keeping};
+use super::{Call, Op, OpResult, Table, done, keeping, returning};
 use crate::error::OpError;
 use crate::files::{ClientCall, File, IoctlReply, NewFile};
 use crate::iommufd::VfioIommufd;
@@ -19,27 +19,15 @@ const NAME_MOST: usize = 4096;
 
 type Group = Arc<GroupFile>;
 
-const fn plain(nr: u8, name: &'static str, run: fn(&Call<'_, Group>) -> OpResult) -> Op<Group> {
-    Op { nr, name, argument: Argument::Plain, ready: None, returns_file: false, keeps: false, run }
-}
-
 /// Number, name, argument, handler.
 pub(crate) static TABLE: Table<Group, SLOTS> = Table::new(
     nr::GROUP_GET_STATUS,
     |_, _, _, _| Ok(()),
     &[
-        Op {
-            nr: nr::GROUP_GET_STATUS,
-            name: "VFIO_GROUP_GET_STATUS",
-            argument: Argument::Argsz { min: size_of::<GroupStatus>() as u32 },
-            ready: None,
-            returns_file: false,
-            keeps: false,
-            run: get_status,
-        },
-        keeping(plain(nr::GROUP_SET_CONTAINER, "VFIO_GROUP_SET_CONTAINER", set_container)),
-        plain(nr::GROUP_UNSET_CONTAINER, "VFIO_GROUP_UNSET_CONTAINER", unset_container),
-        Op { returns_file: true, ..keeping(plain(nr::GROUP_GET_DEVICE_FD, "VFIO_GROUP_GET_DEVICE_FD", get_device_fd)) },
+        Op::argsz(nr::GROUP_GET_STATUS, "VFIO_GROUP_GET_STATUS", size_of::<GroupStatus>(), get_status),
+        keeping(Op::plain(nr::GROUP_SET_CONTAINER, "VFIO_GROUP_SET_CONTAINER", set_container)),
+        Op::plain(nr::GROUP_UNSET_CONTAINER, "VFIO_GROUP_UNSET_CONTAINER", unset_container),
+        returning(Op::plain(nr::GROUP_GET_DEVICE_FD, "VFIO_GROUP_GET_DEVICE_FD", get_device_fd)),
     ],
 );
 

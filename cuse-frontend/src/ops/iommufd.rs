@@ -13,7 +13,7 @@ use ioas::caller::{Capability, FdError};
 use ioas::{Access, Iova, IovaChoice, IovaRange, IpcLock, MapRequest, PayerMode, Source, UserAddr};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Argument, Call, Op, OpResult, OpRow, Table, done, keeping, objects};
+use super::{Argument, Call, Op, OpResult, OpRow, Table, done, keeping, objects, returning};
 use crate::error::OpError;
 use crate::files::ClientCall;
 use crate::iommufd::Context;
@@ -34,20 +34,7 @@ const fn op(
     min: usize,
     run: fn(&Call<'_, Arc<Context>>) -> OpResult,
 ) -> Op<Arc<Context>> {
-    Op {
-        nr,
-        name,
-        argument: Argument::Sized { size: size as u32, min: min as u32 },
-        ready: None,
-        returns_file: false,
-        keeps: false,
-        run,
-    }
-}
-
-/// A row that may return a descriptor.
-const fn returning(op: Op<Arc<Context>>) -> Op<Arc<Context>> {
-    Op { returns_file: true, ..keeping(op) }
+    Op::new(nr, name, Argument::Sized { size: size as u32, min: min as u32 }, run)
 }
 
 /// Number, name, size, minimum size (up to the last field of the op's first version), handler.

@@ -86,9 +86,48 @@ impl<F: ?Sized> Clone for Op<F> {
 
 impl<F: ?Sized> Copy for Op<F> {}
 
+impl<F: ?Sized> Op<F> {
+    /// A row that asks for nothing beforehand, returns no descriptor, and makes the server keep nothing.
+    pub(crate) const fn new(nr: u8, name: &'static str, argument: Argument, run: fn(&Call<'_, F>) -> OpResult) -> Self {
+        Self { nr, name, argument, ready: None, returns_file: false, keeps: false, run }
+    }
+
+    /// The row of an op without a struct.
+    pub(crate) const fn plain(nr: u8, name: &'static str, run: fn(&Call<'_, F>) -> OpResult) -> Self {
+        Self::new(nr, name, Argument::Plain, run)
+    }
+
+    /// The row of an op whose struct has VFIO's rule, and `min` bytes in every version.
+    pub(crate) const fn argsz(nr: u8, name: &'static str, min: usize, run: fn(&Call<'_, F>) -> OpResult) -> Self {
+        Self::new(nr, name, Argument::Argsz { min: min as u32 }, run)
+    }
+
+    /// The same row, for which `ready` must hold.
+    pub(crate) const fn when(self, ready: Ready<F>) -> Self {
+        Self { ready: Some(ready), ..self }
+    }
+}
+
+/// The row of an op whose struct has VFIO's rule: number, name, minimum size, what must hold before the argument is read,
+/// handler.
+pub(crate) const fn op<F: ?Sized>(
+    nr: u8,
+    name: &'static str,
+    min: usize,
+    ready: Ready<F>,
+    run: fn(&Call<'_, F>) -> OpResult,
+) -> Op<F> {
+    Op::argsz(nr, name, min, run).when(ready)
+}
+
 /// A row that makes the server keep more.
 pub(crate) const fn keeping<F: ?Sized>(op: Op<F>) -> Op<F> {
     Op { keeps: true, ..op }
+}
+
+/// A row that may return a descriptor, for which the server keeps a file.
+pub(crate) const fn returning<F: ?Sized>(op: Op<F>) -> Op<F> {
+    Op { returns_file: true, ..keeping(op) }
 }
 
 /// What must hold of the file's state, and of who calls.

@@ -19,7 +19,7 @@ use compat::{
 use ioas::Iova;
 use zerocopy::IntoBytes;
 
-use super::{Argument, Call, Op, OpResult, Ready, Request, Table, done, keeping};
+use super::{Call, Op, OpResult, Request, Table, done, keeping, op};
 use crate::files::IoctlReply;
 use crate::uapi::vfio::{
     DmaMap, DmaUnmap, EEH_PE_ERR_OFFSET, EehPeErr, EehPeOp, SpaprRegisterMemory, SpaprTceCreate, SpaprTceDdwInfo,
@@ -28,22 +28,6 @@ use crate::uapi::vfio::{
 
 /// Bytes of `struct vfio_iommu_spapr_tce_info` that every version has.
 const INFO_MIN: usize = offset_of!(SpaprTceInfo, ddw);
-
-const fn plain<F>(nr: u8, name: &'static str, ready: Option<Ready<F>>, run: fn(&Call<'_, F>) -> OpResult) -> Op<F> {
-    Op { nr, name, argument: Argument::Plain, ready, returns_file: false, keeps: false, run }
-}
-
-const fn op<F>(nr: u8, name: &'static str, min: usize, ready: Ready<F>, run: fn(&Call<'_, F>) -> OpResult) -> Op<F> {
-    Op {
-        nr,
-        name,
-        argument: Argument::Argsz { min: min as u32 },
-        ready: Some(ready),
-        returns_file: false,
-        keeps: false,
-        run,
-    }
-}
 
 /// What the driver wants before the argument of one of its ops is read.
 macro_rules! ready {
@@ -72,9 +56,9 @@ static OF_CONTAINER: Table<Arc<Container>, { (nr::EEH_PE_OP - nr::GET_API_VERSIO
     nr::GET_API_VERSION,
     |_, _, _, _| Ok(()),
     &[
-        plain(nr::GET_API_VERSION, "VFIO_GET_API_VERSION", None, |_| Ok(IoctlReply::Value(API_VERSION))),
-        plain(nr::CHECK_EXTENSION, "VFIO_CHECK_EXTENSION", None, check_extension),
-        keeping(plain(nr::SET_IOMMU, "VFIO_SET_IOMMU", None, set_iommu)),
+        Op::plain(nr::GET_API_VERSION, "VFIO_GET_API_VERSION", |_| Ok(IoctlReply::Value(API_VERSION))),
+        Op::plain(nr::CHECK_EXTENSION, "VFIO_CHECK_EXTENSION", check_extension),
+        keeping(Op::plain(nr::SET_IOMMU, "VFIO_SET_IOMMU", set_iommu)),
         op(
             nr::EEH_PE_OP,
             "VFIO_EEH_PE_OP",
@@ -94,8 +78,8 @@ static OF_DRIVER: Table<Spapr, { (nr::IOMMU_SPAPR_TCE_REMOVE - nr::IOMMU_SPAPR_T
             op(nr::IOMMU_SPAPR_TCE_GET_INFO, "VFIO_IOMMU_SPAPR_TCE_GET_INFO", INFO_MIN, ready!(GetInfo), get_info),
             keeping(op(nr::IOMMU_MAP_DMA, "VFIO_IOMMU_MAP_DMA", size_of::<DmaMap>(), ready!(MapDma), map_dma)),
             op(nr::IOMMU_UNMAP_DMA, "VFIO_IOMMU_UNMAP_DMA", size_of::<DmaUnmap>(), ready!(UnmapDma), unmap_dma),
-            plain(nr::IOMMU_ENABLE, "VFIO_IOMMU_ENABLE", Some(ready!(Enable)), enable),
-            plain(nr::IOMMU_DISABLE, "VFIO_IOMMU_DISABLE", Some(ready!(Disable)), disable),
+            Op::plain(nr::IOMMU_ENABLE, "VFIO_IOMMU_ENABLE", enable).when(ready!(Enable)),
+            Op::plain(nr::IOMMU_DISABLE, "VFIO_IOMMU_DISABLE", disable).when(ready!(Disable)),
             keeping(op(
                 nr::IOMMU_SPAPR_REGISTER_MEMORY,
                 "VFIO_IOMMU_SPAPR_REGISTER_MEMORY",

@@ -47,7 +47,7 @@ pub const POINTS: &str = "UIOMMUFD_KILL_POINTS";
 pub const BEGUN: &str = "client: begun";
 
 /// UIOMMUFD_CALL (docs/include/uiommufd_fd.h).
-const CALL: libc::Ioctl = 0x7569;
+pub(crate) const CALL: libc::Ioctl = 0x7569;
 
 const CHAINS: u64 = 0x20_0000;
 const MEMORY: u64 = 0x40_0000;

@@ -35,7 +35,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::in_flight::{BEGUN, DEVICE, POINTS};
+use crate::in_flight::{BEGUN, CALL, DEVICE, POINTS};
 use crate::served::{self, Library};
 use crate::server::{is_empty, status};
 use crate::{PATIENCE, wait_until};
@@ -53,9 +53,6 @@ const ENDED: Duration = Duration::from_secs(20);
 const CLOSE: &str = "session: a file is about to be dropped [RELEASE]";
 /// An OPEN waits until it has.
 const OPEN: &str = "session: an OPEN waits for a close [OPEN]";
-
-/// How points are named in the course of UIOMMUFD_CALL, by which the library asks for a descriptor.
-const OF_CALL: &str = "[ioctl 0x7569]";
 
 /// How requests travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,6 +205,7 @@ fn chosen(listed: &[String], victim: Victim, points: Points) -> Vec<(String, u64
     let mut times = HashMap::<&str, u64>::new();
     let (mut places, mut seen) = (HashSet::new(), HashSet::<&str>::new());
     let mut chosen = Vec::new();
+    let of_call = format!("[ioctl {CALL:#x}]");
     let mut begun = false;
     for point in listed {
         if point == BEGUN {
@@ -225,7 +223,7 @@ fn chosen(listed: &[String], victim: Victim, points: Points) -> Vec<(String, u64
             Points::Requests => !seen.contains(point.as_str()),
             Points::Places => {
                 let first = !seen.contains(point.as_str());
-                places.insert(place) || (first && point.ends_with(OF_CALL))
+                places.insert(place) || (first && point.ends_with(&of_call))
             }
         };
         seen.insert(point);
