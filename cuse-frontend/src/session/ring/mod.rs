@@ -111,19 +111,7 @@ impl<D: Desk> Rings<D> {
     /// # Errors
     /// When the kernel or the machine has none for us.
     pub(super) fn start(channel: Arc<Channel>, desk: &Arc<D>, payload: usize) -> std::io::Result<Arc<Self>> {
-        let rings = Arc::new(Self {
-            channel,
-            queues: (0..possible_cpus()?).map(|_| Queue::new()).collect(),
-            post: Post::new(seat::event()?),
-            seats: Arc::default(),
-            payload,
-            entries: AtomicU64::new(0),
-            kicks: AtomicU64::new(0),
-            works: OnceLock::new(),
-            ended: AtomicBool::new(false),
-            alive: Mutex::new(0),
-            all_gone: Condvar::new(),
-        });
+        let rings = Self::new(channel, payload)?;
         let (tell, told) = std::sync::mpsc::sync_channel(1);
         let desk = Arc::clone(desk);
         rings.spawn("fuse-steward", move |rings| match Steward::new(Arc::clone(rings), desk) {
@@ -135,6 +123,22 @@ impl<D: Desk> Rings<D> {
         })?;
         told.recv().map_err(std::io::Error::other)??;
         Ok(rings)
+    }
+
+    fn new(channel: Arc<Channel>, payload: usize) -> std::io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            channel,
+            queues: (0..possible_cpus()?).map(|_| Queue::new()).collect(),
+            post: Post::new(seat::event()?),
+            seats: Arc::default(),
+            payload,
+            entries: AtomicU64::new(0),
+            kicks: AtomicU64::new(0),
+            works: OnceLock::new(),
+            ended: AtomicBool::new(false),
+            alive: Mutex::new(0),
+            all_gone: Condvar::new(),
+        }))
     }
 
     /// INIT has been answered: the kernel waits for entries.

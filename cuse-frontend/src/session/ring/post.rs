@@ -62,6 +62,12 @@ impl Post {
         &self.event
     }
 
+    /// Whether there are no orders. Whoever hears the event looks here before sleeping: orders may have come since the
+    /// last [`Self::take`], and their event is among what was heard.
+    pub(super) fn is_empty(&self) -> bool {
+        self.orders.lock().is_empty()
+    }
+
     /// All orders.
     pub(super) fn take(&self) -> Vec<Order> {
         std::mem::take(&mut self.orders.lock())

@@ -56,7 +56,7 @@ impl<D: Desk> Steward<D> {
     pub(super) fn work(mut self) {
         let mut told = Vec::new();
         while !self.rings.ended.load(Ordering::Acquire) {
-            let wanted = u32::from(self.seat.sit());
+            let wanted = u32::from(self.may_sleep());
             let waited = self.ring.enter(wanted).and_then(|()| self.ring.told(&mut told));
             if let Err(error) = waited {
                 tracing::error!(%error, "the ring of the steward has failed");
@@ -72,6 +72,12 @@ impl<D: Desk> Steward<D> {
                 return;
             }
         }
+    }
+
+    /// The steward is about to enter the kernel. False when it must not sleep there. Carrying out an order, it may
+    /// have heard the event of a later one.
+    fn may_sleep(&self) -> bool {
+        self.seat.sit() && self.rings.post.is_empty()
     }
 
     /// Takes what the ring has told.
@@ -201,5 +207,43 @@ impl<D: Desk> Steward<D> {
             queue.owes_kick();
         }
         ioas::thread::roam();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::channel::Channel;
+    use crate::session::ring::Turn;
+    use crate::wire::InHeader;
+
+    struct Nobody;
+
+    impl Desk for Nobody {
+        type Job = ();
+
+        fn note(&self, _: InHeader, _: Vec<u8>, _: Arc<Turn>) {}
+
+        fn work(&self, (): ()) {}
+    }
+
+    #[test]
+    fn order_whose_event_was_heard_while_others_were_carried_out_is_not_slept_over() {
+        let device = std::fs::File::open("/dev/null").expect("null");
+        let rings = Rings::new(Arc::new(Channel::new(device.into())), 4096).expect("memory");
+        let mut steward = match Steward::new(Arc::clone(&rings), Arc::new(Nobody)) {
+            Ok(steward) => steward,
+            Err(error) => return println!("Skipped(no io_uring: {error})"),
+        };
+        rings.post.order(Order::Kick(0));
+        assert_eq!(rings.post.take().len(), 1);
+        rings.post.order(Order::Kick(1));
+        steward.ring.enter(1).expect("the event");
+        let mut told = Vec::new();
+        steward.ring.told(&mut told).expect("completions");
+        steward.take(&mut told);
+        assert!(!steward.may_sleep(), "nobody will say again that there is an order");
+        assert_eq!(rings.post.take().len(), 1);
+        assert!(steward.may_sleep());
     }
 }
