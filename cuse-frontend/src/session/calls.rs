@@ -13,13 +13,15 @@
 //! for ever, and whose memory is only let go when the caller ends, ends.
 //!
 //! Requests of one client that are being worked on at the same time are bounded ([`PER_CLIENT`]), so that a client
-//! with thousands of blocked threads does not make thousands of ours. Those over the bound wait in a queue and are
-//! done by the worker that finishes another of the same client. As nobody can be over the bound while few requests
-//! are under way, the caller's process is looked up only then.
+//! with thousands of blocked threads does not make thousands of ours. Those over the bound wait in a queue
+//! ([`Waiting`]) and are done by the worker that finishes another of the same client. As nobody can be over the bound
+//! while few requests are under way ([`CROWDED`]), the caller's process is looked up, and the queue's lock taken, only
+//! then.
 //!
-//! Lock order: `live` and `watched` are leaves; neither is held while another is taken or an answer is written.
+//! Lock order: the queue of [`Waiting`], then `live`. `live` and `watched` are leaves; no lock is held while an answer
+//! is written.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -36,6 +38,8 @@ use crate::wire::InHeader;
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Requests of one client (process) that are worked on at the same time.
 pub(crate) const PER_CLIENT: usize = 16;
+/// Requests under way above which the clients' numbers of them are looked at; fewer are not counted.
+pub(crate) const CROWDED: usize = 8;
 
 /// The way by which a request came, and by which its answer goes back.
 pub(crate) trait WayBack: Send + Sync {
@@ -168,18 +172,18 @@ impl Calls {
         Arc::new(Self { live, watched, silent: AtomicBool::new(false), wake: Condvar::new() })
     }
 
-    /// Notes a request that has just come. Answers how many are live.
-    pub(crate) fn begin(&self, call: &Arc<Call>) -> usize {
-        let live = {
+    /// Notes a request that has just come. True when enough are under way for a client to have too many.
+    pub(crate) fn begin(&self, call: &Arc<Call>) -> bool {
+        let crowded = {
             let mut live = self.live.lock();
             live.insert(call.unique, Arc::clone(call));
-            live.len()
+            live.len() > CROWDED
         };
         if call.silent && !self.silent.load(Ordering::SeqCst) && !self.silent.swap(true, Ordering::SeqCst) {
             drop(self.watched.lock());
             self.wake.notify_one();
         }
-        live
+        crowded
     }
 
     /// The obligation to answer a request that was noted.
@@ -201,18 +205,16 @@ impl Calls {
         }
     }
 
-    /// Lets a worker have the call, unless the client has as many under way as it may have: false.
-    pub(crate) fn admit(&self, call: &Call, crowded: bool) -> bool {
-        if crowded {
-            let others: Vec<_> = self.live.lock().values().cloned().collect();
-            let under_way = others.iter().filter(|other| other.worked_on.load(Ordering::Relaxed));
-            let client = call.tgid();
-            if under_way.filter(|other| other.tgid() == client).count() >= PER_CLIENT {
-                return false;
-            }
+    /// How many requests of each client are worked on.
+    fn worked_on(&self) -> HashMap<u32, usize> {
+        let live = self.live.lock();
+        let calls: Vec<_> = live.values().filter(|call| call.worked_on.load(Ordering::Relaxed)).cloned().collect();
+        drop(live);
+        let mut counts = HashMap::new();
+        for call in calls {
+            *counts.entry(call.tgid()).or_default() += 1;
         }
-        call.worked_on.store(true, Ordering::Relaxed);
-        true
+        counts
     }
 
     /// The watcher's thread: answers EINTR for callers that have been killed.
@@ -276,7 +278,171 @@ impl Calls {
     }
 }
 
+/// The requests of clients that have as many under way as they may have, in the order in which they came.
+///
+/// Whether there is room for a request is asked, and the answer carried out, under one lock. So two requests never
+/// take the same room, and no room is made between "there is none" and "it waits", which nobody would look at again.
+pub(crate) struct Waiting<J>(Mutex<VecDeque<J>>);
+
+impl<J: AsRef<Call>> Waiting<J> {
+    /// None yet.
+    pub(crate) fn new() -> Self {
+        Self(Mutex::default())
+    }
+
+    /// Gives the job back to who is to work on it now, or keeps it until its client has room. `crowded` is what
+    /// [`Calls::begin`] said of it. A job that [`Self::next`] gave out is given back.
+    pub(crate) fn admit(&self, job: J, crowded: bool, calls: &Calls) -> Option<J> {
+        let call = job.as_ref();
+        if call.worked_on.load(Ordering::Relaxed) {
+            return Some(job);
+        }
+        let mut waiting = crowded.then(|| self.0.lock());
+        if let Some(waiting) = &mut waiting
+            && !has_room(call, &calls.worked_on())
+        {
+            waiting.push_back(job);
+            return None;
+        }
+        call.worked_on.store(true, Ordering::Relaxed);
+        Some(job)
+    }
+
+    /// The first job whose client has room now. Asked by whoever has finished one.
+    pub(crate) fn next(&self, calls: &Calls) -> Option<J> {
+        let mut waiting = self.0.lock();
+        if waiting.is_empty() {
+            return None;
+        }
+        let worked_on = calls.worked_on();
+        let position = waiting.iter().position(|job| has_room(job.as_ref(), &worked_on))?;
+        let job = waiting.remove(position)?;
+        job.as_ref().worked_on.store(true, Ordering::Relaxed);
+        Some(job)
+    }
+}
+
+fn has_room(call: &Call, worked_on: &HashMap<u32, usize>) -> bool {
+    worked_on.get(&call.tgid()).is_none_or(|count| *count < PER_CLIENT)
+}
+
 /// The bytes of `parts`, for one writev.
 pub(crate) fn slices<'a>(head: &'a [u8], parts: &[&'a [u8]]) -> Vec<IoSlice<'a>> {
     std::iter::once(head).chain(parts.iter().copied()).map(IoSlice::new).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicU64, AtomicUsize};
+
+    use super::*;
+
+    struct Nowhere;
+
+    impl WayBack for Nowhere {
+        fn answer(&self, _unique: u64, _errno: i32, _parts: &[&[u8]]) -> bool {
+            true
+        }
+    }
+
+    struct Job(Arc<Call>);
+
+    impl AsRef<Call> for Job {
+        fn as_ref(&self) -> &Call {
+            &self.0
+        }
+    }
+
+    /// A session that only counts.
+    struct Counting {
+        calls: Arc<Calls>,
+        waiting: Waiting<Job>,
+        uniques: AtomicU64,
+        under_way: AtomicUsize,
+        done: AtomicUsize,
+    }
+
+    impl Counting {
+        fn new() -> Self {
+            Self {
+                calls: Calls::new(),
+                waiting: Waiting::new(),
+                uniques: AtomicU64::new(2),
+                under_way: AtomicUsize::new(0),
+                done: AtomicUsize::new(0),
+            }
+        }
+
+        /// A request of this process comes, and its worker does what there is for it to do.
+        fn one_comes(&self, work: impl Fn()) {
+            let unique = self.uniques.fetch_add(2, Ordering::SeqCst);
+            let header = InHeader { unique, pid: std::process::id(), ..InHeader::default() };
+            let call = Call::new(&header, Arc::new(Nowhere), false);
+            let crowded = self.calls.begin(&call);
+            let mut job = self.waiting.admit(Job(call), crowded, &self.calls);
+            while let Some(Job(call)) = job {
+                self.under_way.fetch_add(1, Ordering::SeqCst);
+                work();
+                self.under_way.fetch_sub(1, Ordering::SeqCst);
+                self.done.fetch_add(1, Ordering::SeqCst);
+                self.calls.reply(call).ok(&[]);
+                job = self.waiting.next(&self.calls);
+            }
+        }
+
+        fn wait_until(&self, done: impl Fn(usize, usize) -> bool) {
+            while !done(self.under_way.load(Ordering::SeqCst), self.waiting.0.lock().len()) {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    #[test]
+    fn requests_that_come_at_once_do_not_take_the_same_room() {
+        const LATER: usize = 40;
+        for _ in 0..20 {
+            let (session, together, let_go) = (Counting::new(), Barrier::new(LATER), AtomicBool::new(false));
+            let blocked = || {
+                while !let_go.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+            };
+            std::thread::scope(|scope| {
+                for number in 1..=CROWDED {
+                    scope.spawn(|| session.one_comes(blocked));
+                    session.wait_until(|under_way, _| under_way == number);
+                }
+                for _ in 0..LATER {
+                    scope.spawn(|| {
+                        together.wait();
+                        session.one_comes(blocked);
+                    });
+                }
+                session.wait_until(|under_way, waiting| under_way + waiting == CROWDED + LATER);
+                let under_way = session.under_way.load(Ordering::SeqCst);
+                let_go.store(true, Ordering::SeqCst);
+                assert_eq!(under_way, PER_CLIENT);
+            });
+        }
+    }
+
+    #[test]
+    fn no_request_is_left_waiting_when_all_others_have_ended() {
+        const THREADS: usize = 32;
+        const ROUNDS: usize = 300;
+        let (session, together) = (Counting::new(), Barrier::new(THREADS));
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    for _ in 0..ROUNDS {
+                        together.wait();
+                        session.one_comes(std::thread::yield_now);
+                    }
+                });
+            }
+        });
+        assert_eq!(session.done.load(Ordering::SeqCst), THREADS * ROUNDS);
+        assert!(session.calls.live.lock().is_empty());
+    }
 }

@@ -22,7 +22,6 @@ mod operations;
 mod place;
 mod ring;
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
@@ -32,7 +31,7 @@ use ioas::caller::FdError;
 use ioas::killpoint;
 use parking_lot::Mutex;
 
-use self::calls::{Call, Calls, WayBack};
+use self::calls::{Call, Calls, Waiting, WayBack};
 use self::channel::Channel;
 use self::opens::{Opened, Opens, Releasing};
 pub(crate) use self::place::Place;
@@ -44,8 +43,6 @@ use crate::wire::{self, InHeader, IoctlRange, opcode};
 
 /// Bytes of one WRITE at most.
 pub(crate) const MAX_WRITE: usize = 128 << 10;
-/// Requests under way above which the clients' numbers of them are looked at.
-const CROWDED: usize = 8;
 /// How long [`Engine::catch_up`] waits at most, and between two looks.
 const CATCH_UP: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_micros(50);
@@ -281,8 +278,12 @@ struct Request<F> {
     crowded: bool,
     /// The ring entry in which it came, if it came over a ring.
     turn: Option<Arc<Turn>>,
-    /// Its client has room for it.
-    admitted: bool,
+}
+
+impl<F> AsRef<Call> for Request<F> {
+    fn as_ref(&self) -> &Call {
+        &self.call
+    }
 }
 
 /// What the threads of a session share.
@@ -298,8 +299,8 @@ struct Engine<E: Exports> {
     rings: OnceLock<Arc<Rings<Self>>>,
     /// The operator does not object to rings.
     may_use_rings: bool,
-    /// Requests of clients that have too many under way, in the order in which they came.
-    queue: Mutex<VecDeque<Request<E::File>>>,
+    /// Those whose clients have too many under way.
+    waiting: Waiting<Request<E::File>>,
     /// Used by the leader of the crew, who has it locked from before a request is read until it has been noted.
     buffer: Mutex<Vec<u8>>,
     /// The leader waits for a request before it locks the buffer: see [`Engine::catch_up`].
@@ -341,7 +342,7 @@ impl<E: Exports> Source for Engine<E> {
         if self.serve(job) {
             follow::after(caller, taken);
         }
-        while let Some(job) = self.next_admitted() {
+        while let Some(job) = self.waiting.next(&self.calls) {
             self.resume(job);
         }
     }
@@ -356,7 +357,7 @@ impl<E: Exports> Desk for Engine<E> {
 
     fn work(&self, job: Self::Job) {
         self.serve(job);
-        while let Some(job) = self.next_admitted() {
+        while let Some(job) = self.waiting.next(&self.calls) {
             self.resume(job);
         }
     }
@@ -399,7 +400,7 @@ impl<E: Exports> Engine<E> {
         let _request = killpoint::on_behalf(|| wire::describe(&header, &body));
         killpoint::pass("session: a request is read");
         let call = Call::new(&header, back, turn.is_some());
-        let crowded = self.calls.begin(&call) > CROWDED;
+        let crowded = self.calls.begin(&call);
         let handle = match header.opcode {
             opcode::RELEASE => wire::decode::<wire::ReleaseIn>(&body).map(|(release, _)| release.fh),
             _ => None,
@@ -410,22 +411,19 @@ impl<E: Exports> Engine<E> {
             call.on_behalf_of(releasing.open.origin.client);
         }
         killpoint::pass("session: a request is noted");
-        Request { header, call, body, releasing, taken: Instant::now(), crowded, turn, admitted: false }
+        Request { header, call, body, releasing, taken: Instant::now(), crowded, turn }
     }
 
     /// Does a request, or lets it wait while its client has too many under way: false.
     fn serve(&self, job: Request<E::File>) -> bool {
-        if !job.admitted && !self.calls.admit(&job.call, job.crowded) {
-            self.queue.lock().push_back(job);
-            return false;
-        }
+        let crowded = job.crowded;
+        let Some(job) = self.waiting.admit(job, crowded, &self.calls) else { return false };
         self.answer(job);
         true
     }
 
     /// Does a request that has waited; one from a ring on a thread that can keep its entry.
     fn resume(&self, mut job: Request<E::File>) {
-        job.admitted = true;
         if job.call.killed() {
             return self.calls.forget(&job.call);
         }
@@ -433,13 +431,6 @@ impl<E: Exports> Engine<E> {
             (Some(turn), Some(rings), Some(me)) => rings.resume(&turn, job.call.unique, job, &me),
             _ => self.answer(job),
         }
-    }
-
-    /// A request that waited and whose client has room now.
-    fn next_admitted(&self) -> Option<Request<E::File>> {
-        let mut queue = self.queue.lock();
-        let position = queue.iter().position(|request| self.calls.admit(&request.call, true))?;
-        queue.remove(position)
     }
 
     fn forget(&self, header: &InHeader, body: &[u8]) {
@@ -514,7 +505,7 @@ impl<E: Exports> Session<E> {
             rings: OnceLock::new(),
             may_use_rings: ways.rings,
             others: ways.others,
-            queue: Mutex::default(),
+            waiting: Waiting::new(),
             buffer: Mutex::new(vec![0; MAX_WRITE + 4096]),
             passthrough,
         });

@@ -13,7 +13,7 @@ use std::time::Instant;
 use nix::mount::{MsFlags, mount};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::calls::PER_CLIENT;
+use super::calls::{CROWDED, PER_CLIENT};
 use super::*;
 use crate::tree::{Entry, Layout, Recipient, Tree};
 
