@@ -83,7 +83,7 @@ impl<S: Source> Crew<S> {
 
     /// True once the source has ended.
     fn ended(&self) -> bool {
-        self.ended.load(Ordering::Acquire)
+        self.ended.load(Ordering::SeqCst)
     }
 
     /// Waits until every thread has ended, at most `limit`. True when they have.
@@ -139,11 +139,20 @@ impl<S: Source> Crew<S> {
             self.arm(Expiration::OneShot(TimeSpec::from_duration(PATIENCE)));
             self.source.work(job);
             if self.state.compare_exchange(busy, free, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                // The lead may have gone before we armed, and the end come since: that must not be our one ring.
+                if self.ended() {
+                    self.tell_of_the_end();
+                }
                 return;
             }
             let _ = self.timer.unset();
         }
-        self.ended.store(true, Ordering::Release);
+        self.ended.store(true, Ordering::SeqCst);
+        self.tell_of_the_end();
+    }
+
+    /// Has the timer ring until everyone who stands by has heard it.
+    fn tell_of_the_end(&self) {
         self.arm(Expiration::Interval(TimeSpec::from_duration(Duration::from_millis(1))));
     }
 
