@@ -262,7 +262,8 @@ impl Nodes {
         self.offers.closed(file);
     }
 
-    /// Answers an ioctl of process `tgid`: the number it returns.
+    /// Answers an ioctl: the number it returns. `process` says which process makes it, at the price of a look into
+    /// `/proc`; few ioctls ask.
     ///
     /// # Errors
     /// As [`OpenFile::ioctl`]; ENOTTY for one that returns a descriptor, which is undone.
@@ -270,15 +271,15 @@ impl Nodes {
         &self,
         file: &OpenFile,
         client: &dyn ClientCall,
-        tgid: u32,
+        process: impl Fn() -> u32,
         (cmd, arg): (u32, u64),
     ) -> Result<i32, Errno> {
         if AFTER_CLOSE.iter().any(|nr| cmd == command(*nr)) {
             // What the client closed before uses nothing any more.
-            self.files.settle_for(tgid);
+            self.files.settle_for(process());
         }
         if offers::is_for_us(cmd) {
-            let client = offers::Client { call: client, process: tgid, uid: client.uid().0 };
+            let client = offers::Client { call: client, process: process(), uid: client.uid().0 };
             return self.offers.answer(file, client, cmd, arg);
         }
         match file.ioctl(client, cmd, arg)? {
@@ -306,7 +307,7 @@ impl Exports for Nodes {
 
     fn ioctl(&self, file: &Arc<OpenFile>, caller: &Caller<'_, Self>, ioctl: &Ioctl<'_>) -> Result<IoctlAnswer, Errno> {
         let client = self.client(caller.tid(), caller);
-        self.answer(file, &client, caller.tgid(), (ioctl.cmd, ioctl.arg)).map(IoctlAnswer::Value)
+        self.answer(file, &client, || caller.tgid(), (ioctl.cmd, ioctl.arg)).map(IoctlAnswer::Value)
     }
 
     fn read(&self, file: &OpenFile, caller: &Caller<'_, Self>, at: u64, data: &mut [u8]) -> Result<usize, Errno> {

@@ -221,7 +221,7 @@ impl Exports for Control {
             return Ok(IoctlAnswer::Value(0));
         }
         let tid = caller.tid();
-        let call = |client: &dyn ClientCall| self.nodes.answer(file, client, caller.tgid(), (ioctl.cmd, ioctl.arg));
+        let call = |client: &dyn ClientCall| self.nodes.answer(file, client, || caller.tgid(), (ioctl.cmd, ioctl.arg));
         rounds::run(&self.rounds, ioctl, tid, self.nodes.client(tid, caller), call).unwrap_or_else(|error| {
             let errno = Errno(error.errno());
             file.server().record_failure(caller.tgid(), "ioctl", errno, &error);
