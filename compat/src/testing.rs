@@ -107,7 +107,7 @@ impl MemoryMap for Memory {
         }
         let range = UserRange::new(UserAddr(MEMORY), end - MEMORY).expect("not empty");
         let writable = self.writable.load(Ordering::Relaxed);
-        Ok(Vma { range, readable: true, writable, shared: false, file: None })
+        Ok(Vma { range, readable: true, writable, shared: false, file: None, shmem: false })
     }
 
     fn open_file(&self, _vma: &Vma) -> Result<ClientFile, MemoryError> {

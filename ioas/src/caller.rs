@@ -75,6 +75,8 @@ pub struct Vma {
     /// The file behind it and the byte offset of `range.start()` in it; `None` for anonymous private memory.
     /// Shared anonymous memory has one.
     pub file: Option<(FileId, u64)>,
+    /// The file is known to be [`FileKind::Shmem`] without a look at it.
+    pub shmem: bool,
 }
 
 /// An open file that a client named: by descriptor, or through one of its mappings.

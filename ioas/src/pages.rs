@@ -22,7 +22,7 @@ use crate::failpoint;
 use crate::payer::PayerName;
 use crate::rank::{PAGES, Ranked};
 use crate::request::{AreaMemory, PayerMode};
-use crate::resolve::{self, Found, Rights};
+use crate::resolve::{self, Found, Need, Rights};
 use crate::store::{Bill, Held, HeldRuns, PageStore};
 
 /// Pages whose pinning one call of Linux does: as many addresses of pages as fit 64 KiB (`TEMP_MEMORY_LIMIT`).
@@ -330,7 +330,8 @@ impl Pages {
         (slice, limit): (Slice, Limit),
         held: &mut HeldRuns,
     ) -> Result<(), IoasError> {
-        self.hold_billed(client, store, (slice, limit, self.terms.rights), || self.bill(client, limit), held)
+        let bill = || self.bill(client, limit);
+        self.hold_billed(client, store, (slice, limit), (self.terms.rights, Need::Hold), bill, held)
     }
 
     /// Holds `slice`, charges it to whom `bill` says after the memory has been found, and appends it to `held`, which
@@ -339,7 +340,8 @@ impl Pages {
         &self,
         client: &Client,
         store: &PageStore,
-        (slice, limit, rights): (Slice, Limit, Rights),
+        (slice, limit): (Slice, Limit),
+        (rights, need): (Rights, Need),
         bill: impl FnOnce() -> Option<Bill>,
         held: &mut HeldRuns,
     ) -> Result<(), IoasError> {
@@ -354,7 +356,7 @@ impl Pages {
                 store.hold(iter::once(wanted), bill(), held)
             }
             None => {
-                let found = resolve::user_memory(store, &client.memory, UserAddr(start), slice.pages, rights)
+                let found = resolve::user_memory(store, &client.memory, UserAddr(start), slice.pages, (rights, need))
                     .map_err(|error| self.found_first(error, start, slice.pages))?;
                 store.hold(found.iter().map(Found::wanted), bill(), held)
             }
@@ -391,13 +393,15 @@ impl Pages {
         let own = Some(client.mm);
         let lenient = reading.is_some_and(|reader| slice.pages == 1 || reader == own);
         let rights = Rights { writable: self.terms.rights.writable && !lenient, ..self.terms.rights };
+        // Several pages are written all or none, which only the file can promise: it may end before the last.
+        let need = if reading.is_some() || slice.pages == 1 { Need::Copy } else { Need::Hold };
         let parts = fill.make_parts(self.all().pages);
         let mut lent = Lent { runs: Vec::new(), held: Vec::new() };
         let mut by_page: BTreeMap<u64, FrameRun> = BTreeMap::new();
         let mut outcome = Ok(());
         for gap in gaps(parts, slice) {
             let mut held = HeldRuns::new();
-            match self.hold_billed(client, store, (gap, Limit::Now, rights), || None, &mut held) {
+            match self.hold_billed(client, store, (gap, Limit::Now), (rights, need), || None, &mut held) {
                 Ok(()) => {
                     let mut at = gap.first;
                     for Held { run, .. } in held.iter() {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::addr::{FrameRun, UserAddr};
 use crate::caller::MemoryMap;
 use crate::error::IoasError;
-use crate::resolve::{self, Found, Rights};
+use crate::resolve::{self, Found, Need, Rights};
 use crate::store::{Held, HeldRuns, PageStore};
 
 impl PageStore {
@@ -20,7 +20,7 @@ impl PageStore {
     /// EFAULT where the client cannot write, ENOMEM; nothing has changed.
     pub fn pin(&self, memory: &Arc<dyn MemoryMap>, address: UserAddr, pages: u64) -> Result<Vec<FrameRun>, IoasError> {
         let rights = Rights { writable: true, device_regions: false };
-        let found = resolve::user_memory(self, memory, address, pages, rights)?;
+        let found = resolve::user_memory(self, memory, address, pages, (rights, Need::Hold))?;
         let mut held = HeldRuns::new();
         self.hold(found.iter().map(Found::wanted), None, &mut held)?;
         Ok(held.iter().map(|held| held.run).collect())

@@ -30,7 +30,7 @@ use crate::charge::{self, Charge};
 use crate::error::IoasError;
 use crate::payer::PayerName;
 use crate::registry::Registry;
-use crate::resolve::{self, Found, Rights};
+use crate::resolve::{self, Found, Need, Rights};
 use crate::store::{Bill, Held, HeldRuns, PageStore};
 
 /// The registered memory of all memory maps of a server.
@@ -157,7 +157,7 @@ impl RegisteredMemory {
         let first = range.start().0 >> PAGE_SHIFT;
         let pages = (range.last().0 >> PAGE_SHIFT) - first + 1;
         let payer = PayerName::MemoryMap(self.memory.id());
-        let found = match resolve::user_memory(&self.store, &self.memory, range.start(), pages, rights) {
+        let found = match resolve::user_memory(&self.store, &self.memory, range.start(), pages, (rights, Need::Hold)) {
             Ok(found) => found,
             // Linux charges the whole region before it looks at it.
             Err(fault) => {

@@ -2,7 +2,9 @@
 //!
 //! Shared mappings become pages of their file, everything else becomes private memory of the memory map. A private
 //! mapping of a file is copy-on-write: it is reached as private memory, never through the file. Where the front end
-//! may not open a shared mapping's file, its memory is reached as private memory too.
+//! may not open a shared mapping's file, its memory is reached as private memory too; and so are bytes that are only to
+//! be copied, where the mapping itself says that its pages can be held, because to open and to map a file for them would
+//! take many times as long.
 //!
 //! Called with no lock that another client waits for. Source: mm/gup.c (check_vma_flags, writable_file_mapping_allowed),
 //! mm/memfd.c (memfd_pin_folios).
@@ -23,6 +25,15 @@ pub(crate) struct Rights {
     pub(crate) writable: bool,
     /// Regions of devices may be held.
     pub(crate) device_regions: bool,
+}
+
+/// What the pages are needed for now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// They are held, for as long as somebody wants.
+    Hold,
+    /// Bytes of them are copied, and then they are let go.
+    Copy,
 }
 
 /// Pages of one backing that were found behind addresses of a client.
@@ -47,7 +58,7 @@ pub(crate) fn user_memory(
     memory: &Arc<dyn MemoryMap>,
     address: UserAddr,
     pages: u64,
-    rights: Rights,
+    (rights, need): (Rights, Need),
 ) -> Result<Several<Found>, IoasError> {
     let mut all = Several::new();
     let (mut at, end) = (address.0 >> PAGE_SHIFT, (address.0 >> PAGE_SHIFT) + pages);
@@ -65,7 +76,8 @@ pub(crate) fn user_memory(
             return Err(fault(FaultReason::NotReadable));
         }
         let stop = end.min((vma.range.last().0 >> PAGE_SHIFT) + 1);
-        let found = match shared_file(store, &**memory, &vma, rights.writable).map_err(|error| fault(error.into()))? {
+        let file = shared_file(store, &**memory, &vma, (rights, need)).map_err(|error| fault(error.into()))?;
+        let found = match file {
             Some((file, offset)) => {
                 check_kind(&file, rights).map_err(fault)?;
                 let index = (offset + (address.0 - vma.range.start().0)) >> PAGE_SHIFT;
@@ -84,16 +96,20 @@ pub(crate) fn user_memory(
     Ok(all)
 }
 
-/// The file behind a shared mapping and the offset of the mapping's start in it.
+/// The file behind a shared mapping and the offset of the mapping's start in it; `None` where its memory is reached as
+/// private memory.
 fn shared_file(
     store: &PageStore,
     memory: &dyn MemoryMap,
     vma: &Vma,
-    writable: bool,
+    (rights, need): (Rights, Need),
 ) -> Result<Option<(Arc<FileBacking>, u64)>, MemoryError> {
     let Some((id, offset)) = vma.file.filter(|_| vma.shared) else { return Ok(None) };
-    if let Some(known) = store.known_file(id, writable) {
+    if let Some(known) = store.known_file(id, rights.writable) {
         return Ok(Some((known, offset)));
+    }
+    if need == Need::Copy && vma.shmem {
+        return Ok(None);
     }
     match memory.open_file(vma) {
         Ok(file) => Ok(Some((store.adopt_file(file.into()), offset))),

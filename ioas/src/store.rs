@@ -32,7 +32,7 @@ use crate::ordered::OrderedMap;
 use crate::payer::{Account, Accounting, PayerName, PayerSnapshot};
 use crate::rank::{Ranked, STORE};
 use crate::registry::Registry;
-use crate::resolve::{self, Rights};
+use crate::resolve::{self, Need, Rights};
 use crate::several::Several;
 use crate::sys::CopyFault;
 
@@ -312,7 +312,7 @@ impl PageStore {
         let first = range.start().0 >> PAGE_SHIFT;
         let pages = (range.last().0 >> PAGE_SHIFT) - first + 1;
         let rights = Rights { writable: false, device_regions: true };
-        let found = resolve::user_memory(self, &memory, UserAddr(first << PAGE_SHIFT), pages, rights)?;
+        let found = resolve::user_memory(self, &memory, UserAddr(first << PAGE_SHIFT), pages, (rights, Need::Hold))?;
         let inner = self.inner.lock();
         Ok(found.iter().flat_map(|found| inner.held_of(found.wanted())).collect())
     }

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ioas::caller::{ClientFile, FdError, FileId, FileKind};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 
 use crate::files::OpenFile;
@@ -34,6 +35,17 @@ pub(super) fn kind(fd: impl AsFd, mode: u32) -> io::Result<FileKind> {
         SECRETMEM_MAGIC => FileKind::Unpinnable,
         _ => FileKind::Writeback,
     })
+}
+
+/// The device number of the mount that the kernel keeps for memfds, SysV and anonymous shared memory: what lies there is
+/// [`FileKind::Shmem`]. `None` when a memfd cannot be made. (Huge pages lie elsewhere.)
+pub(super) fn shmem_device() -> Option<u64> {
+    static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
+    let look = || {
+        let memfd = memfd_create(c"shmem", MFdFlags::MFD_CLOEXEC).ok()?;
+        sys::stat(&memfd).ok().map(|stat| stat.device)
+    };
+    *DEVICE.get_or_init(look)
 }
 
 /// Open for reading, and not by O_PATH, so that it can be mapped.

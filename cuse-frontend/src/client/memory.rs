@@ -186,6 +186,7 @@ impl ProcessMemory {
             writable: raw.vma_flags & sys::VMA_WRITABLE != 0,
             shared,
             file,
+            shmem: raw.inode != 0 && file::shmem_device() == Some(device),
         })
     }
 

@@ -1,5 +1,6 @@
 //! Accesses: pins that outlive the client's mapping, copies at any alignment, and the call-out of an unmap.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 
 use ioas::caller::Caller;
@@ -201,6 +202,28 @@ fn copies_cross_areas_at_any_alignment_and_hold_nothing() {
     access.read(Iova(0x13777), &mut back).expect("mapped");
     assert!(back == bytes);
     assert_eq!(access.read(Iova(0x15fff), &mut [0; 2]).map_err(|error| error.errno()), Err(errno::ENOENT));
+    bench.assert_empty();
+}
+
+#[test]
+fn copy_of_shared_memory_that_nobody_holds_opens_a_file_to_write_across_pages_only() {
+    let (bench, file) = (Bench::without_table(), memfd(2 * PAGE_SIZE));
+    let memory = Mapping::of_file(&file, 2, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);
+    bench.map(user(memory.address(), 2, 0x10000, RW)).expect("mapped");
+    let access = IoasAccess::new(AccessKind::Copies);
+    access.attach(&bench.ioas).expect("any alignment");
+    let opened = || bench.client.memory.opened.load(Ordering::Relaxed);
+    memory.set(0xfff, 7);
+    access.write(Iova(0x11000), &[8]).expect("mapped");
+    let mut bytes = [0; 2];
+    access.read(Iova(0x10fff), &mut bytes).expect("mapped");
+    assert_eq!((bytes, memory.byte(0x1000), opened()), ([7, 8], 8, 0));
+    access.write(Iova(0x10fff), &[1, 2]).expect("mapped");
+    assert_eq!((memory.byte(0xfff), memory.byte(0x1000), opened()), (1, 2, 1));
+    file.set_len(PAGE_SIZE).expect("cut");
+    let efault = |result: Result<(), IoasError>| result.map_err(|error| error.errno()) == Err(errno::EFAULT);
+    assert!(efault(access.write(Iova(0x10fff), &[3, 4])) && memory.byte(0xfff) == 1, "all or nothing");
+    assert!(efault(access.write(Iova(0x11000), &[4])) && efault(access.read(Iova(0x10fff), &mut bytes)));
     bench.assert_empty();
 }
 

@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use ioas::caller::{
     Caller, Capability, ClientFile, FdError, FileBacking, FileId, FileKind, MemoryError, MemoryMap, MmId, Uid, Vma,
@@ -22,6 +22,8 @@ pub(crate) struct ProcessMemory {
     gone: AtomicBool,
     /// Refuses to open the files behind mappings, as an unprivileged front end must.
     pub(crate) unprivileged: AtomicBool,
+    /// How many files behind mappings it was to open.
+    pub(crate) opened: AtomicU64,
 }
 
 impl ProcessMemory {
@@ -33,6 +35,7 @@ impl ProcessMemory {
             limit: AtomicU64::new(u64::MAX),
             gone: AtomicBool::new(false),
             unprivileged: AtomicBool::new(false),
+            opened: AtomicU64::new(0),
         })
     }
 
@@ -60,6 +63,7 @@ impl MemoryMap for ProcessMemory {
 
     fn open_file(&self, vma: &Vma) -> Result<ClientFile, MemoryError> {
         self.alive()?;
+        self.opened.fetch_add(1, Ordering::Relaxed);
         if self.unprivileged.load(Ordering::Relaxed) {
             return Err(MemoryError::Denied);
         }
@@ -97,7 +101,15 @@ fn parse_vma(line: &str) -> Option<Vma> {
     let (major, minor) = words.next()?.split_once(':')?;
     let inode: u64 = words.next()?.parse().ok()?;
     let file = (inode != 0).then_some((FileId { device: hex(major)? << 32 | hex(minor)?, inode }, offset));
-    Some(Vma { range, readable: rights[0] == b'r', writable: rights[1] == b'w', shared: rights[3] == b's', file })
+    let shmem = file.is_some_and(|(id, _)| id.device == shmem_device());
+    let (readable, writable, shared) = (rights[0] == b'r', rights[1] == b'w', rights[3] == b's');
+    Some(Vma { range, readable, writable, shared, file, shmem })
+}
+
+/// Where memfds lie.
+fn shmem_device() -> u64 {
+    static DEVICE: OnceLock<u64> = OnceLock::new();
+    *DEVICE.get_or_init(|| look_at(memfd(0).into(), true).id.device)
 }
 
 /// What a front end finds out about a descriptor.

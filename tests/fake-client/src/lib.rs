@@ -129,7 +129,7 @@ impl MemoryMap for FakeMemory {
             Backing::Private(_) => (false, None),
             Backing::Shared { file, offset, .. } => (true, Some((id_of(file), *offset))),
         };
-        Ok(Vma { range, readable: true, writable: region.writable, shared, file })
+        Ok(Vma { range, readable: true, writable: region.writable, shared, file, shmem: false })
     }
 
     fn open_file(&self, vma: &Vma) -> Result<ClientFile, MemoryError> {
