@@ -2,15 +2,20 @@
 //!
 //! One thread **leads**: it waits for a job, takes it, does it and waits again, so a client that calls in a loop is
 //! served by one thread whose caches and CPU stay. Jobs may block for ever (client memory under a userfaultfd), and
-//! the next job must not wait for that. So before it starts a job the leader arms a timer of [`PATIENCE`], and disarms
-//! it after. Another thread **stands by** on that timer; when it rings, the leader is stuck (or merely slow), the one
-//! standing by takes the lead, and a further thread is started to stand by. A leader that comes back from its job and
-//! finds the lead taken stands by, or ends when enough others do. An idle crew wakes nobody, and at most one thread at
-//! a time is inside [`Source::take`]: what a source notes there, it notes in the order in which the jobs came.
+//! the next job must not wait for that. So of the threads that **stand by** one watches: a timer rings while there are
+//! jobs, and when the leader is found in the same job twice it is stuck (or merely slow); the watcher takes the lead,
+//! and a further thread is started to stand by. A leader that comes back from its job and finds the lead taken stands
+//! by, or ends when enough others do. An idle crew wakes nobody, and at most one thread at a time is inside
+//! [`Source::take`]: what a source notes there, it notes in the order in which the jobs came.
 //!
-//! `state` is one word: the epoch of the lead, shifted left by one, and "the leader has a job" in the lowest bit. Who
-//! changes it by compare-and-swap has the lead; that is the whole protocol. A timer that rings just as the leader
-//! takes its next job moves the lead early, which is harmless.
+//! The timer is not set and stopped for each job: to program the clock of a virtual machine takes longer than most jobs.
+//! A job that finds nobody looking ([`Crew::looking`]) sets it; at each ring the watcher sets it again, or stops looking
+//! if the leader has no job. Where many jobs are done between two looks it looks less often.
+//!
+//! `state` is one word that only grows: even while the leader waits for a job, odd while it has one, and the upper half
+//! is the epoch of the lead. A leader goes one up with each step. Who changes it by compare-and-swap has the lead; that
+//! is the whole protocol. `looking` and `state` are each written by one side before it reads the other, so that either
+//! the leader sees that it must set the timer or the watcher sees the job.
 //!
 //! Not known here: what a job is, and who waits for it.
 
@@ -23,8 +28,12 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use parking_lot::{Condvar, Mutex};
 
-/// How long a job may take before the lead passes to another thread. A hand-over costs about one wake-up.
+/// How long a job that comes alone may take before the lead passes to another thread. A hand-over costs about one
+/// wake-up.
 const PATIENCE: Duration = Duration::from_micros(100);
+/// Time between two looks where jobs follow each other: one that gets stuck among them has the lead taken in twice this
+/// at most, and then [`PATIENCE`] counts again.
+const LONGEST_PATIENCE: Duration = Duration::from_micros(800);
 /// Threads that stand by at most; a leader that comes back to more than these ends.
 const STANDBYS: usize = 2;
 
@@ -45,7 +54,11 @@ pub(crate) struct Crew<S: Source> {
     source: Arc<S>,
     /// See the top of the file.
     state: AtomicU64,
+    /// The timer is set, or about to be. Who makes it true sets the timer.
+    looking: AtomicBool,
     timer: TimerFd,
+    /// Held by the thread that waits for the timer. Comes before `threads`; no client is waited for under it.
+    watch: Mutex<()>,
     ended: AtomicBool,
     /// Guards the numbers of threads; a leaf.
     threads: Mutex<Threads>,
@@ -59,7 +72,12 @@ struct Threads {
     standing_by: usize,
 }
 
+/// Steps of `state` between two looks above which jobs follow each other; a job is two.
+const MANY: u64 = 4;
+/// Set in `state` while the leader has a job.
 const BUSY: u64 = 1;
+/// Bits of `state` below the epoch.
+const EPOCH_SHIFT: u32 = 32;
 
 impl<S: Source> Crew<S> {
     /// Starts a leader and one thread that stands by. The threads are called `name`.
@@ -70,6 +88,8 @@ impl<S: Source> Crew<S> {
         let crew = Arc::new(Self {
             source,
             state: AtomicU64::new(0),
+            looking: AtomicBool::new(false),
+            watch: Mutex::new(()),
             timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC)?,
             ended: AtomicBool::new(false),
             threads: Mutex::default(),
@@ -118,11 +138,11 @@ impl<S: Source> Crew<S> {
         Ok(())
     }
 
-    /// The life of a thread: leads (from the epoch on that it was given), stands by, leads again.
+    /// The life of a thread: leads (from the state on that it was given), stands by, leads again.
     fn serve(self: &Arc<Self>, mut lead: Option<u64>) {
         loop {
-            if let Some(epoch) = lead {
-                self.lead(epoch);
+            if let Some(state) = lead {
+                self.lead(state);
             }
             lead = self.stand_by();
             if lead.is_none() {
@@ -132,31 +152,30 @@ impl<S: Source> Crew<S> {
     }
 
     /// Takes and does jobs until the lead is lost or the source ends.
-    fn lead(self: &Arc<Self>, epoch: u64) {
-        let (free, busy) = (epoch << 1, epoch << 1 | BUSY);
+    fn lead(self: &Arc<Self>, mut state: u64) {
         while let Some(job) = self.source.take() {
-            self.state.store(busy, Ordering::Release);
-            self.arm(Expiration::OneShot(TimeSpec::from_duration(PATIENCE)));
+            state += BUSY;
+            self.state.store(state, Ordering::SeqCst);
+            self.look_in(PATIENCE);
             self.source.work(job);
-            if self.state.compare_exchange(busy, free, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-                // The lead may have gone before we armed, and the end come since: that must not be our one ring.
-                if self.ended() {
-                    self.tell_of_the_end();
-                }
+            if self.state.compare_exchange(state, state + 1, Ordering::SeqCst, Ordering::Relaxed).is_err() {
                 return;
             }
-            let _ = self.timer.unset();
+            state += 1;
         }
         self.ended.store(true, Ordering::SeqCst);
-        self.tell_of_the_end();
+        // The watcher wakes, and whoever stands by after it looks before it waits.
+        self.arm(Duration::from_nanos(1));
     }
 
-    /// Has the timer ring until everyone who stands by has heard it.
-    fn tell_of_the_end(&self) {
-        self.arm(Expiration::Interval(TimeSpec::from_duration(Duration::from_millis(1))));
+    /// Has the watcher look after `patience`, unless it is going to look anyway.
+    fn look_in(&self, patience: Duration) {
+        if !self.looking.load(Ordering::SeqCst) && !self.looking.swap(true, Ordering::SeqCst) {
+            self.arm(patience);
+        }
     }
 
-    /// Waits for the timer until there is a lead to take. Answers its epoch, or `None` when this thread is to end.
+    /// Stands by until there is a lead to take. Answers the state from which on, or `None` when this thread is to end.
     fn stand_by(self: &Arc<Self>) -> Option<u64> {
         {
             let mut threads = self.threads.lock();
@@ -165,44 +184,68 @@ impl<S: Source> Crew<S> {
             }
             threads.standing_by += 1;
         }
-        let epoch = self.wait_for_lead();
+        let lead = self.watch();
         let mut threads = self.threads.lock();
         threads.standing_by -= 1;
         let lonely = threads.standing_by == 0;
         drop(threads);
-        if epoch.is_some()
+        if lead.is_some()
             && lonely
             && let Err(error) = self.spawn(|crew| crew.serve(None))
         {
             tracing::warn!(%error, "no thread to stand by: a request that blocks will hold others up");
         }
-        epoch
+        lead
     }
 
-    fn wait_for_lead(&self) -> Option<u64> {
+    /// Waits to be the one that watches, and then watches the leader until the lead is to be taken.
+    fn watch(&self) -> Option<u64> {
+        let _the_only_one = self.watch.lock();
+        let mut patience = PATIENCE;
+        // What the state is if the leader is still in the job of the last look; or, where nobody was looking, in the one
+        // that set the timer.
+        let mut stuck = self.state.load(Ordering::SeqCst) | BUSY;
         loop {
-            let rang = self.timer.wait();
             if self.ended() {
                 return None;
             }
-            if let Err(error) = rang
-                && error != nix::errno::Errno::EINTR
-            {
-                tracing::warn!(%error, "the crew's timer has failed");
-                return None;
+            match self.timer.wait() {
+                Err(error) if error != nix::errno::Errno::EINTR => {
+                    tracing::warn!(%error, "the crew's timer has failed");
+                    return None;
+                }
+                _ => {}
             }
-            let state = self.state.load(Ordering::Acquire);
-            let epoch = (state >> 1) + 1;
-            if state & BUSY != 0
-                && self.state.compare_exchange(state, epoch << 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-            {
-                return Some(epoch);
+            let mut state = self.state.load(Ordering::SeqCst);
+            if state == stuck && state & BUSY != 0 {
+                let lead = ((state >> EPOCH_SHIFT) + 1) << EPOCH_SHIFT;
+                match self.state.compare_exchange(state, lead, Ordering::SeqCst, Ordering::SeqCst) {
+                    Ok(_) => {
+                        self.looking.store(false, Ordering::SeqCst);
+                        return Some(lead);
+                    }
+                    Err(now) => state = now,
+                }
+            }
+            let many = state.saturating_sub(stuck) > MANY;
+            if state & BUSY == 0 && !many {
+                self.looking.store(false, Ordering::SeqCst);
+                state = self.state.load(Ordering::SeqCst);
+                if state & BUSY != 0 {
+                    self.look_in(PATIENCE);
+                }
+                (stuck, patience) = (state | BUSY, PATIENCE);
+            } else {
+                patience = if many { LONGEST_PATIENCE.min(patience * 2) } else { PATIENCE };
+                stuck = state;
+                self.arm(patience);
             }
         }
     }
 
-    fn arm(&self, expiration: Expiration) {
-        if let Err(error) = self.timer.set(expiration, TimerSetTimeFlags::empty()) {
+    fn arm(&self, patience: Duration) {
+        let ring = Expiration::OneShot(TimeSpec::from_duration(patience));
+        if let Err(error) = self.timer.set(ring, TimerSetTimeFlags::empty()) {
             tracing::warn!(%error, fd = ?self.timer.as_fd(), "the crew's timer cannot be set");
         }
     }
@@ -225,6 +268,7 @@ impl<S: Source> Drop for Gone<'_, S> {
 mod tests {
     use super::*;
     use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Instant;
 
     enum Task {
         Tell(Sender<u32>, u32),
@@ -248,17 +292,30 @@ mod tests {
         }
     }
 
+    /// How long a test waits for what must come.
+    const PATIENT: Duration = Duration::from_secs(10);
+
+    fn crew() -> (Arc<Crew<Queue>>, Sender<Task>) {
+        let (tasks, source) = channel();
+        (Crew::start(Arc::new(Queue(Mutex::new(source))), "crew-test").expect("threads"), tasks)
+    }
+
+    /// Has the leader block until the answer is dropped.
+    fn block(tasks: &Sender<Task>) -> Sender<()> {
+        let (release, until) = channel();
+        tasks.send(Task::Block(until)).expect("the crew lives");
+        release
+    }
+
     #[test]
     fn jobs_behind_blocked_ones_are_done_and_the_crew_shrinks_and_ends() {
-        let (tasks, source) = channel();
-        let crew = Crew::start(Arc::new(Queue(Mutex::new(source))), "crew-test").expect("threads");
-        let (mut releases, (tell, told)) = (Vec::new(), channel());
+        let (crew, tasks) = crew();
+        let (tell, told) = channel();
+        let mut releases = Vec::new();
         for number in 0..20 {
-            let (release, until) = channel();
-            releases.push(release);
-            tasks.send(Task::Block(until)).expect("the crew lives");
+            releases.push(block(&tasks));
             tasks.send(Task::Tell(tell.clone(), number)).expect("the crew lives");
-            assert_eq!(told.recv_timeout(Duration::from_secs(10)), Ok(number));
+            assert_eq!(told.recv_timeout(PATIENT), Ok(number));
         }
         {
             let threads = crew.threads.lock();
@@ -266,7 +323,48 @@ mod tests {
         }
         drop(releases);
         drop(tasks);
-        assert!(crew.wait(Some(Duration::from_secs(10))), "all threads end with the source");
+        assert!(crew.wait(Some(PATIENT)), "all threads end with the source");
         assert!(crew.ended());
+    }
+
+    #[test]
+    fn job_that_blocks_amid_many_quick_ones_holds_nobody_up() {
+        let (crew, tasks) = crew();
+        let (tell, told) = channel();
+        let mut releases = Vec::new();
+        for round in 0..20 {
+            // Long enough for looks to become rare.
+            let until = Instant::now() + 8 * LONGEST_PATIENCE;
+            while Instant::now() < until {
+                tasks.send(Task::Tell(tell.clone(), round)).expect("the crew lives");
+                assert_eq!(told.recv_timeout(PATIENT), Ok(round));
+            }
+            releases.push(block(&tasks));
+        }
+        tasks.send(Task::Tell(tell, 20)).expect("the crew lives");
+        assert_eq!(told.recv_timeout(PATIENT), Ok(20));
+        drop((releases, tasks));
+        assert!(crew.wait(Some(PATIENT)), "all threads end with the source");
+    }
+
+    #[test]
+    fn idle_crew_has_no_timer_set_and_sets_it_for_the_next_job() {
+        let (crew, tasks) = crew();
+        let (tell, told) = channel();
+        for number in 0..100 {
+            tasks.send(Task::Tell(tell.clone(), number)).expect("the crew lives");
+            assert_eq!(told.recv_timeout(PATIENT), Ok(number));
+        }
+        let idle = || crew.timer.get().is_ok_and(|set| set.is_none()) && !crew.looking.load(Ordering::SeqCst);
+        let until = Instant::now() + PATIENT;
+        while !idle() && Instant::now() < until {
+            std::thread::sleep(LONGEST_PATIENCE);
+        }
+        assert!(idle());
+        let release = block(&tasks);
+        tasks.send(Task::Tell(tell, 100)).expect("the crew lives");
+        assert_eq!(told.recv_timeout(PATIENT), Ok(100));
+        drop((release, tasks));
+        assert!(crew.wait(Some(PATIENT)));
     }
 }
