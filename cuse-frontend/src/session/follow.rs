@@ -7,7 +7,8 @@
 //!
 //! Looking costs about as much as a call (a line of `/proc`), so it is done when it is likely to be worth it: after a
 //! call that came when the session had been idle for a moment, as then the client is busy with its own work and does
-//! not wait for us; and in a tight loop once in [`LOOK_EVERY`] calls. Where clients take turns there is nobody to
+//! not wait for us; and in a tight loop once in [`LOOK_EVERY`] calls. Each look that finds the caller where it was has
+//! twice as many calls pass without one, up to [`MOST_SKIPPED`]. Where clients take turns there is nobody to
 //! follow, and the thread roams. What a bound thread starts is not bound ([`ioas::thread`]).
 //!
 //! benches/fuse.rs prints what a call costs. Medians on a 2-CPU virtual machine that was compiling meanwhile, thread left
@@ -29,6 +30,9 @@ const TURNS: u32 = 16;
 /// How long the session must have been idle before a call, for the client not to be in a tight loop.
 const IDLE: Duration = Duration::from_micros(50);
 
+/// Calls that came after a pause, and after which nobody looks, while the caller stays where it is.
+const MOST_SKIPPED: u32 = 16;
+
 /// What a thread remembers between calls.
 struct Place {
     caller: u32,
@@ -36,6 +40,9 @@ struct Place {
     calls: u32,
     /// Changes of caller since the thread was bound.
     turns: u32,
+    /// Looks to leave out now, and after the next look that finds nothing new.
+    skip: u32,
+    skip_next: u32,
     /// `/proc/TID/stat` of the caller.
     stat: Option<File>,
     bound: Option<usize>,
@@ -44,7 +51,7 @@ struct Place {
 
 thread_local! {
     static PLACE: RefCell<Place> = RefCell::new(Place {
-        caller: 0, calls: 0, turns: 0, stat: None, bound: None, last: Instant::now(),
+        caller: 0, calls: 0, turns: 0, skip: 0, skip_next: 1, stat: None, bound: None, last: Instant::now(),
     });
 }
 
@@ -58,7 +65,11 @@ pub(super) fn after(caller: u32, taken: Instant) {
             place.take_turns(caller);
         }
         if place.calls >= STEADY && (idle || place.calls % LOOK_EVERY == STEADY) {
-            place.look();
+            if place.skip > 0 {
+                place.skip -= 1;
+            } else {
+                place.look();
+            }
         }
         place.last = Instant::now();
     });
@@ -66,7 +77,7 @@ pub(super) fn after(caller: u32, taken: Instant) {
 
 impl Place {
     fn take_turns(&mut self, caller: u32) {
-        (self.caller, self.calls, self.stat) = (caller, 0, None);
+        (self.caller, self.calls, self.stat, self.skip, self.skip_next) = (caller, 0, None, 0, 1);
         self.turns += 1;
         if self.turns >= TURNS && self.bound.take().is_some() {
             ioas::thread::roam();
@@ -79,8 +90,11 @@ impl Place {
             self.stat = File::open(format!("/proc/{}/stat", self.caller)).ok();
         }
         let Some(cpu) = self.stat.as_ref().and_then(cpu_of) else { return };
-        if self.bound != Some(cpu) && ioas::thread::bind(cpu) {
-            self.bound = Some(cpu);
+        if self.bound == Some(cpu) {
+            self.skip = self.skip_next;
+            self.skip_next = MOST_SKIPPED.min(self.skip_next * 2);
+        } else if ioas::thread::bind(cpu) {
+            (self.bound, self.skip_next) = (Some(cpu), 1);
         }
         self.turns = 0;
     }
