@@ -1,5 +1,6 @@
 //! How long a DMA waits for a page that is missing: from the fault to the DMA that goes on, over the FUSE nodes, beside
-//! a call that does nothing.
+//! a call that does nothing, which the client makes as it waits for the page: one that sleeps in poll(2) after a pause
+//! as long as that sleep, one that reads again and again without a pause.
 //!
 //! A thread of the server is the device: it reads a word of the client's memory again and again, as a device that is at work, until the client says
 //! go; a while later it writes to a page that is not mapped. The client finds the page request, in poll(2) or by
@@ -48,12 +49,12 @@ const WORDS: u64 = 0x1_0000;
 const GO: u64 = 0;
 /// Nanoseconds that the DMA of the last round took; 0 until it has ended.
 const TIME: u64 = 8;
-/// Where round 0 finds no page.
-const MISSING: u64 = 1 << 32;
+/// Where round 0 finds no page. What is mapped there is the page with the words, which a DMA must not hit.
+const MISSING: u64 = (1 << 32) + PAGE / 2;
 /// How long the device works on after the client has said go, so that a client is in poll(2) by then.
 const LEAD: Duration = Duration::from_micros(300);
 const ROUNDS: u64 = 1000;
-/// Calls that do nothing, before each round.
+/// Calls that do nothing, before each round, where they follow each other.
 const NOTHINGS: usize = 8;
 /// IOMMU_HWPT_FAULT_ID_VALID.
 const FAULT_ID_VALID: u32 = 4;
@@ -163,7 +164,9 @@ impl Client {
     fn measure(&mut self, waiting: Waiting) -> (f64, f64) {
         let (mut rounds, mut nothings) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            for _ in 0..NOTHINGS {
+            let calls = if matches!(waiting, Waiting::Poll) { 1 } else { NOTHINGS };
+            for _ in 0..calls {
+                waiting.before_a_call();
                 let start = Instant::now();
                 ioctl::ioctl(&self.iommufd, nodes::NOTHING, 0).expect("the call");
                 nothings.push(start.elapsed().as_secs_f64() * 1e9);
@@ -199,6 +202,13 @@ impl Waiting {
             if let Some(fault) = read(queue) {
                 return fault;
             }
+        }
+    }
+
+    /// Passes the time after which it makes a call.
+    fn before_a_call(self) {
+        if matches!(self, Self::Poll) {
+            std::thread::sleep(LEAD);
         }
     }
 
