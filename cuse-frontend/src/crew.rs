@@ -57,7 +57,7 @@ pub(crate) struct Crew<S: Source> {
     /// The timer is set, or about to be. Who makes it true sets the timer.
     looking: AtomicBool,
     timer: TimerFd,
-    /// Held by the thread that waits for the timer. Comes before `threads`; no client is waited for under it.
+    /// Held by the thread that waits for the timer; others that stand by wait for it. A leaf.
     watch: Mutex<()>,
     ended: AtomicBool,
     /// Guards the numbers of threads; a leaf.
