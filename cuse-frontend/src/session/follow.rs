@@ -8,7 +8,7 @@
 //! Looking costs about as much as a call (a line of `/proc`), so it is done when it is likely to be worth it: after a
 //! call that came when the session had been idle for a moment, as then the client is busy with its own work and does
 //! not wait for us; and in a tight loop once in [`LOOK_EVERY`] calls. Each look that finds the caller where it was has
-//! twice as many calls pass without one, up to [`MOST_SKIPPED`]. Where clients take turns there is nobody to
+//! twice as many left out after it, up to [`MOST_SKIPPED`]. Where clients take turns there is nobody to
 //! follow, and the thread roams. What a bound thread starts is not bound ([`ioas::thread`]).
 //!
 //! benches/fuse.rs prints what a call costs. Medians on a 2-CPU virtual machine that was compiling meanwhile, thread left
@@ -30,7 +30,7 @@ const TURNS: u32 = 16;
 /// How long the session must have been idle before a call, for the client not to be in a tight loop.
 const IDLE: Duration = Duration::from_micros(50);
 
-/// Calls that came after a pause, and after which nobody looks, while the caller stays where it is.
+/// Looks in a row that are left out at most, while the caller stays where it is.
 const MOST_SKIPPED: u32 = 16;
 
 /// What a thread remembers between calls.
