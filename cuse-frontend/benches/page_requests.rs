@@ -1,6 +1,5 @@
 //! How long a DMA waits for a page that is missing: from the fault to the DMA that goes on, over the FUSE nodes, beside
-//! a call that does nothing, which the client makes as it waits for the page: one that sleeps in poll(2) after a pause
-//! as long as that sleep, one that reads again and again without a pause.
+//! a call that does nothing.
 //!
 //! A thread of the server is the device: it reads a word of the client's memory again and again, as a device that is at work, until the client says
 //! go; a while later it writes to a page that is not mapped. The client finds the page request, in poll(2) or by
@@ -54,7 +53,7 @@ const MISSING: u64 = (1 << 32) + PAGE / 2;
 /// How long the device works on after the client has said go, so that a client is in poll(2) by then.
 const LEAD: Duration = Duration::from_micros(300);
 const ROUNDS: u64 = 1000;
-/// Calls that do nothing, before each round, where they follow each other.
+/// Calls that do nothing, before each round.
 const NOTHINGS: usize = 8;
 /// IOMMU_HWPT_FAULT_ID_VALID.
 const FAULT_ID_VALID: u32 = 4;
@@ -164,9 +163,7 @@ impl Client {
     fn measure(&mut self, waiting: Waiting) -> (f64, f64) {
         let (mut rounds, mut nothings) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            let calls = if matches!(waiting, Waiting::Poll) { 1 } else { NOTHINGS };
-            for _ in 0..calls {
-                waiting.before_a_call();
+            for _ in 0..NOTHINGS {
                 let start = Instant::now();
                 ioctl::ioctl(&self.iommufd, nodes::NOTHING, 0).expect("the call");
                 nothings.push(start.elapsed().as_secs_f64() * 1e9);
@@ -202,13 +199,6 @@ impl Waiting {
             if let Some(fault) = read(queue) {
                 return fault;
             }
-        }
-    }
-
-    /// Passes the time after which it makes a call.
-    fn before_a_call(self) {
-        if matches!(self, Self::Poll) {
-            std::thread::sleep(LEAD);
         }
     }
 
