@@ -307,15 +307,20 @@ mod tests {
         release
     }
 
+    /// Does a quick job.
+    fn tell(tasks: &Sender<Task>, number: u32) {
+        let (tell, told) = channel();
+        tasks.send(Task::Tell(tell, number)).expect("the crew lives");
+        assert_eq!(told.recv_timeout(PATIENT), Ok(number));
+    }
+
     #[test]
     fn jobs_behind_blocked_ones_are_done_and_the_crew_shrinks_and_ends() {
         let (crew, tasks) = crew();
-        let (tell, told) = channel();
         let mut releases = Vec::new();
         for number in 0..20 {
             releases.push(block(&tasks));
-            tasks.send(Task::Tell(tell.clone(), number)).expect("the crew lives");
-            assert_eq!(told.recv_timeout(PATIENT), Ok(number));
+            tell(&tasks, number);
         }
         {
             let threads = crew.threads.lock();
@@ -330,19 +335,16 @@ mod tests {
     #[test]
     fn job_that_blocks_amid_many_quick_ones_holds_nobody_up() {
         let (crew, tasks) = crew();
-        let (tell, told) = channel();
         let mut releases = Vec::new();
         for round in 0..20 {
             // Long enough for looks to become rare.
             let until = Instant::now() + 8 * LONGEST_PATIENCE;
             while Instant::now() < until {
-                tasks.send(Task::Tell(tell.clone(), round)).expect("the crew lives");
-                assert_eq!(told.recv_timeout(PATIENT), Ok(round));
+                tell(&tasks, round);
             }
             releases.push(block(&tasks));
         }
-        tasks.send(Task::Tell(tell, 20)).expect("the crew lives");
-        assert_eq!(told.recv_timeout(PATIENT), Ok(20));
+        tell(&tasks, 20);
         drop((releases, tasks));
         assert!(crew.wait(Some(PATIENT)), "all threads end with the source");
     }
@@ -350,10 +352,8 @@ mod tests {
     #[test]
     fn idle_crew_has_no_timer_set_and_sets_it_for_the_next_job() {
         let (crew, tasks) = crew();
-        let (tell, told) = channel();
         for number in 0..100 {
-            tasks.send(Task::Tell(tell.clone(), number)).expect("the crew lives");
-            assert_eq!(told.recv_timeout(PATIENT), Ok(number));
+            tell(&tasks, number);
         }
         let idle = || crew.timer.get().is_ok_and(|set| set.is_none()) && !crew.looking.load(Ordering::SeqCst);
         let until = Instant::now() + PATIENT;
@@ -362,8 +362,7 @@ mod tests {
         }
         assert!(idle());
         let release = block(&tasks);
-        tasks.send(Task::Tell(tell, 100)).expect("the crew lives");
-        assert_eq!(told.recv_timeout(PATIENT), Ok(100));
+        tell(&tasks, 100);
         drop((release, tasks));
         assert!(crew.wait(Some(PATIENT)));
     }
