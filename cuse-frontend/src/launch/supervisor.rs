@@ -76,24 +76,9 @@ fn serve(listener: &OwnedFd, fuse: &Fuse, notification: Notification) {
     killpoint::pass("supervisor: a call is notified");
     let call = fuse.foreign_call(notification.tid);
     let client = fuse.client(&call);
-    if let Some(shift) = mmap_offset_shift(notification.arch, notification.number) {
-        return serve_mmap(listener, fuse, notification, &client, shift);
-    }
-    if is_read(notification.arch, notification.number) {
-        return serve_read(listener, notification, &client);
-    }
-    // The kernel takes both from the lower half of the register.
-    let (fd, cmd) = (notification.args[0] as u32 as i32, notification.args[1] as u32);
-    let file = client.own_file(fd);
-    if !still_waits(listener.as_fd(), notification.id) {
-        return;
-    }
-    let answer = match file {
-        Ok(Some(file)) if file.returns_file(cmd) => complete(fuse, &client, file, (cmd, notification.args[2])),
-        _ => Completed::Said(Answer::GoOn),
-    };
-    if let Err(error) = deliver(listener.as_fd(), notification.id, &client, answer) {
-        tracing::debug!(tid = notification.tid, %error, "the caller of a notified ioctl has gone");
+    let Some(completed) = judge(listener.as_fd(), fuse, &client, &notification) else { return };
+    if let Err(error) = deliver(listener.as_fd(), notification.id, &client, completed) {
+        tracing::debug!(tid = notification.tid, %error, "the caller of a notified call has gone");
     }
 }
 
@@ -108,52 +93,6 @@ fn describe(notification: &Notification) -> String {
     }
 }
 
-/// An mmap: refused where the file has rules that the kernel does not know, else it goes on.
-fn serve_mmap(listener: &OwnedFd, fuse: &Fuse, notification: Notification, client: &dyn ClientCall, shift: u32) {
-    let [_, length, protection, _, fd, offset] = notification.args;
-    let file = client.own_file(fd as u32 as i32);
-    if !still_waits(listener.as_fd(), notification.id) {
-        return;
-    }
-    let executable = protection as i32 & libc::PROT_EXEC != 0;
-    let answer = match file {
-        Ok(Some(file)) => match file.check_mmap(offset << shift, length, true, executable) {
-            Ok(()) => {
-                if let Some((key, mapper)) = fuse.mapper(notification.tid, fd as u32 as i32) {
-                    file.mapped_by(key, mapper);
-                }
-                Answer::GoOn
-            }
-            Err(errno) => Answer::Error(errno.0),
-        },
-        _ => Answer::GoOn,
-    };
-    killpoint::pass("supervisor: a call is judged and not answered");
-    if let Err(error) = respond(listener.as_fd(), notification.id, answer) {
-        tracing::debug!(tid = notification.tid, %error, "the caller of a notified mmap has gone");
-    }
-}
-
-/// A read of no bytes: a stream of ours says what it thinks of that, for others it goes on.
-fn serve_read(listener: &OwnedFd, notification: Notification, client: &dyn ClientCall) {
-    let [fd, _, count, ..] = notification.args;
-    let file = client.own_file(fd as u32 as i32);
-    if !still_waits(listener.as_fd(), notification.id) {
-        return;
-    }
-    let answer = match file {
-        Ok(Some(file)) if count == 0 && file.is_stream() => match file.read(client, 0, &mut []) {
-            Ok(_) => Answer::Value(0),
-            Err(errno) => Answer::Error(errno.0),
-        },
-        _ => Answer::GoOn,
-    };
-    killpoint::pass("supervisor: a call is judged and not answered");
-    if let Err(error) = respond(listener.as_fd(), notification.id, answer) {
-        tracing::debug!(tid = notification.tid, %error, "the caller of a notified read has gone");
-    }
-}
-
 /// What a notified call is answered.
 enum Completed {
     Said(Answer),
@@ -161,9 +100,51 @@ enum Completed {
     Given(OwnedFd, i32, Promise),
 }
 
-/// Makes the call. When this returns, no file of the client's is kept by us but through the new descriptor: the client
-/// may close what it has as soon as it is answered, and expect that to be closed.
-fn complete(fuse: &Fuse, client: &dyn ClientCall, file: Arc<OpenFile>, (cmd, arg): (u32, u64)) -> Completed {
+/// What is to be done about a call; `None` when its caller does not wait any more. When this returns, no file of the
+/// client's is kept by us but through a new descriptor: the client may close what it has as soon as it is answered, and
+/// expect that to be closed.
+fn judge(
+    listener: BorrowedFd<'_>,
+    fuse: &Fuse,
+    client: &dyn ClientCall,
+    notification: &Notification,
+) -> Option<Completed> {
+    let Notification { id, tid, arch, number, args } = *notification;
+    let shift = mmap_offset_shift(arch, number);
+    // The kernel takes descriptors, and an ioctl's number, from the lower half of the register.
+    let fd = args[if shift.is_some() { 4 } else { 0 }] as u32 as i32;
+    let file = client.own_file(fd);
+    if !still_waits(listener, id) {
+        return None;
+    }
+    let Ok(Some(file)) = file else { return Some(Completed::Said(Answer::GoOn)) };
+    let [_, second, third, ..] = args;
+    let cmd = second as u32;
+    Some(match shift {
+        Some(shift) => {
+            let (length, executable) = (second, third as i32 & libc::PROT_EXEC != 0);
+            let allowed = file.check_mmap(args[5] << shift, length, true, executable);
+            if allowed.is_ok()
+                && let Some((key, mapper)) = fuse.mapper(tid, fd)
+            {
+                file.mapped_by(key, mapper);
+            }
+            // Refused where the file has rules that the kernel does not know.
+            Completed::Said(allowed.map_or_else(|errno| Answer::Error(errno.0), |()| Answer::GoOn))
+        }
+        // A stream of ours says what it thinks of a read of no bytes; the filter has seen half of the count only.
+        None if is_read(arch, number) => Completed::Said(if third == 0 && file.is_stream() {
+            file.read(client, 0, &mut []).map_or_else(|errno| Answer::Error(errno.0), |_| Answer::Value(0))
+        } else {
+            Answer::GoOn
+        }),
+        None if file.returns_file(cmd) => complete(fuse, client, &file, (cmd, third)),
+        None => Completed::Said(Answer::GoOn),
+    })
+}
+
+/// Makes an ioctl that returns a descriptor.
+fn complete(fuse: &Fuse, client: &dyn ClientCall, file: &OpenFile, (cmd, arg): (u32, u64)) -> Completed {
     match file.ioctl(client, cmd, arg) {
         Ok(IoctlReply::Value(value)) => Completed::Said(Answer::Value(value.into())),
         Err(errno) => Completed::Said(Answer::Error(errno.0)),

@@ -29,6 +29,7 @@ pub const GROUP_GET_DEVICE_FD: u32 = 6;
 pub const DEVICE_GET_REGION_INFO: u32 = 8;
 pub const DEVICE_SET_IRQS: u32 = 10;
 pub const DEVICE_RESET: u32 = 11;
+pub const DEVICE_FEATURE: u32 = 17;
 pub const DEVICE_BIND_IOMMUFD: u32 = 18;
 pub const DEVICE_ATTACH_IOMMUFD_PT: u32 = 19;
 pub const DEVICE_DETACH_IOMMUFD_PT: u32 = 20;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use e2e::guest::{BDF, kept_alive};
 use e2e::image::Image;
+use e2e::in_flight::POINTS;
 use e2e::server::{IO_URING, OVER, Run, binary, client, library};
 use e2e::{no_fuse, skipped};
 
@@ -372,6 +373,31 @@ fn run_without_dev_fuse_is_one_line_and_exit_2() -> Result<()> {
 fn status_without_a_server_of_that_pid_says_so() -> Result<()> {
     let output = uiommufd(&["status", "--json", "--pid", "1"])?;
     ensure!(output.status.code() == Some(1) && !output.stderr.is_empty());
+    Ok(())
+}
+
+/// The calls that `run` is notified of; and how the server's kill points name them.
+const NOTIFIED: [(&str, &str); 3] = [("ioctl", "ioctl 0x3b75"), ("read", "read"), ("mmap", "mmap")];
+
+#[test]
+fn file_that_is_closed_after_a_notified_call_is_gone_though_the_supervisor_has_not_moved_on() -> Result<()> {
+    if let Some(reason) = no_fuse() {
+        skipped(reason);
+        return Ok(());
+    }
+    let (image, points) = (Image::random(DISK_MEGABYTES)?, tempfile::tempdir()?);
+    // A thread that has answered stands still until the client is through.
+    let answered = NOTIFIED.map(|(_, call)| format!("supervisor: a call is answered [{call}]"));
+    std::fs::write(points.path().join("plan"), answered.each_ref().map(|point| format!("hold 1 {point}\n")).concat())?;
+    let script = format!("{} /dev/vfio/$1; status=$?; touch $0/go; exit $status", client("reopen").display());
+    let mut run = Command::new(binary());
+    run.env(POINTS, points.path()).arg("run").args(nvme(BDF, &image));
+    let output = run.args(["--", "sh", "-c", &script]).arg(points.path()).arg("0").output()?;
+    let (said, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let opened: String = NOTIFIED.map(|(name, _)| format!("client: opened after {name}\n")).concat();
+    ensure!(output.status.success() && said == opened, "{said}{stderr}");
+    let passed = std::fs::read_to_string(points.path().join("passed"))?;
+    ensure!(answered.iter().all(|point| passed.lines().any(|line| line.ends_with(point))), "{passed}");
     Ok(())
 }
 
