@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use hwpt::Watcher;
 use ioas::caller::{FdError, Uid};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
@@ -322,9 +323,15 @@ impl Exports for Nodes {
         file.poll()
     }
 
-    fn watch(&self, file: &OpenFile, key: u64, tell: Box<dyn FnOnce() + Send>) {
+    fn watch(&self, file: &OpenFile, key: u64, tell: Watcher) {
         if let Some(watchers) = file.watchers() {
             watchers.watch(key, tell);
+        }
+    }
+
+    fn sleeps(&self, file: &OpenFile) {
+        if let Some(watchers) = file.watchers() {
+            watchers.sleeps();
         }
     }
 

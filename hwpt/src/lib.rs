@@ -18,6 +18,7 @@ mod fault;
 mod format;
 mod group;
 mod guest_memory;
+mod herald;
 mod hwpt;
 mod iotlb;
 mod list;

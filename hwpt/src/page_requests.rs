@@ -203,24 +203,36 @@ impl FaultRoute {
     /// Raises a group of requests, which `answer` ends. At once with [`Response::Invalid`] when the route is closed.
     #[doc(alias = "iommufd_fault_iopf_handler")]
     pub fn raise(&self, requests: &[PageRequest], answer: Answer) {
-        {
-            let closed = self.closed.lock();
-            if *closed {
-                drop(closed);
-                return answer(Response::Invalid);
-            }
-            let held = Held { route: self.id, device: self.device, requests: requests.into(), answer };
-            self.queue.state.lock().arrived.push_back(held);
+        if self.put(requests, answer) {
+            self.queue.watchers.tell();
         }
-        self.queue.watchers.tell();
     }
 
     /// Asks for one page and waits for the answer. On the thread of a device, with nothing held.
     pub(crate) fn ask(&self, request: PageRequest) -> Response {
         let gate = Arc::new(Gate::default());
         let opener = Opener(Arc::clone(&gate));
-        self.raise(&[request], Box::new(move |response| opener.open(response)));
-        gate.wait()
+        if !self.put(&[request], Box::new(move |response| opener.open(response))) {
+            return gate.wait();
+        }
+        let told = self.queue.watchers.tell_where_they_sleep();
+        gate.look().unwrap_or_else(|| {
+            told.again();
+            gate.wait()
+        })
+    }
+
+    /// Puts a group of requests into the queue. False when the route is closed; then it has been answered.
+    fn put(&self, requests: &[PageRequest], answer: Answer) -> bool {
+        let closed = self.closed.lock();
+        if *closed {
+            drop(closed);
+            answer(Response::Invalid);
+            return false;
+        }
+        let held = Held { route: self.id, device: self.device, requests: requests.into(), answer };
+        self.queue.state.lock().arrived.push_back(held);
+        true
     }
 
     /// Ends the route: every group of it that is still held is answered [`Response::Invalid`].
@@ -278,15 +290,19 @@ impl Drop for Opener {
 }
 
 impl Gate {
-    /// Gives way to whoever wants the CPU while it looks: that may be the client.
-    fn wait(&self) -> Response {
+    /// Looks for the answer for [`LOOK`]. Gives way to whoever wants the CPU meanwhile: that may be the client.
+    fn look(&self) -> Option<Response> {
         let asked = Instant::now();
         while asked.elapsed() < LOOK {
             if let Some(answer) = self.answer.get() {
-                return *answer;
+                return Some(*answer);
             }
             std::thread::yield_now();
         }
+        None
+    }
+
+    fn wait(&self) -> Response {
         *self.answer.wait()
     }
 }

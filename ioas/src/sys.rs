@@ -401,6 +401,16 @@ mod fault {
     }
 }
 
+/// Gives the calling thread the scheduling policy SCHED_IDLE.
+pub(crate) fn schedule_idle() -> io::Result<()> {
+    let parameter = libc::sched_param { sched_priority: 0 };
+    // SAFETY: reads one struct sched_param; 0 is the calling thread.
+    match unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameter) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;

@@ -8,8 +8,10 @@
 use std::io;
 use std::thread::{Builder, JoinHandle};
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
+
+use crate::sys;
 
 /// Starts a thread that is called `name` and may run on every CPU that the process may use.
 ///
@@ -33,6 +35,19 @@ pub fn roam() {
 pub fn bind(cpu: usize) -> bool {
     let mut cpus = CpuSet::new();
     cpus.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &cpus)).is_ok()
+}
+
+/// The CPU that the calling thread runs on now.
+#[must_use]
+pub fn cpu() -> Option<usize> {
+    sched_getcpu().ok()
+}
+
+/// From now on the calling thread runs only where and while no other thread wants to (SCHED_IDLE). False when the
+/// kernel refuses that.
+#[must_use]
+pub fn give_way() -> bool {
+    sys::schedule_idle().is_ok()
 }
 
 #[cfg(test)]

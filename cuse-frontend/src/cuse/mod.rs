@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hwpt::Watcher;
 use ioas::caller::FdError;
 
 use crate::error::OpError;
@@ -243,9 +244,15 @@ impl Exports for Control {
         file.poll()
     }
 
-    fn watch(&self, file: &OpenFile, key: u64, tell: Box<dyn FnOnce() + Send>) {
+    fn watch(&self, file: &OpenFile, key: u64, tell: Watcher) {
         if let Some(watchers) = file.watchers() {
             watchers.watch(key, tell);
+        }
+    }
+
+    fn sleeps(&self, file: &OpenFile) {
+        if let Some(watchers) = file.watchers() {
+            watchers.sleeps();
         }
     }
 

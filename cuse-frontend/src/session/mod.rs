@@ -27,6 +27,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use hwpt::Watcher;
 use ioas::caller::FdError;
 use ioas::killpoint;
 use parking_lot::Mutex;
@@ -74,9 +75,14 @@ pub(crate) trait Exports: Send + Sync + Sized + 'static {
     /// The poll(2) events that hold now.
     fn poll(&self, file: &Self::File) -> u32;
 
-    /// Calls `tell` once, when [`Self::poll`] may say more than it does now. `key` is the same for each call of a file.
-    fn watch(&self, file: &Self::File, key: u64, tell: Box<dyn FnOnce() + Send>) {
+    /// Has `tell` called when [`Self::poll`] may say more than it does now. `key` is the same for each call of a file.
+    fn watch(&self, file: &Self::File, key: u64, tell: Watcher) {
         let _ = (file, key, tell);
+    }
+
+    /// Who has called [`Self::watch`] on this thread has found nothing, and its client is about to sleep on this CPU.
+    fn sleeps(&self, file: &Self::File) {
+        let _ = file;
     }
 
     /// Whether the file has no position.

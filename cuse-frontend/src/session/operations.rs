@@ -66,6 +66,10 @@ impl<E: Exports> Engine<E> {
             _ => match self.small(reply.call(), &header, &body) {
                 Ok(answer) => {
                     reply.ok(&[&answer]);
+                    if header.opcode == opcode::POLL {
+                        // Who polls asks again at once, and then finds this thread awake.
+                        std::thread::yield_now();
+                    }
                 }
                 Err(error) => reply.error(error),
             },
@@ -343,12 +347,17 @@ impl<E: Exports> Engine<E> {
         let open = self.file(poll.fh)?;
         let revents = match &open.opened {
             Opened::File(file) => {
-                if poll.flags & wire::POLL_SCHEDULE_NOTIFY != 0 {
+                let waits = poll.flags & wire::POLL_SCHEDULE_NOTIFY != 0;
+                if waits {
                     // Before the look, so that nothing comes between.
                     let (channel, kh) = (Arc::clone(&self.channel), poll.kh);
-                    self.exports.watch(file, kh, Box::new(move || channel.notify_poll(kh)));
+                    self.exports.watch(file, kh, Arc::new(move || channel.notify_poll(kh)));
                 }
-                self.exports.poll(file)
+                let revents = self.exports.poll(file);
+                if waits && revents & poll.events == 0 {
+                    self.exports.sleeps(file);
+                }
+                revents
             }
             Opened::Text(_) => u32::from((libc::POLLIN | libc::POLLRDNORM).cast_unsigned()),
         };
