@@ -10,7 +10,8 @@
 //!
 //! The timer is not set and stopped for each job: to program the clock of a virtual machine takes longer than most jobs.
 //! A job that finds nobody looking ([`Crew::looking`]) sets it; at each ring the watcher sets it again, or stops looking
-//! if the leader has no job. Where many jobs are done between two looks it looks less often.
+//! when it has found the leader without a job more than [`QUIET_LOOKS`] times. Where many jobs are done between two looks,
+//! or none, it looks less often.
 //!
 //! `state` is one word that only grows: even while the leader waits for a job, odd while it has one, and the upper half
 //! is the epoch of the lead. A leader goes one up with each step. Who changes it by compare-and-swap has the lead; that
@@ -31,9 +32,12 @@ use parking_lot::{Condvar, Mutex};
 /// How long a job that comes alone may take before the lead passes to another thread. A hand-over costs about one
 /// wake-up.
 const PATIENCE: Duration = Duration::from_micros(100);
-/// Time between two looks where jobs follow each other: one that gets stuck among them has the lead taken in twice this
-/// at most, and then [`PATIENCE`] counts again.
+/// Time between two looks where jobs follow each other, or have just done so: one that gets stuck then has the lead taken
+/// in twice this at most, and then [`PATIENCE`] counts again.
 const LONGEST_PATIENCE: Duration = Duration::from_micros(800);
+/// Looks in a row that find no job before the watcher stops looking. So a client that pauses, as one that waits for its
+/// device does, is not the one to set the timer in its next call.
+const QUIET_LOOKS: u32 = 3;
 /// Threads that stand by at most; a leader that comes back to more than these ends.
 const STANDBYS: usize = 2;
 
@@ -201,7 +205,7 @@ impl<S: Source> Crew<S> {
     /// Waits to be the one that watches, and then watches the leader until the lead is to be taken.
     fn watch(&self) -> Option<u64> {
         let _the_only_one = self.watch.lock();
-        let mut patience = PATIENCE;
+        let (mut patience, mut quiet) = (PATIENCE, 0);
         // What the state is if the leader is still in the job of the last look; or, where nobody was looking, in the one
         // that set the timer.
         let mut stuck = self.state.load(Ordering::SeqCst) | BUSY;
@@ -228,16 +232,20 @@ impl<S: Source> Crew<S> {
                 }
             }
             let many = state.saturating_sub(stuck) > MANY;
-            if state & BUSY == 0 && !many {
+            quiet = if state & BUSY == 0 && !many { quiet + 1 } else { 0 };
+            if quiet > QUIET_LOOKS {
                 self.looking.store(false, Ordering::SeqCst);
                 state = self.state.load(Ordering::SeqCst);
                 if state & BUSY != 0 {
                     self.look_in(PATIENCE);
                 }
-                (stuck, patience) = (state | BUSY, PATIENCE);
+                (stuck, patience, quiet) = (state | BUSY, PATIENCE, 0);
             } else {
-                patience = if many { LONGEST_PATIENCE.min(patience * 2) } else { PATIENCE };
-                stuck = state;
+                (stuck, patience) = match (quiet, many) {
+                    (0, false) => (state, PATIENCE),
+                    (0, true) => (state, LONGEST_PATIENCE.min(patience * 2)),
+                    _ => (state | BUSY, LONGEST_PATIENCE),
+                };
                 self.arm(patience);
             }
         }
@@ -342,6 +350,21 @@ mod tests {
             while Instant::now() < until {
                 tell(&tasks, round);
             }
+            releases.push(block(&tasks));
+        }
+        tell(&tasks, 20);
+        drop((releases, tasks));
+        assert!(crew.wait(Some(PATIENT)), "all threads end with the source");
+    }
+
+    #[test]
+    fn job_that_blocks_after_a_pause_holds_nobody_up() {
+        let (crew, tasks) = crew();
+        let mut releases = Vec::new();
+        for round in 0..20 {
+            tell(&tasks, round);
+            // Within the quiet looks, and behind them.
+            std::thread::sleep(LONGEST_PATIENCE * (round % (QUIET_LOOKS + 3)));
             releases.push(block(&tasks));
         }
         tell(&tasks, 20);
